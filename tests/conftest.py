@@ -1,0 +1,31 @@
+"""Fixtures shared by all tests: tiny stock models and, where it is at hand, real input."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ASSETS = Path(
+    os.environ.get("HF_SPARSE_TEST_ASSETS", Path(__file__).resolve().parents[2] / "shared" / "assets")
+)
+
+
+def pytest_report_header() -> str:
+    found = "found" if ASSETS.is_dir() else "NOT found: tests on the real Llama and C4 will be skipped"
+    return f"real inputs (HF_SPARSE_TEST_ASSETS, default ../shared/assets): {found}"
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(42)
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """The folder with the real 260K-parameter Llama and real C4 documents."""
+    if not ASSETS.is_dir():
+        pytest.skip("real inputs are not at hand; set HF_SPARSE_TEST_ASSETS")
+    return ASSETS
