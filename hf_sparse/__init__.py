@@ -1,1 +1,21 @@
+"""Activation-sparse MLPs for Hugging Face models: patch, finetune, run, measure."""
 
+from hf_sparse._version import __version__
+from hf_sparse.config import SparsityConfig
+from hf_sparse.errors import PatchError
+from hf_sparse.hooks import install, uninstall
+from hf_sparse.patching import inspect, patch, set_mix, unpatch
+
+__all__ = [
+    "PatchError",
+    "SparsityConfig",
+    "__version__",
+    "inspect",
+    "install",
+    "patch",
+    "set_mix",
+    "uninstall",
+    "unpatch",
+]
+
+install()

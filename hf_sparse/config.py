@@ -19,6 +19,7 @@ class SparsityConfig:
 
     Raises:
         ValueError: a field is out of its range; the message names the field, the value and the mend.
+
     """
 
     activation: str = "relu"
@@ -103,6 +104,7 @@ class SparsityConfig:
 
         Raises:
             ValueError: a newer ``format_version``, an unknown key, or a bad value.
+
         """
         if not isinstance(data, Mapping):
             raise ValueError(f"a sparsity config is a mapping, not {type(data).__name__}: {data!r}.")

@@ -1,0 +1,22 @@
+"""Mixing of two activations, for a finetune that moves from one to the other."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class MixedActivation(nn.Module):
+    """``(1 - k) * original(p) + k * new(p)`` for 0 < k < 1 (activation mixing, arXiv 2605.25612)."""
+
+    def __init__(self, original: nn.Module, new: nn.Module, k: float) -> None:
+        super().__init__()
+        self.original = original
+        self.new = new
+        self.k = k
+
+    def forward(self, p: Tensor) -> Tensor:
+        """Any shape and floating dtype to the same."""
+        return (1 - self.k) * self.original(p) + self.k * self.new(p)
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}"

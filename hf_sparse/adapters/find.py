@@ -1,0 +1,57 @@
+"""Walk a model and list its MLP blocks, and what looks like one but is not understood."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from hf_sparse.adapters.block import Block
+from hf_sparse.adapters.shapes import activations, linears, recognise
+from hf_sparse.modules.sparse_mlp import SparseMLP
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A module that owns an activation but is not an MLP block of a known shape; it stays as it is."""
+
+    name: str
+    class_name: str
+    reason: str
+
+
+def find_blocks(model: nn.Module) -> tuple[list[Block], list[Skipped]]:
+    """MLP blocks of ``model`` inside its repeated layers, stock or patched, in ``named_modules`` order.
+
+    Only modules under a ``ModuleList`` count: a classification head or a projector is not a layer's MLP.
+    """
+    blocks: list[Block] = []
+    skipped: list[Skipped] = []
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if name.startswith(inside) or not any(part.isdigit() for part in name.split(".")):
+            continue
+        if isinstance(module, SparseMLP):
+            blocks.append(Block(name, module, module.roles))
+        elif (roles := recognise(module)) is not None:
+            blocks.append(Block(name, module, roles))
+        else:
+            if activations(module) and (reason := _why_not(module)):
+                skipped.append(Skipped(name, type(module).__name__, reason))
+            continue
+        inside = (*inside, name + ".")
+    return blocks, skipped
+
+
+def _why_not(module: nn.Module) -> str | None:
+    sizes = linears(module)
+    shown = ", ".join(f"{name} {i}->{o}" for name, (i, o) in sizes.items())
+    if len(sizes) in (2, 3):
+        return (
+            f"its forward is neither down(act(gate(x)) * up(x)) nor down(act(up(x))); linear layers: {shown}"
+        )
+    if sizes:
+        return f"it has {len(sizes)} linear layers where an MLP has two or three: {shown}"
+    if any(p.dim() == 3 for p in module.parameters(recurse=False)):
+        return "its weights are stacked experts, which this version does not patch"
+    return None

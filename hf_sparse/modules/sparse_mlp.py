@@ -1,0 +1,173 @@
+"""MLP blocks that skip silent neurons when they decode, and are the stock block in every other respect.
+
+A sparse block *holds the children of the block it replaces*, under their own names: parameters, state dict
+keys, LoRA targets and tensor-parallel plans stay as they were, and nothing is copied. Its dense path is the
+forward of the stock class itself, so an unchanged activation gives bit-identical outputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import triton_ops
+from hf_sparse.activations import MixedActivation, kernel_kind
+from hf_sparse.modules.hooked import carry_device_hook
+from hf_sparse.modules.roles import Roles
+
+# What belongs to one module object and is not taken over from the stock block.
+_NOT_SHARED = ("_modules", "forward", "_old_forward", "_hf_hook")
+
+
+class SparseMLP(nn.Module):
+    """Common part of :class:`SparseGatedMLP` and :class:`SparsePlainMLP`.
+
+    Args:
+        stock: the block to stand in for; it is not changed.
+        roles: names of its children by part.
+        activation: takes the place of the stock activation, ``[..., F] -> [..., F]``.
+
+    """
+
+    roles: Roles
+
+    def __init__(self, stock: nn.Module, roles: Roles, activation: nn.Module) -> None:
+        super().__init__()
+        # Sizes, flags, hooks and whatever else the stock forward reads from self.
+        self.__dict__.update({k: v for k, v in vars(stock).items() if k not in _NOT_SHARED})
+        self._modules = {**stock._modules, roles.act: activation}
+        self.roles = roles
+        self._stock = (stock,)  # in a tuple, so that it is not registered as a child
+        carry_device_hook(stock, self)
+
+    @property
+    def stock_class(self) -> type[nn.Module]:
+        return type(self._stock[0])
+
+    @property
+    def original_activation(self) -> nn.Module:
+        """The activation that the block came with."""
+        return self._stock[0].get_submodule(self.roles.act)
+
+    @property
+    def mix(self) -> float:
+        """Share of the new activation; 1 outside of a finetune that mixes."""
+        act = self._modules[self.roles.act]
+        return act.k if isinstance(act, MixedActivation) else 1.0
+
+    def set_mix(self, k: float) -> None:
+        """Set the share of the new activation, 0 <= k <= 1."""
+        act = self._modules[self.roles.act]
+        new = act.new if isinstance(act, MixedActivation) else act
+        assert new is not None
+        self._modules[self.roles.act] = new if k == 1 else MixedActivation(self.original_activation, new, k)
+
+    def restore(self) -> nn.Module:
+        """The stock block with its own activation and this block's linear layers as they are now."""
+        (stock,) = self._stock
+        for name, child in self._modules.items():
+            if name != self.roles.act:
+                stock._modules[name] = child
+        stock.training = self.training
+        if "config" in vars(self):
+            stock.config = self.config
+        carry_device_hook(self, stock)
+        return stock
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [..., D] -> [..., D]``, any floating dtype."""
+        if torch.is_grad_enabled() or self.training:
+            return self.dense(x)
+        return self._skip_silent(x)
+
+    def dense(self, x: Tensor) -> Tensor:
+        """The block as the stock class computes it, every neuron included."""
+        return self.stock_class.forward(self, x)
+
+    def _skip_silent(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _linear(self, name: str, x: Tensor) -> nn.Linear | None:
+        """The child ``name`` if its weight may be read directly, None if it must be called as a module.
+
+        LoRA, quantised, offloaded, tensor-parallel and hooked layers all fail one of these tests, which is
+        what makes skipping right for them: they are called, and do what they do.
+        """
+        linear = self._modules[name]
+        if (
+            type(linear) is nn.Linear
+            and type(linear.weight) is nn.Parameter
+            and linear.weight.dtype == x.dtype
+            and linear.weight.device == x.device
+            and "forward" not in vars(linear)
+            and not (linear._forward_hooks or linear._forward_pre_hooks)
+            and not torch.is_autocast_enabled(x.device.type)
+        ):
+            return linear
+        return None
+
+
+class SparseGatedMLP(SparseMLP):
+    """``down(act(gate(x)) * up(x))``; with ``relu_up`` also ``relu`` on the up projection (dReLU)."""
+
+    def __init__(
+        self, stock: nn.Module, roles: Roles, activation: nn.Module, *, relu_up: bool = False
+    ) -> None:
+        super().__init__(stock, roles, activation)
+        self.relu_up = relu_up
+
+    def dense(self, x: Tensor) -> Tensor:
+        """The stock computation; with ``relu_up`` the same calls with one ReLU more."""
+        if not self.relu_up:
+            return super().dense(x)
+        gate, up, down, act = (
+            self._modules[name] for name in (self.roles.gate, self.roles.up, self.roles.down, self.roles.act)
+        )
+        u = up(x)
+        k = self.mix
+        u = torch.relu(u) if k == 1 else (1 - k) * u + k * torch.relu(u)
+        return down(act(gate(x)) * u)
+
+    def _skip_silent(self, x: Tensor) -> Tensor:
+        kind = kernel_kind(self._modules[self.roles.act])
+        gate, up, down = (self._linear(name, x) for name in (self.roles.gate, self.roles.up, self.roles.down))
+        if kind is None or gate is None or up is None or down is None:
+            return self.dense(x)
+        if not triton_ops.wants_sparse(x.numel() // x.shape[-1], gate.weight, gated=True):
+            return self.dense(x)
+        prepare_down(down)
+        name, threshold = ("drelu", 0.0) if self.relu_up else kind
+        return triton_ops.gated_mlp(
+            x,
+            gate.weight,
+            up.weight,
+            down.weight,
+            gate.bias,
+            up.bias,
+            down.bias,
+            activation=name,
+            threshold=threshold,
+        )
+
+
+class SparsePlainMLP(SparseMLP):
+    """``down(act(up(x)))``; the up projection is read whole, the down projection only where it is needed."""
+
+    def _skip_silent(self, x: Tensor) -> Tensor:
+        act, up = self._modules[self.roles.act], self._modules[self.roles.up]
+        down = self._linear(self.roles.down, x)
+        if kernel_kind(act) is None or down is None:
+            return self.dense(x)
+        if not triton_ops.wants_sparse(x.numel() // x.shape[-1], down.weight, gated=False):
+            return self.dense(x)
+        prepare_down(down)
+        return triton_ops.sparse_linear(act(up(x)), down.weight, down.bias)
+
+
+def prepare_down(down: nn.Linear) -> None:
+    """Store the down projection neuron-major, once: same values and shape, other strides.
+
+    Not while compiling: a graph must not change its own inputs, and the operators are right either way.
+    """
+    if not torch.compiler.is_compiling() and not triton_ops.is_neuron_major(down.weight):
+        triton_ops.neuron_major_(down.weight)

@@ -1,0 +1,270 @@
+"""patch, unpatch, inspect, set_mix: the model's MLP blocks exchanged in place, all or none."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
+
+from hf_sparse import record as records
+from hf_sparse.activations import build_activation
+from hf_sparse.adapters import Block, Skipped, find_blocks
+from hf_sparse.config import SparsityConfig
+from hf_sparse.errors import PatchError
+from hf_sparse.modules import SparseGatedMLP, SparseMLP, SparsePlainMLP
+from hf_sparse.record import Record
+from hf_sparse.report import PatchReport
+from hf_sparse.stock import UnpatchedActivation, activation_field, builds_same
+
+
+def patch(model: nn.Module, config: SparsityConfig | str = "relu", **fields: Any) -> PatchReport:
+    """Replace the MLP blocks of ``model`` by sparse ones, in place.
+
+    No weight is copied and no parameter or child is renamed. The change is written to ``model.config``, so
+    ``save_pretrained``, ``push_to_hub`` and, after ``import hf_sparse``, ``from_pretrained`` keep it. A model
+    that is patched already is patched anew, from its stock blocks.
+
+    Args:
+        model: a transformers model, also one wrapped by PEFT.
+        config: a :class:`SparsityConfig`, or the name of an activation.
+        **fields: fields of :class:`SparsityConfig` when ``config`` is a name, such as ``threshold=0.01``.
+
+    Returns:
+        what was changed; it prints as a summary.
+
+    Raises:
+        PatchError: nothing to patch, or this model cannot take this config. The model is as it was.
+        ValueError: a field of the config is out of its range.
+
+    """
+    if isinstance(config, str):
+        config = SparsityConfig(activation=config, **fields)
+    elif fields:
+        raise ValueError(f"give {', '.join(fields)} in the SparsityConfig, or the activation as a name.")
+    base = _transformers_model(model)
+    blocks, skipped = find_blocks(base)
+    chosen = _choose(base, blocks, skipped, config)
+    field, original = _stock_activation(base, blocks)
+    new: dict[str, nn.Module] = {block.name: _stock_block(block) for block in blocks}
+    for index, block in enumerate(chosen):
+        new[block.name] = _sparse_block(block, config, index)
+    activations = {f"{b.name}.{b.roles.act}": new[b.name].get_submodule(b.roles.act) for b in blocks}
+    stock_name = _stock_name(base, config, field, original, activations)
+
+    # Everything that can fail has been done; from here on there are only assignments.
+    owned = copy.deepcopy(base.config)  # another model may have been built from the same config object
+    Record(config, len(blocks), field, original).write(owned, stock_name=stock_name)
+    _exchange(base, {id(block.module): new[block.name] for block in blocks})
+    _set_config(base, owned)
+    patched = [Block(block.name, new[block.name], block.roles) for block in chosen]
+    return PatchReport(type(base).__name__, config, patched, skipped, original, stock_name)
+
+
+def unpatch(model: nn.Module) -> PatchReport:
+    """Undo :func:`patch`: the very stock modules come back, with their weights as they are now.
+
+    Raises:
+        PatchError: the model is not patched.
+
+    """
+    base = _transformers_model(model)
+    record = records.read(base.config)
+    if record is None:
+        raise PatchError(f"this {type(base).__name__} is not patched: its config has no hf_sparse block.")
+    blocks, skipped = find_blocks(base)
+    _exchange(base, {id(block.module): _stock_block(block) for block in blocks})
+    record.erase(base.config)
+    blocks = [Block(b.name, base.get_submodule(b.name), b.roles) for b in blocks]
+    return PatchReport(type(base).__name__, None, blocks, skipped, record.activation)
+
+
+def inspect(model: nn.Module) -> PatchReport:
+    """What :func:`patch` would change, or, on a patched model, what is patched. Changes nothing."""
+    base = _transformers_model(model)
+    blocks, skipped = find_blocks(base)
+    record = records.read(base.config)
+    if record is None:
+        return PatchReport(type(base).__name__, None, blocks, skipped)
+    blocks = [block for block in blocks if isinstance(block.module, SparseMLP)]
+    value = getattr(base.config, record.field)
+    stock_name = None if value == records.KEY else value
+    return PatchReport(type(base).__name__, record.config, blocks, skipped, record.activation, stock_name)
+
+
+def set_mix(model: nn.Module, k: float) -> None:
+    """Set the share ``k`` of the new activation on every patched block (see ``SparsityConfig.mix``).
+
+    A saved model keeps it. Meant to be called at every step of a finetune.
+
+    Raises:
+        PatchError: the model is not patched.
+        ValueError: ``k`` is outside [0, 1].
+
+    """
+    base = _transformers_model(model)
+    record = records.read(base.config)
+    if record is None:
+        raise PatchError(f"set_mix needs a patched model; this {type(base).__name__} is not patched.")
+    config = replace(record.config, mix=k)
+    if config == record.config:
+        return
+    for module in base.modules():
+        if isinstance(module, SparseMLP):
+            module.set_mix(config.mix)
+    stock_name = _stock_name(base, config, record.field, record.activation, {})
+    replace(record, config=config).write(base.config, stock_name=stock_name)
+
+
+def patch_from_config(model: PreTrainedModel) -> None:
+    """Patch a model under construction from the block in its config; nothing if it has none.
+
+    Runs for inner models too, which may hold only some of the blocks: those are left to the outer model.
+
+    Raises:
+        ValueError: the block is malformed.
+
+    """
+    record = records.read(model.config)
+    if record is None:
+        return
+    blocks, skipped = find_blocks(model)
+    if len(blocks) != record.blocks or any(isinstance(b.module, SparseMLP) for b in blocks):
+        return
+    chosen = _choose(model, blocks, skipped, record.config)
+    for block in blocks:  # the config named the new activation; the stock blocks have the original one
+        block.module._modules[block.roles.act] = ACT2FN[record.activation]
+    for module in model.modules():  # what the field feeds beside the MLP blocks, such as a mixer
+        for name, child in module._modules.items():
+            if isinstance(child, UnpatchedActivation):
+                module._modules[name] = ACT2FN[record.activation]
+    _exchange(model, {id(b.module): _sparse_block(b, record.config, index) for index, b in enumerate(chosen)})
+
+
+def _transformers_model(model: nn.Module) -> PreTrainedModel:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(base, PreTrainedModel):
+        raise PatchError(
+            f"expected a transformers model (PreTrainedModel, or one wrapped by PEFT), not {type(model)}; "
+            "pass the model itself, before it is wrapped by DDP, FSDP or torch.compile."
+        )
+    return base
+
+
+def _choose(
+    model: PreTrainedModel, blocks: list[Block], skipped: list[Skipped], config: SparsityConfig
+) -> list[Block]:
+    """The blocks that ``config`` means.
+
+    Raises:
+        PatchError: there are none, an index is out of range, or a block cannot take the config.
+
+    """
+    if not blocks:
+        seen = sorted({f"{s.class_name} at {s.name}: {s.reason}" for s in skipped})[:3]
+        found = "; ".join(seen) or "no module in a layer owns linear layers and an activation"
+        raise PatchError(
+            f"no MLP block of a known shape in {type(model).__name__}. Known: down(act(gate(x)) * up(x)) and "
+            f"down(act(up(x))) as a module of linear layers and one activation. Found: {found}."
+        )
+    indices = range(len(blocks)) if config.layers is None else config.layers
+    if max(indices) >= len(blocks):
+        raise PatchError(
+            f"layers={config.layers} names block {max(indices)}, but {type(model).__name__} has blocks "
+            f"0 to {len(blocks) - 1}."
+        )
+    if isinstance(config.threshold, tuple) and len(config.threshold) != len(indices):
+        raise PatchError(
+            f"threshold has {len(config.threshold)} values for {len(indices)} blocks; give one number, or "
+            "one per patched block."
+        )
+    chosen = [blocks[i] for i in indices]
+    for block in chosen:
+        if config.activation == "drelu" and block.kind == "plain":
+            raise PatchError(
+                f'activation="drelu" needs a gated MLP, but {block.name} ({type(block.module).__name__}) has '
+                'no gate; use "relu".'
+            )
+        parts = {block.roles.gate, block.roles.up, block.roles.down, block.roles.act}
+        if config.activation == "drelu" and (extra := block.module._modules.keys() - parts):
+            raise PatchError(
+                f'activation="drelu" computes the block itself, but {block.name} also has '
+                f'{", ".join(sorted(extra))}; use "relu".'
+            )
+        if "forward" in vars(block.module) and not hasattr(block.module, "_hf_hook"):
+            raise PatchError(
+                f"the forward of {block.name} was replaced by another tool (Liger's use_liger_kernel does "
+                "so), and would undo the patch; turn that off for the MLP."
+            )
+    return chosen
+
+
+def _sparse_block(block: Block, config: SparsityConfig, index: int) -> SparseMLP:
+    stock = _stock_block(block)
+    activation = build_activation(config, index, stock.get_submodule(block.roles.act))
+    sparse: SparseMLP
+    if block.kind == "gated":
+        relu_up = config.activation == "drelu"
+        sparse = SparseGatedMLP(stock, block.roles, activation, relu_up=relu_up)
+    else:
+        sparse = SparsePlainMLP(stock, block.roles, activation)
+    sparse.set_mix(config.mix)
+    return sparse
+
+
+def _stock_block(block: Block) -> nn.Module:
+    return block.module.restore() if isinstance(block.module, SparseMLP) else block.module
+
+
+def _stock_activation(model: PreTrainedModel, blocks: list[Block]) -> tuple[str, str]:
+    """The config field that names the activation, and its stock value."""
+    record = records.read(model.config)
+    if record is not None:
+        return record.field, record.activation
+    names = [f"{block.name}.{block.roles.act}" for block in blocks]
+    field = activation_field(model, model.config, names)
+    if field is None:
+        raise PatchError(
+            f"no field of {type(model.config).__name__} sets the activation of the MLP blocks, so a saved "
+            "model could not say that it is patched. Please report the model type "
+            f"{model.config.model_type!r}."
+        )
+    return field, getattr(model.config, field)
+
+
+def _stock_name(
+    model: PreTrainedModel,
+    config: SparsityConfig,
+    field: str,
+    original: str,
+    activations: Mapping[str, nn.Module],
+) -> str | None:
+    """The activation name with which stock transformers builds the very model, None if there is none.
+
+    ``activations``: by qualified name, those that are about to be put into ``model``.
+    """
+    if config.activation == "original":
+        return original
+    if config.activation not in ("relu", "relu2") or config.mix != 1:
+        return None
+    same = builds_same(model, model.config, field, config.activation, activations)
+    return config.activation if same else None
+
+
+def _exchange(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
+    """Put ``new[id(old)]`` wherever ``old`` is registered; a block may be shared by several owners."""
+    for owner in list(model.modules()):
+        for name, child in owner._modules.items():
+            if child is not None and id(child) in new:
+                owner._modules[name] = new[id(child)]
+
+
+def _set_config(model: PreTrainedModel, config: PretrainedConfig) -> None:
+    old = model.config
+    for module in model.modules():
+        if vars(module).get("config") is old:
+            module.config = config

@@ -1,0 +1,55 @@
+"""What a patch changed, or would change."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hf_sparse.adapters import Block, Skipped
+from hf_sparse.config import SparsityConfig
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """The blocks concerned and what was left alone; prints as a summary."""
+
+    model_class: str
+    config: SparsityConfig | None
+    """None if the model is not patched."""
+    blocks: Sequence[Block]
+    """The blocks that are patched, or that :func:`hf_sparse.patch` would patch."""
+    skipped: Sequence[Skipped]
+    """Modules with an activation that were left as they are."""
+    original_activation: str | None = None
+    """The stock activation, as the model's config names it."""
+    stock_name: str | None = None
+    """The activation name under which plain transformers loads the patched model; None if it cannot."""
+
+    def __str__(self) -> str:
+        verb = "could be patched" if self.config is None else "patched"
+        lines = [f"{self.model_class}: {len(self.blocks)} MLP blocks {verb}"]
+        shapes = Counter(
+            (b.stock_class.__name__, b.kind, b.hidden_size, b.intermediate_size) for b in self.blocks
+        )
+        for (name, kind, hidden, intermediate), count in shapes.items():
+            lines.append(f"  {count} x {name} ({kind}), {hidden} -> {intermediate} -> {hidden}")
+        if self.config is not None:
+            lines.append(f"  activation: {self.original_activation} -> {_activation(self.config)}")
+            loads = f"as {self.stock_name!r}" if self.stock_name else "refused; it needs `import hf_sparse`"
+            lines.append(f"  in plain transformers: {loads}")
+        for (name, reason), count in Counter((s.class_name, s.reason) for s in self.skipped).items():
+            lines.append(f"  left as is: {count} x {name}: {reason}")
+        return "\n".join(lines)
+
+
+def _activation(config: SparsityConfig) -> str:
+    details = []
+    if any(config.thresholds):
+        low, high = min(config.thresholds), max(config.thresholds)
+        details.append(f"threshold {low:g}" if low == high else f"thresholds {low:g} to {high:g}")
+    if config.shift:
+        details.append(f"shift {config.shift:g}")
+    if config.mix != 1:
+        details.append(f"mixed in at {config.mix:g}")
+    return config.activation + (f" ({', '.join(details)})" if details else "")
