@@ -118,7 +118,7 @@ class SparsityConfig:
         known = {f.name for f in fields(cls)}
         if unknown := sorted(map(str, values.keys() - known)):
             raise ValueError(
-                f"unknown fields {', '.join(unknown)} in a sparsity config; known: {', '.join(sorted(known))}."
+                f"unknown fields in the config: {', '.join(unknown)}; known: {', '.join(sorted(known))}."
             )
         return cls(**values)
 

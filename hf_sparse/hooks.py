@@ -18,7 +18,7 @@ from hf_sparse.stock import UnpatchedActivation
 
 
 def install() -> None:
-    """Make ``from_pretrained`` rebuild patched models. ``import hf_sparse`` does this; repeating is harmless."""
+    """Make ``from_pretrained`` rebuild patched models; ``import hf_sparse`` calls this."""
     original = PreTrainedModel.post_init
     if hasattr(original, "_hf_sparse_original"):
         return

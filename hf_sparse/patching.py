@@ -146,7 +146,8 @@ def patch_from_config(model: PreTrainedModel) -> None:
 
 
 def _transformers_model(model: nn.Module) -> PreTrainedModel:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrap = getattr(model, "get_base_model", None)  # PEFT
+    base = unwrap() if callable(unwrap) else model
     if not isinstance(base, PreTrainedModel):
         raise PatchError(
             f"expected a transformers model (PreTrainedModel, or one wrapped by PEFT), not {type(model)}; "
@@ -267,4 +268,4 @@ def _set_config(model: PreTrainedModel, config: PretrainedConfig) -> None:
     old = model.config
     for module in model.modules():
         if vars(module).get("config") is old:
-            module.config = config
+            vars(module)["config"] = config

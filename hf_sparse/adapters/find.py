@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import nn
+from transformers.activations import ACT2FN
 
 from hf_sparse.adapters.block import Block
-from hf_sparse.adapters.shapes import activations, linears, recognise
+from hf_sparse.adapters.shapes import linears, recognise
 from hf_sparse.modules.sparse_mlp import SparseMLP
 
 
@@ -36,11 +37,16 @@ def find_blocks(model: nn.Module) -> tuple[list[Block], list[Skipped]]:
         elif (roles := recognise(module)) is not None:
             blocks.append(Block(name, module, roles))
         else:
-            if activations(module) and (reason := _why_not(module)):
+            if _owns_known_activation(module) and (reason := _why_not(module)):
                 skipped.append(Skipped(name, type(module).__name__, reason))
             continue
         inside = (*inside, name + ".")
     return blocks, skipped
+
+
+def _owns_known_activation(module: nn.Module) -> bool:
+    known = {type(ACT2FN[name]) for name in ACT2FN}
+    return any(type(child) in known for child in module.children())
 
 
 def _why_not(module: nn.Module) -> str | None:

@@ -7,6 +7,8 @@ forward of the stock class itself, so an unchanged activation gives bit-identica
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -45,6 +47,11 @@ class SparseMLP(nn.Module):
         return type(self._stock[0])
 
     @property
+    def activation(self) -> nn.Module:
+        """The activation in place."""
+        return self._child(self.roles.act)
+
+    @property
     def original_activation(self) -> nn.Module:
         """The activation that the block came with."""
         return self._stock[0].get_submodule(self.roles.act)
@@ -52,14 +59,13 @@ class SparseMLP(nn.Module):
     @property
     def mix(self) -> float:
         """Share of the new activation; 1 outside of a finetune that mixes."""
-        act = self._modules[self.roles.act]
+        act = self.activation
         return act.k if isinstance(act, MixedActivation) else 1.0
 
     def set_mix(self, k: float) -> None:
         """Set the share of the new activation, 0 <= k <= 1."""
-        act = self._modules[self.roles.act]
+        act = self.activation
         new = act.new if isinstance(act, MixedActivation) else act
-        assert new is not None
         self._modules[self.roles.act] = new if k == 1 else MixedActivation(self.original_activation, new, k)
 
     def restore(self) -> nn.Module:
@@ -87,13 +93,16 @@ class SparseMLP(nn.Module):
     def _skip_silent(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def _child(self, name: str) -> nn.Module:
+        return cast(nn.Module, self._modules[name])
+
     def _linear(self, name: str, x: Tensor) -> nn.Linear | None:
         """The child ``name`` if its weight may be read directly, None if it must be called as a module.
 
         LoRA, quantised, offloaded, tensor-parallel and hooked layers all fail one of these tests, which is
         what makes skipping right for them: they are called, and do what they do.
         """
-        linear = self._modules[name]
+        linear = self._child(name)
         if (
             type(linear) is nn.Linear
             and type(linear.weight) is nn.Parameter
@@ -115,22 +124,21 @@ class SparseGatedMLP(SparseMLP):
     ) -> None:
         super().__init__(stock, roles, activation)
         self.relu_up = relu_up
+        self._gate = cast(str, roles.gate)
 
     def dense(self, x: Tensor) -> Tensor:
         """The stock computation; with ``relu_up`` the same calls with one ReLU more."""
         if not self.relu_up:
             return super().dense(x)
-        gate, up, down, act = (
-            self._modules[name] for name in (self.roles.gate, self.roles.up, self.roles.down, self.roles.act)
-        )
+        gate, up, down = (self._child(name) for name in (self._gate, self.roles.up, self.roles.down))
         u = up(x)
         k = self.mix
         u = torch.relu(u) if k == 1 else (1 - k) * u + k * torch.relu(u)
-        return down(act(gate(x)) * u)
+        return down(self.activation(gate(x)) * u)
 
     def _skip_silent(self, x: Tensor) -> Tensor:
-        kind = kernel_kind(self._modules[self.roles.act])
-        gate, up, down = (self._linear(name, x) for name in (self.roles.gate, self.roles.up, self.roles.down))
+        kind = kernel_kind(self.activation)
+        gate, up, down = (self._linear(name, x) for name in (self._gate, self.roles.up, self.roles.down))
         if kind is None or gate is None or up is None or down is None:
             return self.dense(x)
         if not triton_ops.wants_sparse(x.numel() // x.shape[-1], gate.weight, gated=True):
@@ -154,7 +162,7 @@ class SparsePlainMLP(SparseMLP):
     """``down(act(up(x)))``; the up projection is read whole, the down projection only where it is needed."""
 
     def _skip_silent(self, x: Tensor) -> Tensor:
-        act, up = self._modules[self.roles.act], self._modules[self.roles.up]
+        act, up = self.activation, self._child(self.roles.up)
         down = self._linear(self.roles.down, x)
         if kernel_kind(act) is None or down is None:
             return self.dense(x)
