@@ -142,6 +142,9 @@ def patch_from_config(model: PreTrainedModel) -> None:
         for name, child in module._modules.items():
             if isinstance(child, UnpatchedActivation):
                 module._modules[name] = ACT2FN[record.activation]
+        for name, value in vars(module).items():
+            if isinstance(value, str) and value == records.KEY:
+                vars(module)[name] = record.activation
     _exchange(model, {id(b.module): _sparse_block(b, record.config, index) for index, b in enumerate(chosen)})
 
 

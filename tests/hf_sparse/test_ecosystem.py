@@ -1,0 +1,162 @@
+"""A patched model inside the tools that users put around models: PEFT, Accelerate, torch.compile."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload
+from accelerate.hooks import remove_hook_from_module
+from peft import LoraConfig, PeftModel, get_peft_model
+
+import hf_sparse
+
+TARGETS = ["gate_proj", "up_proj", "down_proj"]
+
+
+def lora(model: torch.nn.Module) -> PeftModel:
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=TARGETS, task_type="CAUSAL_LM"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # zero by default: the adapter would do nothing
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+def greedy(model: torch.nn.Module, backend: str) -> torch.Tensor:
+    prompt = torch.arange(3, 9).reshape(1, -1)
+    with hf_sparse.backend(backend):
+        return model.generate(
+            input_ids=prompt, max_new_tokens=16, min_new_tokens=16, do_sample=False, output_logits=True,
+            return_dict_in_generate=True,
+        ).logits  # fmt: skip
+
+
+def assert_same_logits(one: tuple, other: tuple) -> None:
+    torch.testing.assert_close(torch.stack(one), torch.stack(other), rtol=1e-4, atol=1e-4)
+
+
+class TestLoRA:
+    def test_before_and_after_patching_are_the_same_model(self, tiny_model, input_ids, tmp_path) -> None:
+        model = tiny_model("llama")
+        hf_sparse.patch(model, "jsrelu")
+        first = lora(model)
+        first.save_pretrained(tmp_path)
+        expected = first(input_ids).logits
+        stock = hf_sparse.patching._transformers_model(first)
+        base = type(stock)(stock.config)  # from the patched config: sparse from the start
+        torch.manual_seed(0)
+        wrapped = lora(tiny_model("llama"))
+        report = hf_sparse.patch(wrapped, "jsrelu")
+        assert len(report.blocks) == 3
+        wrapped.load_state_dict(first.state_dict())
+        assert torch.equal(wrapped(input_ids).logits, expected)
+        base.load_state_dict(
+            {k.removeprefix("base_model.model.").replace(".base_layer", ""): v
+             for k, v in first.state_dict().items() if "lora_" not in k}
+        )  # fmt: skip
+        loaded = PeftModel.from_pretrained(base, tmp_path).eval()
+        assert torch.equal(loaded(input_ids).logits, expected)
+
+    def test_decoding_uses_the_adapter(self, tiny_model) -> None:
+        model = lora(tiny_model("llama"))
+        hf_sparse.patch(model, "relu")
+        adapted = greedy(model, "torch")
+        assert_same_logits(adapted, greedy(model, "dense"))
+        with model.disable_adapter():
+            assert not torch.allclose(torch.stack(adapted), torch.stack(greedy(model, "torch")))
+
+    def test_merged_adapter_decodes_the_same(self, tiny_model) -> None:
+        model = lora(tiny_model("llama"))
+        hf_sparse.patch(model, "relu")
+        adapted = greedy(model, "dense")
+        assert_same_logits(greedy(model.merge_and_unload(), "torch"), adapted)
+
+    def test_unpatching_keeps_the_adapter(self, tiny_model, input_ids) -> None:
+        model = lora(tiny_model("llama"))
+        before = model(input_ids).logits
+        hf_sparse.patch(model, "relu")
+        hf_sparse.unpatch(model)
+        assert torch.equal(model(input_ids).logits, before)
+
+    def test_adapter_added_after_patching_survives_unpatching(self, tiny_model, input_ids) -> None:
+        model = tiny_model("llama")
+        hf_sparse.patch(model, "original")
+        wrapped = lora(model)
+        before = wrapped(input_ids).logits
+        hf_sparse.unpatch(wrapped)
+        assert torch.equal(wrapped(input_ids).logits, before)
+
+
+class TestOffload:
+    @pytest.mark.parametrize("how", ["cpu", "disk"])
+    def test_patching_an_offloaded_model(self, tiny_model, tmp_path, how) -> None:
+        model = tiny_model("llama")
+        hf_sparse.patch(model, "relu")
+        expected = greedy(model, "dense")
+        hf_sparse.unpatch(model)
+        if how == "cpu":
+            cpu_offload(model, execution_device=torch.device("cpu"))
+        else:
+            disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
+        assert model.model.layers[0].mlp.gate_proj.weight.is_meta
+        hf_sparse.patch(model, "relu")
+        assert_same_logits(greedy(model, "torch"), expected)
+        hf_sparse.unpatch(model)
+        remove_hook_from_module(model, recurse=True)
+        assert "forward" not in vars(model.model.layers[0].mlp)
+
+    def test_offloading_a_patched_model_and_unpatching_it(self, tiny_model) -> None:
+        model = tiny_model("llama")
+        expected = greedy(model, "dense")
+        hf_sparse.patch(model, "relu")
+        cpu_offload(model, execution_device=torch.device("cpu"))
+        hf_sparse.unpatch(model)
+        assert_same_logits(greedy(model, "torch"), expected)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(tiny_model, input_ids) -> None:
+    model = tiny_model("llama").train()
+    hf_sparse.patch(model, "relu")
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            enable()
+        model.zero_grad()
+        model(input_ids, labels=input_ids).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+def test_compiled_decoding_has_no_graph_break(tiny_model, name) -> None:
+    model = tiny_model(name)
+    hf_sparse.patch(model, "relu")
+    mlp = model.get_submodule(hf_sparse.inspect(model).blocks[0].name)
+    x = torch.randn(1, 1, 32)
+    with torch.no_grad(), hf_sparse.backend("torch"):
+        expected = mlp(x)
+        torch.testing.assert_close(torch.compile(mlp, fullgraph=True, backend="aot_eager")(x), expected)
+
+
+def test_parallel_plans_still_match_the_modules(tiny_model) -> None:
+    stock, model = tiny_model("llama"), tiny_model("llama")
+    hf_sparse.patch(model, "jsrelu")
+    assert model.tp_plan == stock.tp_plan
+    names = {name for name, _ in model.named_modules()}
+    mlp_rules = [rule for rule in model.tp_plan if "mlp" in rule]
+    assert mlp_rules
+    assert all(rule.replace("*", "0") in names for rule in mlp_rules)
+
+
+def test_import_adds_nothing_heavy_to_transformers() -> None:
+    code = "import sys, {}; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
+
+    def loaded(what: str) -> set[str]:
+        run = subprocess.run([sys.executable, "-c", code.format(what)], capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        return set(run.stdout.split())
+
+    assert loaded("hf_sparse") - loaded("transformers.modeling_utils") == {"hf_sparse", "triton_ops"}

@@ -1,0 +1,287 @@
+"""patch and unpatch on stock models: what is computed, what is kept, what comes back."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import hf_sparse
+from hf_sparse import PatchError, SparsityConfig
+from hf_sparse.adapters import find_blocks
+
+SHIFT, THRESHOLD = 0.15, 0.2
+FUNCTIONS = {
+    "relu": lambda p: p.clamp(min=0),
+    "relu2": lambda p: p.clamp(min=0) ** 2,
+    "shifted_relu": lambda p: (p - SHIFT).clamp(min=0),
+    "fatrelu": lambda p: torch.where(p >= THRESHOLD, p, torch.zeros_like(p)),
+    "drelu": lambda p: p.clamp(min=0),
+    "jsrelu": lambda p: torch.where(p >= 0, p + p * p / 2, torch.zeros_like(p)),
+}
+
+
+def config_for(activation: str, **fields) -> SparsityConfig:
+    if activation == "shifted_relu":
+        fields["shift"] = SHIFT
+    if activation == "fatrelu":
+        fields["threshold"] = THRESHOLD
+    return SparsityConfig(activation=activation, **fields)
+
+
+def plain_mlp(block, activation: str, x: Tensor) -> Tensor:
+    """The same function in plain PyTorch, from the block's weights."""
+
+    def linear(module, x):
+        weight = module.weight.t() if type(module).__name__ == "Conv1D" else module.weight
+        return F.linear(x, weight, module.bias)
+
+    f = FUNCTIONS[activation]
+    if block.kind == "plain":
+        h = f(linear(block.up_linear, x))
+    else:
+        up = linear(block.up_linear, x)
+        h = f(linear(block.gate_linear, x)) * (up.clamp(min=0) if activation == "drelu" else up)
+    return linear(block.down_linear, h)
+
+
+def test_original_activation_is_bit_identical(tiny_model, model_type, input_ids) -> None:
+    model = tiny_model(model_type)
+    for train in (False, True):
+        model.train(train)
+        torch.manual_seed(0)  # dropout
+        before = model(input_ids).logits
+        hf_sparse.patch(model, "original")
+        torch.manual_seed(0)
+        assert torch.equal(model(input_ids).logits, before)
+        hf_sparse.unpatch(model)
+
+
+@pytest.mark.parametrize("activation", FUNCTIONS)
+def test_substituted_activation_equals_plain_pytorch(tiny_model, model_type, activation) -> None:
+    model = tiny_model(model_type)
+    if activation == "drelu" and find_blocks(model)[0][0].kind == "plain":
+        with pytest.raises(PatchError, match="needs a gated MLP"):
+            hf_sparse.patch(model, "drelu")
+        return
+    report = hf_sparse.patch(model, config_for(activation))
+    assert len(report.blocks) == 3
+    x = torch.randn(2, 5, 32)
+    for block in report.blocks:
+        torch.testing.assert_close(block.module(x), plain_mlp(block, activation, x))
+
+
+@pytest.mark.parametrize("activation", FUNCTIONS)
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_generation_that_skips_gives_the_dense_tokens(tiny_model, activation, backend) -> None:
+    for model_type in ("llama", "gpt_neox"):
+        if (model_type, activation) == ("gpt_neox", "drelu"):
+            continue
+        model = tiny_model(model_type)
+        hf_sparse.patch(model, config_for(activation))
+        prompt = torch.randint(3, 128, (1, 6))
+        tokens = {}
+        for name in ("dense", backend):
+            with hf_sparse.backend(name):
+                tokens[name] = model.generate(
+                    prompt, max_new_tokens=24, min_new_tokens=24, do_sample=False, use_cache=True
+                )
+        assert torch.equal(tokens["dense"], tokens[backend])
+
+
+def test_gradients_equal_plain_pytorch(tiny_model) -> None:
+    model = tiny_model("llama")
+    (block, *_) = hf_sparse.patch(model, "jsrelu").blocks
+    x = torch.randn(2, 5, 32, requires_grad=True)
+    weights = [block.gate_linear.weight, block.up_linear.weight, block.down_linear.weight, x]
+    ours = torch.autograd.grad(block.module(x).square().sum(), weights)
+    theirs = torch.autograd.grad(plain_mlp(block, "jsrelu", x).square().sum(), weights)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_names_and_parameters_stay(tiny_model, model_type) -> None:
+    model = tiny_model(model_type)
+    before = dict(model.named_parameters())
+    names = [name for name, _ in model.named_modules()]
+    hf_sparse.patch(model, "jsrelu")
+    assert dict(model.named_parameters()).keys() == before.keys()
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+    assert [name for name, _ in model.named_modules()] == names
+    assert list(model.state_dict()) == list(tiny_model(model_type).state_dict())
+
+
+def test_unpatch_restores_the_very_modules(tiny_model, model_type, input_ids) -> None:
+    model = tiny_model(model_type)
+    modules, config = dict(model.named_modules()), model.config.to_dict()
+    before = model(input_ids).logits
+    hf_sparse.patch(model, "relu2")
+    assert not torch.equal(model(input_ids).logits, before) or model_type in ("nemotron", "persimmon")
+    hf_sparse.unpatch(model)
+    after = dict(model.named_modules())
+    assert after.keys() == modules.keys()
+    assert all(after[name] is module for name, module in modules.items())
+    assert torch.equal(model(input_ids).logits, before)
+    assert model.config.to_dict() == config
+
+
+def test_patching_again_starts_from_the_stock_blocks(tiny_model, input_ids) -> None:
+    model = tiny_model("llama")
+    stock = copy.deepcopy(model)
+    hf_sparse.patch(model, "relu")
+    hf_sparse.patch(model, SparsityConfig(activation="jsrelu", layers=(1,)))
+    hf_sparse.patch(stock, SparsityConfig(activation="jsrelu", layers=(1,)))
+    assert torch.equal(model(input_ids).logits, stock(input_ids).logits)
+    assert model.config.to_dict() == stock.config.to_dict()
+
+
+def test_another_model_of_the_same_config_object_is_untouched(tiny_model, input_ids) -> None:
+    first = tiny_model("llama")
+    second = type(first)(first.config).eval()
+    before = second(input_ids).logits
+    hf_sparse.patch(first, "relu")
+    assert torch.equal(second(input_ids).logits, before)
+    assert second.config.hidden_act == "silu"
+    assert not hasattr(second.config, "hf_sparse")
+
+
+def test_layers_and_their_thresholds(tiny_model) -> None:
+    model = tiny_model("llama")
+    config = SparsityConfig(activation="fatrelu", threshold=(0.1, 0.3), layers=(0, 2))
+    report = hf_sparse.patch(model, config)
+    assert [b.name for b in report.blocks] == ["model.layers.0.mlp", "model.layers.2.mlp"]
+    assert [b.activation.threshold for b in report.blocks] == [0.1, 0.3]
+    assert type(model.model.layers[1].mlp).__name__ == "LlamaMLP"
+
+
+def test_deepcopy_of_a_patched_model_is_independent(tiny_model, input_ids) -> None:
+    model = tiny_model("llama")
+    hf_sparse.patch(model, "relu")
+    expected = model(input_ids).logits
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        model.model.layers[0].mlp.gate_proj.weight.zero_()
+    assert torch.equal(twin(input_ids).logits, expected)
+    hf_sparse.unpatch(twin)
+    assert twin.model.layers[0].mlp.gate_proj.weight.abs().sum() > 0
+
+
+def test_hooks_on_a_block_survive_patch_and_unpatch(tiny_model, input_ids) -> None:
+    model = tiny_model("llama")
+    calls: list[str] = []
+    handle = model.model.layers[0].mlp.register_forward_hook(lambda m, *_: calls.append(type(m).__name__))
+    hf_sparse.patch(model, "relu")
+    model(input_ids)
+    hf_sparse.unpatch(model)
+    model(input_ids)
+    handle.remove()
+    model(input_ids)
+    assert calls == ["SparseGatedMLP", "LlamaMLP"]
+
+
+class TestMix:
+    def test_zero_is_the_original_and_one_the_new(self, tiny_model, input_ids) -> None:
+        for activation in ("relu", "drelu"):
+            model = tiny_model("llama")
+            dense = model(input_ids).logits
+            hf_sparse.patch(model, SparsityConfig(activation=activation, mix=0.0))
+            torch.testing.assert_close(model(input_ids).logits, dense)
+            hf_sparse.set_mix(model, 1.0)
+            mixed = model(input_ids).logits
+            hf_sparse.unpatch(model)
+            hf_sparse.patch(model, activation)
+            assert torch.equal(model(input_ids).logits, mixed)
+
+    def test_between_is_linear_in_the_activation(self, tiny_model) -> None:
+        model = tiny_model("phi")
+        (block, *_) = hf_sparse.patch(model, SparsityConfig(activation="jsrelu", mix=0.25)).blocks
+        p = torch.randn(50)
+        expected = 0.75 * F.gelu(p, approximate="tanh") + 0.25 * FUNCTIONS["jsrelu"](p)
+        torch.testing.assert_close(block.activation(p), expected)
+
+    def test_config_says_what_the_model_computes(self, tiny_model) -> None:
+        model = tiny_model("llama")
+        hf_sparse.patch(model, SparsityConfig(activation="relu", mix=0.0))
+        assert model.config.hidden_act == "hf_sparse"
+        hf_sparse.set_mix(model, 0.5)
+        assert (model.config.hidden_act, model.config.hf_sparse["mix"]) == ("hf_sparse", 0.5)
+        hf_sparse.set_mix(model, 1.0)
+        assert (model.config.hidden_act, model.config.hf_sparse["mix"]) == ("relu", 1.0)
+
+    def test_needs_a_patched_model_and_a_share(self, tiny_model) -> None:
+        model = tiny_model("llama")
+        with pytest.raises(PatchError, match="not patched"):
+            hf_sparse.set_mix(model, 0.5)
+        hf_sparse.patch(model, "relu")
+        with pytest.raises(ValueError, match=r"mix=2\.0"):
+            hf_sparse.set_mix(model, 2.0)
+
+
+class TestErrors:
+    """Each leaves the model as it was."""
+
+    @pytest.fixture
+    def unchanged(self, tiny_model, input_ids):
+        model = tiny_model("gpt_neox")
+        modules, config = dict(model.named_modules()), model.config
+        before, text = model(input_ids).logits, config.to_dict()
+        yield model
+        assert dict(model.named_modules()) == modules
+        assert model.config is config
+        assert config.to_dict() == text
+        assert torch.equal(model(input_ids).logits, before)
+
+    @pytest.mark.parametrize(
+        ("config", "message"),
+        [
+            (SparsityConfig(layers=(0, 3)), "names block 3, but GPTNeoXForCausalLM has blocks 0 to 2"),
+            (SparsityConfig(activation="fatrelu", threshold=(0.1,)), "threshold has 1 values for 3 blocks"),
+            (SparsityConfig(activation="drelu"), "needs a gated MLP"),
+        ],
+    )
+    def test_config_that_does_not_fit(self, unchanged, config, message) -> None:
+        with pytest.raises(PatchError, match=message):
+            hf_sparse.patch(unchanged, config)
+
+    def test_unknown_activation(self, unchanged) -> None:
+        with pytest.raises(ValueError, match="activation='swiglu' is not known; choose one of"):
+            hf_sparse.patch(unchanged, "swiglu")
+
+    def test_fields_beside_a_config(self, unchanged) -> None:
+        with pytest.raises(ValueError, match="give mix in the SparsityConfig"):
+            hf_sparse.patch(unchanged, SparsityConfig(), mix=0.5)
+
+    def test_unpatching_a_stock_model(self, unchanged) -> None:
+        with pytest.raises(PatchError, match="is not patched"):
+            hf_sparse.unpatch(unchanged)
+
+    def test_forward_replaced_by_another_tool(self, tiny_model) -> None:
+        model = tiny_model("llama")
+        mlp = model.model.layers[1].mlp
+        mlp.forward = lambda x: x
+        with pytest.raises(PatchError, match="replaced by another tool"):
+            hf_sparse.patch(model, "relu")
+        assert model.model.layers[1].mlp is mlp
+
+    def test_unknown_architecture_names_what_was_found(self, tiny_model) -> None:
+        model = tiny_model("opt", ffn_dim=88, word_embed_proj_dim=32)
+        with pytest.raises(PatchError, match=r"OPTDecoderLayer at model\.decoder\.layers\.0"):
+            hf_sparse.patch(model, "relu")
+
+    def test_not_a_transformers_model(self) -> None:
+        with pytest.raises(PatchError, match="expected a transformers model"):
+            hf_sparse.patch(torch.nn.Linear(2, 2), "relu")
+
+
+def test_inspect_changes_nothing_and_tells_the_state(tiny_model) -> None:
+    model = tiny_model("llama")
+    before = dict(model.named_modules())
+    text = str(hf_sparse.inspect(model))
+    assert dict(model.named_modules()) == before
+    assert "3 x LlamaMLP (gated), 32 -> 88 -> 32" in text
+    hf_sparse.patch(model, "fatrelu", threshold=0.5)
+    text = str(hf_sparse.inspect(model))
+    assert "silu -> fatrelu (threshold 0.5)" in text
+    assert "import hf_sparse" in text

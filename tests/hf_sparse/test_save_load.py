@@ -1,0 +1,206 @@
+"""What is saved comes back, bit for bit, with hf_sparse; and is right or refused without it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import hf_sparse
+from hf_sparse import SparsityConfig
+
+CONFIGS = {
+    "relu": SparsityConfig(),
+    "relu2": SparsityConfig(activation="relu2"),
+    "original": SparsityConfig(activation="original"),
+    "shifted_relu": SparsityConfig(activation="shifted_relu", shift=0.1),
+    "fatrelu": SparsityConfig(activation="fatrelu", threshold=(0.1, 1 / 3, 0.2)),
+    "jsrelu": SparsityConfig(activation="jsrelu"),
+    "some_layers": SparsityConfig(layers=(0, 2)),
+    "mixed": SparsityConfig(activation="jsrelu", mix=0.3),
+    "drelu": SparsityConfig(activation="drelu"),
+}
+STOCK_EXPRESSIBLE = {"relu", "relu2", "original"}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_round_trip_is_bit_identical(tiny_model, input_ids, tmp_path, name) -> None:
+    for model_type in ("llama", "gemma2", "phi", "gpt2"):
+        if name == "drelu" and model_type in ("phi", "gpt2"):
+            continue
+        model = tiny_model(model_type)
+        stock = model(input_ids).logits
+        hf_sparse.patch(model, CONFIGS[name])
+        expected = model(input_ids).logits
+        model.save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert torch.equal(loaded(input_ids).logits, expected)
+        assert hf_sparse.inspect(loaded).config == CONFIGS[name]
+        hf_sparse.unpatch(loaded)
+        assert torch.equal(loaded(input_ids).logits, stock)
+
+
+PLAIN_LOAD = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+assert "hf_sparse" not in sys.modules
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+assert "hf_sparse" not in sys.modules
+torch.save(model(torch.load(sys.argv[1] + "/ids.pt")).logits, sys.argv[1] + "/logits.pt")
+"""
+
+
+def test_without_hf_sparse_the_model_is_the_same_or_refused(tiny_model, input_ids, tmp_path) -> None:
+    jobs = []
+    for name, config in CONFIGS.items():
+        folder = tmp_path / name
+        model = tiny_model("llama")
+        hf_sparse.patch(model, config)
+        model.save_pretrained(folder)
+        torch.save(input_ids, folder / "ids.pt")
+        expected = model(input_ids).logits
+        job = subprocess.Popen(
+            [sys.executable, "-c", PLAIN_LOAD, str(folder)], stderr=subprocess.PIPE, text=True
+        )
+        jobs.append((name, folder, expected, job))
+        if len(jobs) % 3 == 0:
+            job.wait()
+    for name, folder, expected, job in jobs:
+        _, error = job.communicate()
+        if name in STOCK_EXPRESSIBLE:
+            assert job.returncode == 0, error
+            assert torch.equal(torch.load(folder / "logits.pt"), expected)
+        else:
+            assert job.returncode != 0
+            assert "KeyError: 'hf_sparse'" in error
+
+
+def test_weights_on_disk_are_stock_bytes(tiny_model, tmp_path) -> None:
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "stock")
+    hf_sparse.patch(model, "jsrelu")
+    with torch.no_grad(), hf_sparse.backend("torch"):  # decoding stores the down projections neuron-major
+        model(torch.randint(3, 128, (1, 1)))
+    assert model.model.layers[0].mlp.down_proj.weight.stride(0) == 1
+    model.save_pretrained(tmp_path / "sparse")
+    before = load_file(tmp_path / "stock" / "model.safetensors")
+    after = load_file(tmp_path / "sparse" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_every_auto_class_and_direct_construction_patch(tiny_model, tmp_path) -> None:
+    model = tiny_model("llama")
+    hf_sparse.patch(model, "jsrelu")
+    model.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    for built in (
+        AutoModel.from_pretrained(tmp_path),
+        AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=2),
+        AutoModelForCausalLM.from_config(config),
+        type(model)(config),
+    ):
+        report = hf_sparse.inspect(built)
+        assert len(report.blocks) == 3
+        assert all(type(b.activation).__name__ == "JSReLU" for b in report.blocks)
+
+
+def test_bf16_and_sharded_checkpoints(tiny_model, input_ids, tmp_path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "float32")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "float32", dtype=torch.bfloat16)
+    hf_sparse.patch(model, "fatrelu", threshold=0.1)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.dtype == torch.bfloat16
+    assert torch.equal(loaded(input_ids).logits, model(input_ids).logits)
+
+
+def test_activation_shared_with_a_mixer_is_not_called_stock(tiny_model, input_ids, tmp_path) -> None:
+    """Bamba's hidden_act also drives its Mamba mixers, which a patch leaves as they are."""
+    sizes = {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8}
+    model = tiny_model("bamba", **sizes)
+    hf_sparse.patch(model, "relu")
+    assert model.config.hidden_act == "hf_sparse"
+    expected = model(input_ids).logits
+    model.save_pretrained(tmp_path)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(input_ids).logits, expected)
+
+
+def test_part_of_a_model_fails_loudly_when_run(tiny_model, input_ids, tmp_path) -> None:
+    model = tiny_model("llama")
+    hf_sparse.patch(model, "jsrelu")
+    model.save_pretrained(tmp_path)
+    part = AutoModelForCausalLM.from_pretrained(tmp_path, num_hidden_layers=2)
+    with pytest.raises(RuntimeError, match="another number of MLP blocks"):
+        part(input_ids)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"activation": "evil"}, "activation='evil'"),
+        ({"format_version": 99}, "format_version=99"),
+        ({"surprise": 1}, "surprise"),
+        ({"blocks": -1}, "blocks=-1"),
+        ({"stock": {"field": "__class__", "activation": "silu"}}, "__class__"),
+        ({"stock": {"field": "hidden_act", "activation": "os.system"}}, "os.system"),
+        ({"stock": None}, "stock=None"),
+    ],
+)
+def test_malformed_block_is_refused(tiny_model, tmp_path, change, named) -> None:
+    model = tiny_model("llama")
+    hf_sparse.patch(model, "relu")
+    model.save_pretrained(tmp_path)
+    path = Path(tmp_path, "config.json")
+    config = json.loads(path.read_text())
+    config["hf_sparse"] |= change
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match='"hf_sparse" block of the model config') as error:
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert named in str(error.value)
+
+
+def test_uninstall_restores_transformers(tiny_model, tmp_path) -> None:
+    from transformers import PreTrainedModel
+    from transformers.activations import ACT2FN
+
+    model = tiny_model("llama")
+    hf_sparse.patch(model, "jsrelu")
+    model.save_pretrained(tmp_path)
+    wrapped = PreTrainedModel.post_init
+    hf_sparse.uninstall()
+    try:
+        assert PreTrainedModel.post_init is wrapped._hf_sparse_original
+        assert "hf_sparse" not in ACT2FN
+        with pytest.raises(KeyError, match="hf_sparse"):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
+        other = tiny_model("llama")
+        hf_sparse.patch(other, "jsrelu")
+        assert "hf_sparse" not in ACT2FN
+    finally:
+        hf_sparse.install()
+    hf_sparse.install()
+    assert PreTrainedModel.post_init._hf_sparse_original is wrapped._hf_sparse_original
+
+
+def test_real_llama_round_trip(assets, tmp_path) -> None:
+    from transformers import AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(assets / "stories260K")
+    tokenizer = AutoTokenizer.from_pretrained(assets / "stories260K")
+    text = (assets / "stories260K" / "greedy.txt").read_text()
+    prompt = tokenizer("Once upon a time", return_tensors="pt").input_ids
+    hf_sparse.patch(model, "original")
+    out = model.generate(prompt, max_new_tokens=100, do_sample=False)
+    assert text.startswith(tokenizer.decode(out[0], skip_special_tokens=True).strip())
+    hf_sparse.patch(model, "jsrelu")
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(out).logits, model(out).logits)
