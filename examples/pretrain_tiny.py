@@ -98,7 +98,9 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> floa
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def train(model: LlamaForCausalLM, tokens: torch.Tensor, held_out: torch.Tensor, args: argparse.Namespace) -> None:
+def train(
+    model: LlamaForCausalLM, tokens: torch.Tensor, held_out: torch.Tensor, args: argparse.Namespace
+) -> None:
     """AdamW with weight decay on matrices only, clipped to a gradient norm of 1."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim < 2]
@@ -168,19 +170,19 @@ license: psf-2.0
 
 A Llama (SwiGLU, grouped-query attention, tied embeddings) of {parameters:,} parameters, pretrained by
 `examples/pretrain_tiny.py` on the help topics and docstrings of Python {python}. It exists so that
-`hf-sparse quickstart` and the tests have a real pretrained model without a download. It is of no other use: it
-writes sentences in the manner of Python's manual, and they are not true.
+`hf-sparse quickstart` and the tests have a real pretrained model without a download. It is of no other
+use: it writes in the manner of Python's manual, and what it writes is not true.
 
 | | |
 |---|---|
 | training text | {train_tokens:,} tokens in {train_documents} documents |
 | held-out text | {held_out_tokens:,} tokens in {held_out_documents} documents |
-| trained on | {steps:,} steps of {batch} × {context} tokens ({seen:.1f} M tokens), seed {seed} |
+| trained on | {steps:,} steps of {batch} x {context} tokens ({seen:.1f} M tokens), seed {seed} |
 | held-out loss | **{loss:.3f}** nats per token (perplexity {perplexity:.1f}) |
-| unigram entropy of the held-out tokens | {entropy:.3f} nats per token (perplexity {entropy_perplexity:.1f}) |
+| unigram entropy of these tokens | {entropy:.3f} nats per token (perplexity {entropy_perplexity:.1f}) |
 
-Held-out documents share no paragraph with the training text. Weights are stored in float16 and load as float32,
-which `config.json` asks for; the numbers above are of the stored weights.
+Held-out documents share no paragraph with the training text. Weights are stored in float16 and load as
+float32, which `config.json` asks for; the numbers above are of the stored weights.
 
 Greedy text, the prompt in bold:
 
@@ -191,7 +193,9 @@ the PSF License Version 2.
 """
 
 
-def model_card(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, corpus: Corpus, **facts: object) -> str:
+def model_card(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, corpus: Corpus, **facts: object
+) -> str:
     """The README of the model folder, with what was measured."""
     samples = []
     for prompt in PROMPTS:
@@ -209,8 +213,10 @@ def model_card(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, corp
 
 def main() -> None:
     """Make the model folder."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the model; replaced if it is there")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True, help="model folder; replaced if there")
     parser.add_argument("--vocabulary", type=int, default=1536)
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--batch_size", type=int, default=16)
@@ -227,7 +233,8 @@ def main() -> None:
     tokens, held_out = tokens_of(corpus.train, tokenizer), tokens_of(corpus.held_out, tokenizer)
     model = make_model(args.vocabulary, args.context)
     entropy = unigram_entropy(held_out)
-    print(f"{model.num_parameters():,} parameters, {len(tokens):,} training and {len(held_out):,} held-out tokens")
+    print(f"{model.num_parameters():,} parameters")
+    print(f"{len(tokens):,} training and {len(held_out):,} held-out tokens")
     print(f"unigram entropy of the held-out tokens: {entropy:.3f} nats per token")
 
     started = time.perf_counter()

@@ -4,7 +4,7 @@ A document is one help topic, or all docstrings of one source file in the order 
 split into training and held-out text by a hash of their *name* (``topics/if``, ``json/decoder.py``), not of
 their text: names are the same in every Python release, so text that the embedded model has never seen stays
 unseen when a later Python words it a little differently. A paragraph is used once: repeated ones are dropped
-where they come again, and a held-out paragraph that training text has, too, is dropped from the held-out text.
+where they come again, and the held-out text loses each paragraph that the training text has, too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,15 @@ from pathlib import Path
 HELD_OUT_SHARE = 1 / 16
 """Share of the documents, by count, that is kept for evaluation."""
 
-_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data"}
+_SKIPPED_FOLDERS = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "__pycache__",
+    "pydoc_data",
+}
 _MIN_CHARACTERS = 80
 
 
@@ -58,11 +66,14 @@ def python_corpus(library: str | os.PathLike[str] | None = None) -> Corpus:
 
     Raises:
         FileNotFoundError: there are no source files there (a Python that ships byte code only).
+
     """
     root = Path(library or sysconfig.get_paths()["stdlib"])
     documents = list(_topics()) + list(_docstrings(root))
     if len(documents) < 2:
-        raise FileNotFoundError(f"no documented Python source files under {str(root)!r}; pass library=<folder>.")
+        raise FileNotFoundError(
+            f"no documented Python source files under {str(root)!r}; pass library=<folder>."
+        )
     seen: set[str] = set()
     train = _new_paragraphs((text for name, text in documents if not _is_held_out(name)), seen)
     held_out = _new_paragraphs((text for name, text in documents if _is_held_out(name)), seen)
@@ -98,7 +109,7 @@ def _docstrings(root: Path) -> Iterator[tuple[str, str]]:
 
 
 def _documented(tree: ast.Module) -> Iterator[str]:
-    nodes = [tree]
+    nodes: list[ast.AST] = [tree]
     while nodes:
         node = nodes.pop()
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (

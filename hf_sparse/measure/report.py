@@ -1,0 +1,145 @@
+"""The result of a measurement: numbers, a table, JSON, a plot."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+DEFINITION = "sparsity: share of exact zeros among the values that reach the down projections"
+"""What every number called sparsity in this package means."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSparsity:
+    """One MLP block, over all measured tokens."""
+
+    name: str
+    """Qualified name of the block, as in ``model.get_submodule(name)``."""
+    neurons: int
+    """Intermediate size F: values per token that reach the down projection."""
+    tokens: int
+    """Tokens measured, without padding."""
+    zeros: int
+    """How many of the ``tokens * neurons`` values are exactly zero."""
+
+    @property
+    def sparsity(self) -> float:
+        """Share of exact zeros, 0 to 1; NaN for a block that no token reached."""
+        return self.zeros / (self.tokens * self.neurons) if self.tokens else math.nan
+
+    @property
+    def density(self) -> float:
+        """``1 - sparsity``: share of neurons that have to be computed."""
+        return 1 - self.sparsity
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparsityReport:
+    """What :func:`hf_sparse.measure` found; ``print`` shows it as a table.
+
+    Sparsity is the share of exact zeros among the values that reach the down projections: over tokens and
+    neurons for a layer, and over layers, too, for the whole model. Density is ``1 - sparsity``.
+    """
+
+    layers: tuple[LayerSparsity, ...]
+    """The MLP blocks in the order of the model."""
+    loss: float
+    """Mean cross-entropy of the next token, in nats, over all predicted tokens."""
+    tokens: int
+    """Tokens that went through the model, without padding."""
+    predicted_tokens: int
+    """Tokens the loss is over: all but the first of each window, without padding and ignored labels."""
+    sequence_length: int | None = None
+    """Tokens in a window of text; None if the data came in batches. Perplexity depends on it."""
+
+    @property
+    def sparsity(self) -> float:
+        """Share of exact zeros over tokens, neurons and layers, 0 to 1."""
+        return sum(x.zeros for x in self.layers) / sum(x.tokens * x.neurons for x in self.layers)
+
+    @property
+    def density(self) -> float:
+        """``1 - sparsity``."""
+        return 1 - self.sparsity
+
+    @property
+    def perplexity(self) -> float:
+        """``exp(loss)``; infinite where that is too large for a float."""
+        try:
+            return math.exp(self.loss)
+        except OverflowError:
+            return math.inf
+
+    def __str__(self) -> str:
+        width = max(len("all layers"), *(len(layer.name) for layer in self.layers))
+        rule = "-" * (width + 30)
+        lines = [f"{'MLP block':<{width}}  {'neurons':>8}  {'sparsity':>8}  {'density':>8}", rule]
+        for layer in self.layers:
+            lines.append(
+                f"{layer.name:<{width}}  {layer.neurons:>8,}  {layer.sparsity:>8.2%}  {layer.density:>8.2%}"
+            )
+        total = sum(layer.neurons for layer in self.layers)
+        window = f" in windows of {self.sequence_length:,}" if self.sequence_length else ""
+        return "\n".join(
+            [
+                *lines,
+                rule,
+                f"{'all layers':<{width}}  {total:>8,}  {self.sparsity:>8.2%}  {self.density:>8.2%}",
+                f"perplexity {self.perplexity:.4g} (loss {self.loss:.4f}), {self.tokens:,} tokens{window}",
+                DEFINITION,
+            ]
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; an infinite perplexity or a loss that is not a number is None."""
+        return {
+            "definition": DEFINITION,
+            "sparsity": self.sparsity,
+            "density": self.density,
+            "loss": _finite(self.loss),
+            "perplexity": _finite(self.perplexity),
+            "tokens": self.tokens,
+            "predicted_tokens": self.predicted_tokens,
+            "sequence_length": self.sequence_length,
+            "layers": [
+                {
+                    "name": layer.name,
+                    "neurons": layer.neurons,
+                    "tokens": layer.tokens,
+                    "zeros": layer.zeros,
+                    "sparsity": _finite(layer.sparsity),
+                }
+                for layer in self.layers
+            ],
+        }
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """The report as JSON text, also written to ``path`` if one is given."""
+        text = json.dumps(self.to_dict(), indent=2, allow_nan=False)
+        if path is not None:
+            Path(path).write_text(text + "\n", encoding="utf-8")
+        return text
+
+    def plot(self, path: str | os.PathLike[str], *, before: SparsityReport | None = None) -> Path:
+        """Draw sparsity by layer into an image file; its ending (png, svg, pdf) chooses the format.
+
+        Args:
+            path: where to write.
+            before: an earlier report of the same model, drawn beside this one.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: ``before`` is of a model with another number of blocks.
+
+        """
+        from hf_sparse.measure.plot import draw
+
+        return draw(self, Path(path), before)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
