@@ -1,0 +1,108 @@
+"""Which backend runs: forced by the user, or chosen from device, dtype, tokens, size and measured break-even.
+
+``"dense"``   the plain formula of :mod:`triton_ops.reference`
+``"torch"``   skipping with stock PyTorch operators (CPU)
+``"cpp"``     the compiled one-pass kernel (CPU)
+``"triton"``  Triton kernels (GPU; on CPU tensors under ``TRITON_INTERPRET=1``)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from triton_ops import torch_path
+
+BACKENDS = ("auto", "dense", "torch", "cpp", "triton")
+ENVIRONMENT = "HF_SPARSE_BACKEND"
+
+_forced: ContextVar[str | None] = ContextVar("hf_sparse_backend", default=None)
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force the backend of every operator called inside the ``with`` block (in this thread or async task).
+
+    It wins over the environment variable ``HF_SPARSE_BACKEND``; ``"auto"`` gives the choice back to the
+    package. Under ``torch.compile`` the choice between a module's dense form and the operator is made when
+    the graph is traced; the choice among the operator's backends is made at every call.
+
+    Raises:
+        ValueError: ``name`` is not one of ``"auto"``, ``"dense"``, ``"torch"``, ``"cpp"``, ``"triton"``.
+
+    """
+    token = _forced.set(_checked(name, "backend"))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}={name!r} is not a backend; choose one of {', '.join(BACKENDS)}.")
+    return name
+
+
+# Dynamo cannot trace context variables, files or compilers; what it needs of them is constant in a trace.
+@torch.compiler.assume_constant_result
+def forced_backend() -> str:
+    """The backend of the innermost :func:`backend` block, else of the environment, else ``"auto"``."""
+    name = _forced.get()
+    if name is not None:
+        return name
+    return _checked(os.environ.get(ENVIRONMENT) or "auto", ENVIRONMENT)
+
+
+def path(name: str) -> ModuleType:
+    """The module of a backend other than ``"dense"``: ``unusable``, ``gated_mlp``, ``sparse_linear``."""
+    return torch_path
+
+
+def wants_sparse(x_tokens: int, weight: Tensor, *, gated: bool) -> bool:
+    """Whether an MLP should take the skipping operator now, or its stock dense forward.
+
+    Args:
+        x_tokens: tokens in this call, over all leading dimensions.
+        weight: the gate or up projection ``[F, D]``; its device, dtype and shape count, not its values.
+        gated: whether the block has a gate (:func:`gated_mlp`) or is plain (:func:`sparse_linear`).
+
+    Returns:
+        False if ``"dense"`` is forced, True if another backend is forced; else whether some backend has been
+        measured to be no slower than dense here. False under autocast, which the operators leave to torch.
+
+    """
+    return (
+        choose(x_tokens, weight.device.type, weight.dtype, weight.shape[1], weight.shape[0], gated) != "dense"
+    )
+
+
+def choose(tokens: int, device: str, dtype: torch.dtype, hidden: int, neurons: int, gated: bool) -> str:
+    """The backend for these sizes: a forced one unseen, or the best that is available and worth it."""
+    name = forced_backend()
+    if name != "auto":
+        return name
+    return "dense"
+
+
+def select(tokens: int, weight: Tensor, *, gated: bool) -> ModuleType | None:
+    """The path that the operator takes, None for dense. ``weight`` is ``[F, D]``.
+
+    Raises:
+        RuntimeError: a forced backend cannot run here; the message says why.
+
+    """
+    name = choose(tokens, weight.device.type, weight.dtype, weight.shape[1], weight.shape[0], gated)
+    if name == "dense":
+        return None
+    found = path(name)
+    reason = found.unusable(weight.device, weight.dtype)
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} was forced but cannot run here: {reason}.")
+    return found

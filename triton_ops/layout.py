@@ -1,0 +1,34 @@
+"""Neuron-major storage of a down projection: what one neuron owns lies together in memory.
+
+``nn.Linear`` stores a down projection ``[D, F]`` row by row, so the D weights of one neuron are F elements
+apart and skipping a neuron saves no memory traffic. Changing the *strides* to ``(1, D)`` puts them side by
+side while name, shape, values and saved checkpoints stay as they are.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def is_neuron_major(weight: Tensor) -> bool:
+    """Whether the 2-D ``weight [D, F]`` has strides ``(1, D)``."""
+    return weight.ndim == 2 and weight.stride() == (1, weight.shape[0])
+
+
+@torch.no_grad()
+def neuron_major_(weight: Tensor) -> Tensor:
+    """Store ``weight [D, F]`` neuron by neuron, in place; returns the same tensor, same shape and values.
+
+    The peak of memory is one copy of this weight; afterwards nothing is held twice. Dense products with the
+    weight in this layout are slower where the BLAS prefers rows, see :func:`triton_ops.dense_linear`.
+
+    Raises:
+        ValueError: ``weight`` is not two-dimensional.
+
+    """
+    if weight.ndim != 2:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; a down projection is [hidden, neurons].")
+    if not is_neuron_major(weight):
+        weight.data = weight.data.t().contiguous().t()
+    return weight

@@ -1,0 +1,250 @@
+"""The operators as ``torch.library`` custom operators: schema, fake, autograd, and the call of a backend.
+
+``torch.ops.hf_sparse.gated_mlp`` and ``torch.ops.hf_sparse.sparse_linear``; the functions here give them
+keyword arguments and defaults. Gradients are those of the dense formula, recomputed from the inputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from triton_ops import dispatch, reference
+from triton_ops.layout import is_neuron_major
+
+_LIB = torch.library.Library("hf_sparse", "DEF")
+# Strides carry the neuron-major layout, so a compiler must hand the operators the strides it was given.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+_LIB.define(
+    "gated_mlp(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor? gate_bias, Tensor? up_bias, "
+    "Tensor? down_bias, str activation, float threshold) -> Tensor",
+    tags=_TAGS,
+)
+_LIB.define("sparse_linear(Tensor h, Tensor weight, Tensor? bias) -> Tensor", tags=_TAGS)
+
+
+def gated_mlp(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    *,
+    activation: str,
+    threshold: float = 0.0,
+) -> Tensor:
+    """The gated MLP ``down(act(gate(x)) * up(x))``, without touching what silent neurons own.
+
+    Args:
+        x: ``[..., D]``, bfloat16, float16, float32 or float64, of any strides.
+        gate: ``[F, D]``, same dtype and device as ``x``.
+        up: ``[F, D]``.
+        down: ``[D, F]``; skipping needs the strides of :func:`neuron_major_`, without them it runs dense.
+        gate_bias: ``[F]`` or None.
+        up_bias: ``[F]`` or None.
+        down_bias: ``[D]`` or None.
+        activation: one of :data:`triton_ops.ACTIVATIONS`; see :func:`triton_ops.reference.activation`.
+        threshold: of ``"shifted_relu"`` and ``"fatrelu"``, in units of the pre-activation.
+
+    Returns:
+        ``[..., D]``, the dtype of ``x``, contiguous.
+
+    Raises:
+        ValueError: a shape, dtype, device, activation or threshold does not fit; the message names it.
+        RuntimeError: a forced backend cannot run here.
+
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        reference.check_activation(activation, threshold)
+        return reference.gated_mlp(
+            x, gate, up, down, gate_bias, up_bias, down_bias, activation=activation, threshold=threshold
+        )
+    return torch.ops.hf_sparse.gated_mlp.default(
+        x, gate, up, down, gate_bias, up_bias, down_bias, activation, threshold
+    )
+
+
+def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``h weightᵀ + bias``, reading only the weights of neurons where ``h`` is not exactly zero.
+
+    Args:
+        h: ``[..., F]``, the activations, with exact zeros where a neuron is silent.
+        weight: ``[D, F]``; skipping needs the strides of :func:`neuron_major_`, without them it runs dense.
+        bias: ``[D]`` or None.
+
+    Returns:
+        ``[..., D]``, the dtype of ``h``, contiguous.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit; the message names it.
+        RuntimeError: a forced backend cannot run here.
+
+    """
+    if torch.is_autocast_enabled(h.device.type):
+        return reference.sparse_linear(h, weight, bias)
+    return torch.ops.hf_sparse.sparse_linear.default(h, weight, bias)
+
+
+def _check(name: str, value: Tensor | None, shape: tuple[int, ...], like: Tensor, what: str) -> None:
+    if value is None:
+        return
+    if value.shape != shape:
+        raise ValueError(f"{name} has shape {list(value.shape)}; expected {what} = {list(shape)}.")
+    if value.dtype != like.dtype:
+        raise ValueError(f"{name} is {value.dtype} and the input is {like.dtype}; convert one to the other.")
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device} and the input is on {like.device}; move one of them.")
+
+
+def _check_gated_mlp(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    threshold: float,
+) -> None:
+    reference.check_activation(activation, threshold)
+    _check_input("x", x, gate, "gate")
+    neurons, hidden = gate.shape
+    _check("gate", gate, (neurons, x.shape[-1]), x, "[F, D]")
+    _check("up", up, (neurons, hidden), x, "[F, D]")
+    _check("down", down, (hidden, neurons), x, "[D, F]")
+    _check("gate_bias", gate_bias, (neurons,), x, "[F]")
+    _check("up_bias", up_bias, (neurons,), x, "[F]")
+    _check("down_bias", down_bias, (hidden,), x, "[D]")
+
+
+def _check_sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    _check_input("h", h, weight, "weight")
+    hidden, _ = weight.shape
+    _check("weight", weight, (hidden, h.shape[-1]), h, "[D, F]")
+    _check("bias", bias, (hidden,), h, "[D]")
+
+
+def _check_input(name: str, x: Tensor, weight: Tensor, weight_name: str) -> None:
+    if x.ndim < 1:
+        raise ValueError(f"{name} has no dimension; expected [..., features].")
+    if weight.ndim != 2:
+        raise ValueError(f"{weight_name} has shape {list(weight.shape)}; expected two dimensions.")
+    if not x.is_floating_point():
+        raise ValueError(f"{name} is {x.dtype}; expected a floating dtype.")
+
+
+def _gated_mlp(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    threshold: float,
+) -> Tensor:
+    _check_gated_mlp(x, gate, up, down, gate_bias, up_bias, down_bias, activation, threshold)
+    neurons, hidden = gate.shape
+    tokens = x.numel() // hidden if hidden else 0
+    path = dispatch.select(tokens, gate, gated=True)
+    if path is None or not is_neuron_major(down) or not (tokens and neurons):
+        return reference.gated_mlp(
+            x, gate, up, down, gate_bias, up_bias, down_bias, activation=activation, threshold=threshold
+        )
+    y = path.gated_mlp(
+        x.reshape(tokens, hidden), gate, up, down, gate_bias, up_bias, down_bias, activation, threshold
+    )
+    return y.view(x.shape)
+
+
+def _sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    _check_sparse_linear(h, weight, bias)
+    hidden, neurons = weight.shape
+    tokens = h.numel() // neurons if neurons else 0
+    path = dispatch.select(tokens, weight.t(), gated=False)
+    if path is None or not is_neuron_major(weight) or not (tokens and hidden):
+        return reference.sparse_linear(h, weight, bias)
+    y = path.sparse_linear(h.reshape(tokens, neurons), weight, bias)
+    return y.view(*h.shape[:-1], hidden)
+
+
+for _device in ("CPU", "CUDA"):
+    _LIB.impl("gated_mlp", _gated_mlp, _device)
+    _LIB.impl("sparse_linear", _sparse_linear, _device)
+
+
+@torch.library.register_fake("hf_sparse::gated_mlp", lib=_LIB)
+def _(*args: Any) -> Tensor:
+    _check_gated_mlp(*args)
+    x = args[0]
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("hf_sparse::sparse_linear", lib=_LIB)
+def _(*args: Any) -> Tensor:
+    _check_sparse_linear(*args)
+    h, weight, _ = args
+    return h.new_empty((*h.shape[:-1], weight.shape[0]))
+
+
+def _save_gated_mlp(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:7])
+    ctx.activation, ctx.threshold = inputs[7:]
+
+
+def _gated_mlp_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, gate, up, down, gate_bias, up_bias, _ = ctx.saved_tensors
+    need = ctx.needs_input_grad
+    p, u = F.linear(x, gate, gate_bias), F.linear(x, up, up_bias)
+    a = reference.activation(p, ctx.activation, ctx.threshold)
+    slope = reference.activation_derivative(p, ctx.activation, ctx.threshold)
+    v = torch.relu(u) if ctx.activation == "drelu" else u
+    grad_h = grad @ down
+    grad_p, grad_u = grad_h * v * slope, grad_h * a
+    if ctx.activation == "drelu":
+        grad_u = grad_u * (u > 0)
+    return (
+        grad_p @ gate + grad_u @ up if need[0] else None,
+        _rows(grad_p).t() @ _rows(x) if need[1] else None,
+        _rows(grad_u).t() @ _rows(x) if need[2] else None,
+        _rows(grad).t() @ _rows(a * v) if need[3] else None,
+        _rows(grad_p).sum(0) if need[4] else None,
+        _rows(grad_u).sum(0) if need[5] else None,
+        _rows(grad).sum(0) if need[6] else None,
+        None,
+        None,
+    )
+
+
+def _save_sparse_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0], inputs[1])
+
+
+def _sparse_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    h, weight = ctx.saved_tensors
+    need = ctx.needs_input_grad
+    return (
+        grad @ weight if need[0] else None,
+        _rows(grad).t() @ _rows(h) if need[1] else None,
+        _rows(grad).sum(0) if need[2] else None,
+    )
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``[..., n]`` as ``[T, n]``, also for T = 0, where ``reshape(-1, 0)`` would be ambiguous."""
+    return x.flatten(0, -2) if x.ndim > 1 else x.unsqueeze(0)
+
+
+torch.library.register_autograd(
+    "hf_sparse::gated_mlp", _gated_mlp_backward, setup_context=_save_gated_mlp, lib=_LIB
+)
+torch.library.register_autograd(
+    "hf_sparse::sparse_linear", _sparse_linear_backward, setup_context=_save_sparse_linear, lib=_LIB
+)

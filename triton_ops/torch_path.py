@@ -1,0 +1,73 @@
+"""Skipping silent neurons with stock PyTorch operators, for one token: the path that needs no compiler.
+
+The gate is a dense product; the up rows of active neurons are gathered and multiplied; the down projection is
+``F.embedding_bag`` on the neuron-major weight, which reads only the active rows and accumulates in float32
+(``h @ down[idx]`` is many times slower in bfloat16).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from triton_ops import reference
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this path cannot run on ``device`` with ``dtype``; None if it can."""
+    if device.type != "cpu":
+        return f"it counts active neurons on the host, which would stall a {device.type} device"
+    if dtype not in DTYPES:
+        return f"it has no {dtype} embedding_bag"
+    return None
+
+
+def gated_mlp(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    threshold: float,
+    max_density: float = 1.0,
+) -> Tensor:
+    """``x [T, D]`` to ``[T, D]``; a token with more than ``max_density`` active neurons is not skipped."""
+    a = reference.activation(F.linear(x, gate, gate_bias), activation, threshold)
+    rows = []
+    for t in range(x.shape[0]):
+        idx: Tensor | None = a[t].nonzero().squeeze(1)
+        assert idx is not None
+        if idx.numel() > max_density * a.shape[1]:
+            h, idx = a[t], None
+            u = F.linear(x[t], up, up_bias)
+        else:
+            h = a[t].index_select(0, idx)
+            b = None if up_bias is None else up_bias.index_select(0, idx)
+            u = F.linear(x[t], up.index_select(0, idx), b)
+        h = h * (torch.relu(u) if activation == "drelu" else u)
+        rows.append(_down(h, idx, down, down_bias))
+    return torch.stack(rows) if rows else x.new_empty(0, down.shape[0])
+
+
+def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``h [T, F]``, ``weight [D, F]`` to ``[T, D]``."""
+    rows = []
+    for t in range(h.shape[0]):
+        idx = h[t].nonzero().squeeze(1)
+        rows.append(_down(h[t].index_select(0, idx), idx, weight, bias))
+    return torch.stack(rows) if rows else h.new_empty(0, weight.shape[0])
+
+
+def _down(h: Tensor, idx: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The rows ``idx`` (None: all) of the neuron-major ``weight``, weighted by ``h`` and summed: ``[D]``."""
+    if idx is None:
+        idx = torch.arange(h.shape[0])
+    # Zero neurons make an empty bag, whose sum is zero, as it should be.
+    y = F.embedding_bag(idx, weight.t(), idx.new_zeros(1), mode="sum", per_sample_weights=h)[0]
+    return y if bias is None else y + bias
