@@ -1,0 +1,144 @@
+"""From a YAML file and the command line to a Recipe.
+
+A plain ``argparse`` parser is built from the fields of Recipe, their types and the strings under them, so
+that ``--help`` is grouped, complete and immediate. Precedence: command line, then the file, then defaults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import inspect
+import itertools
+import re
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from recipe import Recipe, check_keys
+
+DESCRIPTION = """\
+Finetune a pretrained causal language model for activation sparsity: substitute the activation of its MLP
+blocks, train it on plain text (optionally with a progressive L1 penalty), measure it, and save it."""
+
+EPILOG = """\
+examples:
+  python training/finetune.py --config training/recipes/relu.yaml --model ./my-model --dataset ./my-texts
+  accelerate launch --num_processes 8 training/finetune.py --config training/recipes/prosparse.yaml
+  accelerate launch training/finetune.py --config training/recipes/relu.yaml --learning_rate 1e-4 --resume
+
+docs/training.md tells the rest."""
+
+
+def parse_recipe(argv: Sequence[str] | None = None) -> Recipe:
+    """The recipe of a command line (without the program's name; None reads ``sys.argv``).
+
+    Ends the program with a message and status 2 on a mistake, as argparse does.
+    """
+    parser = build_parser()
+    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not MISSING}
+    config = given.pop("config", None)
+    try:
+        return Recipe(**{**(load_yaml(config) if config else {}), **given})
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """The fields set in a recipe file.
+
+    Raises:
+        ValueError: the file is not a mapping of known fields, or is not YAML.
+        OSError: it cannot be read.
+
+    """
+    try:
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold lines of the form `field: value`.")
+    check_keys(values, str(path))
+    return values
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of finetune.py: one option per field of Recipe, and ``--config``."""
+    parser = argparse.ArgumentParser(
+        prog="finetune.py",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=MISSING,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML recipe with any of the fields below; options given here override it",
+    )
+    hints = typing.get_type_hints(Recipe)
+    documentation, headings = _field_documentation()
+    group: Any = parser
+    for f in fields(Recipe):
+        if f.name in headings:
+            group = parser.add_argument_group(headings[f.name])
+        default = f.default if f.default is not MISSING else []
+        text = f"{documentation[f.name]} Default: {_shown(default)}".replace("%", "%%")
+        group.add_argument(f"--{f.name}", help=text, **_option(hints[f.name]))
+    return parser
+
+
+def _option(hint: Any) -> dict[str, Any]:
+    """Argparse keywords for a field's type."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if origin is Literal:
+        return {"choices": arguments}
+    if origin is list:
+        return {"nargs": "*", "type": arguments[0], "metavar": "X"}
+    if origin is types.UnionType:
+        return {"type": lambda text: None if text.lower() == "none" else text, "metavar": "TEXT"}
+    return {"type": hint, "metavar": {str: "TEXT", int: "N", float: "X"}[hint]}
+
+
+def _shown(default: Any) -> str:
+    """A default as it is typed on the command line."""
+    if default is None or default == []:
+        return "none" if default is None else "empty"
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def _field_documentation() -> tuple[dict[str, str], dict[str, str]]:
+    """The string under each field of Recipe, and the headings ("# ---- name") before groups of fields."""
+    source = inspect.getsource(Recipe)
+    body = ast.parse(source).body[0].body  # type: ignore[attr-defined]
+    lines = source.splitlines()
+    documentation, headings = {}, {}
+    for statement, following in itertools.pairwise(body):
+        if not isinstance(statement, ast.AnnAssign):
+            continue
+        name = statement.target.id  # type: ignore[union-attr]
+        documentation[name] = " ".join(following.value.value.split())  # type: ignore[attr-defined]
+        if heading := re.match(r"\s*# ---- (.+)", lines[statement.lineno - 2]):
+            headings[name] = heading[1]
+    return documentation, headings
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-4 as a number, which YAML 1.1 takes for text."""
+
+
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)

@@ -1,0 +1,250 @@
+"""Checkpoints that are whole or not there: written aside, verified by hash, continued from exactly.
+
+``folder/step-00000250/`` holds what ``accelerator.save_state`` writes (weights as safetensors, optimizer,
+random states of every process), one JSON file for each data stream, ``state.json``, and ``manifest.json``
+with the size and SHA-256 of every other file. It is written under a name that begins with ``.incomplete-`` and
+renamed when all processes are done and everything is on disk, so a crash at any moment leaves the earlier
+checkpoints as they were.
+
+All processes must see the same folder; on several machines it lies on a shared file system.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from data import StreamState
+from safetensors.torch import load_model
+from torch import nn
+
+FORMAT_VERSION = 1
+_INCOMPLETE = ".incomplete-"
+_WEIGHTS = "model.safetensors"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be used; the message says why and what to do."""
+
+
+@dataclass
+class Progress:
+    """How far a run has come: everything but weights, optimizer and random states."""
+
+    step: int = 0
+    """Updates done."""
+    tokens: int = 0
+    """Tokens trained on, over all processes."""
+    pending: dict[str, list[float]] = field(default_factory=dict)
+    """Values per update since the last log record, by name."""
+    streams: dict[int, StreamState] = field(default_factory=dict)
+    """Position of each data stream: of this process when saving, of all when loading."""
+
+
+class Checkpoints:
+    """The checkpoints of one run. All methods but ``__init__`` are to be called by all processes together."""
+
+    def __init__(self, accelerator: Accelerator, folder: Path, keep: int) -> None:
+        self._accelerator, self._folder, self._keep = accelerator, folder, keep
+        accelerator.register_save_state_pre_hook(_bare_weights)
+        accelerator.register_load_state_pre_hook(_load_bare_weights)
+
+    def save(self, progress: Progress, recipe: dict[str, Any]) -> Path:
+        """Write a checkpoint of the prepared model, optimizer and random states, and ``progress``.
+
+        Raises:
+            CheckpointError: a process wrote its files elsewhere (the folder is not shared).
+
+        """
+        accelerator = self._accelerator
+        final = self._folder / f"step-{progress.step:08d}"
+        aside = self._folder / f"{_INCOMPLETE}{final.name}"
+        if accelerator.is_main_process:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(aside))
+        for stream, state in progress.streams.items():
+            _write_json(aside / _stream_file(stream), asdict(state))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            state = {"step": progress.step, "tokens": progress.tokens, "pending": progress.pending}
+            _write_json(aside / "state.json", {**state, "recipe": recipe})
+            streams = range(recipe["data_streams"])
+            if missing := [f for v in streams if not (aside / (f := _stream_file(v))).exists()]:
+                raise CheckpointError(
+                    f"{', '.join(missing)} did not arrive in {aside}: output_dir must be a folder that all "
+                    "processes share."
+                )
+            _write_manifest(aside)
+            if final.exists():  # an invalid one that the run was not resumed from
+                _discard(final)
+            os.rename(aside, final)
+            _sync(self._folder)
+            for old in self._all()[self._keep :]:
+                _discard(old)
+        accelerator.wait_for_everyone()
+        return final
+
+    def exists(self) -> bool:
+        """Whether there is any complete checkpoint."""
+        return bool(self._all())
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint whose files are all intact; None if there are no checkpoints.
+
+        Removes what interrupted saves left, and warns of damaged checkpoints that it passes over.
+
+        Raises:
+            CheckpointError: there are checkpoints, but none is intact.
+
+        """
+        found: list[Any] = [None, None]
+        if self._accelerator.is_main_process:
+            for left in self._folder.glob(f"{_INCOMPLETE}*"):
+                shutil.rmtree(left)
+            problems = []
+            for path in self._all():
+                try:
+                    verify(path)
+                except CheckpointError as error:
+                    problems.append(str(error))
+                    continue
+                found[0] = path
+                for problem in problems:
+                    warnings.warn(f"{problem} Continuing from the earlier {path.name}.", stacklevel=2)
+                break
+            else:
+                found[1] = " ".join(problems)
+        broadcast_object_list(found)
+        if found[1]:
+            raise CheckpointError(f"no checkpoint is intact. {found[1]}")
+        return found[0]
+
+    def load(self, path: Path) -> Progress:
+        """Put a checkpoint into the prepared model, optimizer and random states; returns its progress."""
+        self._accelerator.load_state(str(path))
+        state = read_state(path)
+        streams = {
+            v: StreamState(**json.loads((path / _stream_file(v)).read_text(encoding="utf-8")))
+            for v in range(state["recipe"]["data_streams"])
+        }
+        return Progress(state["step"], state["tokens"], state["pending"], streams)
+
+    def _all(self) -> list[Path]:
+        """Complete checkpoints, newest first."""
+        return sorted((p for p in self._folder.glob("step-*") if p.is_dir()), reverse=True)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """``state.json`` of a checkpoint: step, tokens, pending, recipe."""
+    return json.loads((path / "state.json").read_text(encoding="utf-8"))
+
+
+def verify(path: Path) -> None:
+    """Check a checkpoint against its manifest.
+
+    Raises:
+        CheckpointError: the manifest is missing or of another format, or a file is missing or damaged.
+
+    """
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        version, files = manifest["format_version"], manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: manifest.json cannot be read ({error}).") from None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{path}: format_version {version!r}; this code reads {FORMAT_VERSION}.")
+    for entry in files:
+        file = path / entry["name"]
+        if not file.is_file():
+            raise CheckpointError(f"{path}: {entry['name']} is missing.")
+        if file.stat().st_size != entry["bytes"]:
+            raise CheckpointError(
+                f"{path}: {entry['name']} has {file.stat().st_size} bytes instead of {entry['bytes']}."
+            )
+        if _sha256(file) != entry["sha256"]:
+            raise CheckpointError(f"{path}: {entry['name']} is damaged (its SHA-256 differs).")
+
+
+def write_whole(folder: Path) -> tuple[Path, Path]:
+    """Two names for a folder that appears at once: write into the first, then ``publish`` both."""
+    return folder.with_name(f"{_INCOMPLETE}{folder.name}"), folder
+
+
+def publish(aside: Path, folder: Path) -> None:
+    """Bring ``aside`` to disk and give it its name, replacing what was there."""
+    for file in aside.rglob("*"):
+        _sync(file)
+    _sync(aside)
+    if folder.exists():
+        _discard(folder)
+    os.rename(aside, folder)
+    _sync(folder.parent)
+
+
+def _bare_weights(models: list[nn.Module], weights: list[dict[str, Any]], folder: str) -> None:
+    """Save names without the wrapper of data parallelism, so that any number of processes can load them."""
+    for state in weights:
+        for name in [name for name in state if name.startswith("module.")]:
+            state[name.removeprefix("module.")] = state.pop(name)
+
+
+def _load_bare_weights(models: list[nn.Module], folder: str) -> None:
+    file = Path(folder) / _WEIGHTS
+    if file.exists():  # otherwise accelerate saved shards and loads them itself
+        for model in models:
+            bare = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+            load_model(bare, file)
+        models.clear()
+
+
+def _stream_file(stream: int) -> str:
+    return f"stream-{stream:04d}.json"
+
+
+def _discard(folder: Path) -> None:
+    # Renamed first: a crash while deleting must not leave half a checkpoint under a valid name.
+    doomed = folder.with_name(f"{_INCOMPLETE}discarded-{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+def _write_manifest(folder: Path) -> None:
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    entries = [
+        {"name": p.relative_to(folder).as_posix(), "bytes": p.stat().st_size, "sha256": _sha256(p)}
+        for p in files
+    ]
+    _write_json(folder / "manifest.json", {"format_version": FORMAT_VERSION, "files": entries})
+    for path in [*folder.rglob("*"), folder]:
+        _sync(path)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,198 @@
+"""Finetune a pretrained model for activation sparsity. `python training/finetune.py --help` lists the fields.
+
+Start it as one process (`python training/finetune.py …`) or several (`accelerate launch …`): the order of the
+data is the same, and the result up to rounding. docs/training.md is the manual.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# The tokenizer runs in a background thread of every process; its own threads stay on.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, set_seed
+from arguments import parse_recipe
+from checkpoint import CheckpointError, Checkpoints, Progress, publish, read_state, write_whole
+from data import DataExhaustedError, TrainingData, evaluation_data
+from evaluation import Evaluation, evaluate
+from loop import Run, build_optimizer, settings, train
+from recipe import Recipe
+from records import RunLog, read_log
+from sources import Source
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+import hf_sparse
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a recipe from its beginning, or from its last checkpoint, to its end."""
+    recipe = parse_recipe(argv)
+    accelerator = Accelerator(mixed_precision="bf16" if recipe.precision == "bf16" else "no")
+    output = Path(recipe.output_dir).expanduser()
+    say = accelerator.print
+
+    # Continue, or begin?
+    checkpoints = Checkpoints(accelerator, output / "checkpoints", recipe.keep_checkpoints)
+    checkpoint = find_checkpoint(recipe, checkpoints)
+    say(f"continuing from {checkpoint}" if checkpoint else f"a new run in {output}")
+
+    # The model, before anything is changed.
+    set_seed(recipe.seed)
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model, revision=recipe.revision)
+    model = AutoModelForCausalLM.from_pretrained(recipe.model, revision=recipe.revision, dtype=torch.float32)
+    check_length(recipe, model)
+
+    # The text: what to evaluate on, and therefore not to train on.
+    source = Source(recipe)
+    held_out_sequences, held_out = evaluation_data(recipe, source, tokenizer)
+    say(f"evaluation on {held_out_sequences.numel():,} held-out tokens")
+
+    def evaluation(of: torch.nn.Module) -> Evaluation:
+        return evaluate(accelerator, of, held_out_sequences, batch_size=recipe.micro_batch)
+
+    log = RunLog(
+        output,
+        main=accelerator.is_main_process,
+        tensorboard=recipe.tensorboard,
+        after_step=read_state(checkpoint)["step"] if checkpoint else -1,
+    )
+    if not checkpoint:
+        log.write("run", 0, describe(recipe, accelerator, model))
+        if not is_sharded(accelerator):  # a sharded model may not fit one device as a whole
+            model.to(accelerator.device)
+            with accelerator.autocast():
+                original = evaluation(model)
+            log.write("original", 0, original.to_dict())
+            say(f"original model: perplexity {original.perplexity:.2f}, sparsity {original.sparsity:.1%}")
+
+    # The change: another activation, in place. The dense baseline stays as it is.
+    if recipe.activation != "original":
+        mix = settings(recipe, 1)["mix"]
+        say(hf_sparse.patch(model, recipe.sparsity(mix=mix)))
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model, optimizer = accelerator.prepare(model, build_optimizer(recipe, model))
+    progress = Progress()
+    set_seed(recipe.seed, device_specific=True)  # dropout differs between processes
+    if checkpoint:
+        progress = checkpoints.load(checkpoint)
+    else:
+        first = evaluation(model)
+        log.write("eval", 0, first.to_dict())
+        say(f"before training: perplexity {first.perplexity:.2f}, sparsity {first.sparsity:.1%}")
+
+    # Training.
+    data = TrainingData(
+        recipe,
+        source,
+        tokenizer,
+        held_out,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        states=progress.streams,
+    )
+    run = Run(recipe, accelerator, model, optimizer, data, checkpoints, log, lambda: evaluation(model))
+    train(run, progress)
+
+    # The result.
+    save_final(accelerator, model, tokenizer, output)
+    log.close()
+    if accelerator.is_main_process:
+        say(summary(output))
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def find_checkpoint(recipe: Recipe, checkpoints: Checkpoints) -> Path | None:
+    """The checkpoint to continue from, None for a new run.
+
+    Raises:
+        CheckpointError: output_dir holds a run that is not to be resumed, or one of another recipe.
+
+    """
+    if not recipe.resume:
+        if checkpoints.exists():
+            raise CheckpointError(
+                f"output_dir={recipe.output_dir!r} holds the checkpoints of a run: continue it with "
+                "--resume, or choose another output_dir."
+            )
+        return None
+    path = checkpoints.newest()
+    if path and (changed := recipe.changed(read_state(path)["recipe"])):
+        raise CheckpointError(
+            f"{path} belongs to another run. Changed: {'; '.join(changed)}. Set them back, or start a new "
+            "run in another output_dir."
+        )
+    return path
+
+
+def check_length(recipe: Recipe, model: PreTrainedModel) -> None:
+    """Refuse sequences that are longer than the model's positions.
+
+    Raises:
+        ValueError: sequence_length is too large.
+
+    """
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit and recipe.sequence_length > limit:
+        raise ValueError(
+            f"sequence_length={recipe.sequence_length} is more than the {limit} positions of "
+            f"{recipe.model!r}; use at most {limit}."
+        )
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether each process holds only a part of the weights."""
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def describe(recipe: Recipe, accelerator: Accelerator, model: PreTrainedModel) -> dict[str, object]:
+    """The first record of a log: what is run, and on what."""
+    return {
+        "recipe": recipe.to_dict(),
+        "architecture": type(model).__name__,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "processes": accelerator.num_processes,
+        "device": str(accelerator.device.type),
+        "hf_sparse": hf_sparse.__version__,
+        "torch": torch.__version__,
+    }
+
+
+def save_final(
+    accelerator: Accelerator, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, output: Path
+) -> None:
+    """Write the trained model and its tokenizer to ``output/final``, whole or not at all."""
+    state = accelerator.get_state_dict(model)
+    if accelerator.is_main_process:
+        aside, final = write_whole(output / "final")
+        accelerator.unwrap_model(model).save_pretrained(aside, state_dict=state)
+        tokenizer.save_pretrained(aside)
+        publish(aside, final)
+    accelerator.wait_for_everyone()
+
+
+def summary(output: Path) -> str:
+    """The evaluations of a finished run, as a few lines."""
+    names = {"original": "original model", "eval": "step"}
+    lines = [f"{'':16} {'perplexity':>10} {'sparsity':>9}"]
+    for record in read_log(output / "log.jsonl"):
+        if record["kind"] in names:
+            name = names[record["kind"]] + (f" {record['step']}" if record["kind"] == "eval" else "")
+            lines.append(f"{name:16} {record['perplexity']:10.2f} {record['sparsity']:9.1%}")
+    return "\n".join([*lines, f"the model is in {output / 'final'}"])
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (CheckpointError, DataExhaustedError, FloatingPointError, ValueError, OSError) as mistake:
+        if os.environ.get("HF_SPARSE_DEBUG"):
+            raise
+        sys.exit(f"error: {mistake}")

@@ -1,0 +1,205 @@
+"""The training loop: one update after another, with evaluation, logging and checkpoints in between."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, closing, nullcontext
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from checkpoint import Checkpoints, Progress
+from data import Batch, DataExhaustedError, TrainingData
+from evaluation import Evaluation
+from recipe import Recipe
+from records import RunLog
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+import hf_sparse
+from hf_sparse.objectives import L1Penalty
+from hf_sparse.schedules import learning_rate_share, linear_mix
+
+
+@dataclass
+class Run:
+    """What the loop works with. ``model`` and ``optimizer`` are prepared by ``accelerator``."""
+
+    recipe: Recipe
+    accelerator: Accelerator
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    data: TrainingData
+    checkpoints: Checkpoints
+    log: RunLog
+    evaluate: Callable[[], Evaluation]
+
+
+def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only: not on norms, biases and other vectors."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(recipe.beta1, recipe.beta2))
+
+
+def train(run: Run, progress: Progress) -> Progress:
+    """Run from ``progress`` to ``recipe.max_steps``.
+
+    Raises:
+        DataExhaustedError: the data ended first.
+        FloatingPointError: the loss is no longer finite.
+
+    """
+    recipe, accelerator = run.recipe, run.accelerator
+    tokens_per_update = recipe.global_batch * recipe.sequence_length
+    bare = accelerator.unwrap_model(run.model)
+    speed = _Speed(progress.tokens)
+    with ExitStack() as stack:
+        penalty = stack.enter_context(L1Penalty(bare)) if recipe.has_l1 else None
+        batches = stack.enter_context(closing(iter(run.data)))
+        bar = stack.enter_context(
+            tqdm(
+                total=recipe.max_steps,
+                initial=progress.step,
+                desc="training",
+                unit="step",
+                dynamic_ncols=True,
+                disable=not (recipe.progress and accelerator.is_main_process),
+            )
+        )
+        run.model.train()
+        while progress.step < recipe.max_steps:
+            step = progress.step + 1
+            batch = _next_batch(batches, step, recipe)
+            values = _update(run, penalty, batch, step)
+            progress.step, progress.tokens = step, progress.tokens + tokens_per_update
+            progress.streams = batch.states
+            for name, value in values.items():
+                progress.pending.setdefault(name, []).append(value)
+            bar.update()
+
+            last = step == recipe.max_steps
+            if step % recipe.log_every == 0 or last:
+                means = _settle(progress)
+                extra = {**settings(recipe, step), "tokens": progress.tokens}
+                run.log.write("train", step, {**means, **extra, "tokens_per_second": speed(progress.tokens)})
+                bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
+                progress.pending = {}
+            if last or (recipe.eval_every and step % recipe.eval_every == 0):
+                with speed.paused():
+                    found = run.evaluate()
+                run.log.write("eval", step, found.to_dict())
+                if accelerator.is_main_process:
+                    bar.write(
+                        f"step {step}: held-out loss {found.loss:.4f}, perplexity {found.perplexity:.2f}, "
+                        f"sparsity {found.sparsity:.1%}"
+                    )
+            if last or step % recipe.save_every == 0:
+                with speed.paused():
+                    _settle(progress)
+                    run.checkpoints.save(progress, recipe.to_dict())
+    return progress
+
+
+def settings(recipe: Recipe, step: int) -> dict[str, float]:
+    """What the schedules prescribe for update ``step`` (from 1)."""
+    share = learning_rate_share(
+        step,
+        recipe.max_steps,
+        warmup=round(recipe.warmup * recipe.max_steps),
+        decay=recipe.decay,
+        final=recipe.final_learning_rate,
+    )
+    return {
+        "learning_rate": recipe.learning_rate * share,
+        "l1_coefficient": recipe.l1_schedule().at(step),
+        "mix": linear_mix(step, recipe.mix * recipe.max_steps),
+    }
+
+
+def _update(run: Run, penalty: L1Penalty | None, batch: Batch, step: int) -> dict[str, Tensor]:
+    """One optimizer update; returns the mean loss, penalty and gradient norm over all processes."""
+    recipe, accelerator = run.recipe, run.accelerator
+    now = settings(recipe, step)
+    for group in run.optimizer.param_groups:
+        group["lr"] = now["learning_rate"]
+    if recipe.mix:
+        hf_sparse.set_mix(accelerator.unwrap_model(run.model), now["mix"])
+
+    micro_batches = batch.input_ids.to(accelerator.device).split(recipe.micro_batch)
+    sums = torch.zeros(2, device=accelerator.device)
+    for i, ids in enumerate(micro_batches):
+        # Sequences count equally, in whatever pieces they come.
+        weight = len(ids) / len(batch.input_ids)
+        last = i == len(micro_batches) - 1
+        with nullcontext() if last else accelerator.no_sync(run.model):
+            loss = run.model(input_ids=ids, labels=ids, use_cache=False).loss
+            l1 = penalty.value() if penalty else torch.zeros((), device=loss.device)
+            accelerator.backward((loss + now["l1_coefficient"] * l1) * weight)
+        sums += torch.stack([loss.detach().float(), l1.detach()]) * weight
+    norm = accelerator.clip_grad_norm_(run.model.parameters(), recipe.clip_norm or math.inf)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    loss, l1 = accelerator.reduce(sums, "mean").unbind()
+    values = {"loss": loss, "gradient_norm": torch.as_tensor(norm)}
+    return {**values, "l1": l1} if penalty else values
+
+
+def _next_batch(batches: object, step: int, recipe: Recipe) -> Batch:
+    try:
+        return next(batches)  # type: ignore[call-overload, no-any-return]
+    except DataExhaustedError as error:
+        raise DataExhaustedError(
+            f"{error}, and the run needs more at step {step} of {recipe.max_steps}. Lower max_steps to "
+            f"{step - 1} or less, set epochs above {recipe.epochs} to go over the data again, or add data."
+        ) from None
+
+
+def _settle(progress: Progress) -> dict[str, float]:
+    """Bring the pending values to Python, and give their means.
+
+    Raises:
+        FloatingPointError: one is not finite.
+
+    """
+    progress.pending = {k: [float(value) for value in values] for k, values in progress.pending.items()}
+    means = {name: math.fsum(values) / len(values) for name, values in progress.pending.items()}
+    for name, mean in means.items():
+        if not math.isfinite(mean):
+            raise FloatingPointError(
+                f"{name} is {mean} at or before step {progress.step}: training has diverged. "
+                "Start again in a new output_dir with a lower learning_rate, l1_scale or clip_norm."
+            )
+    return means
+
+
+class _Speed:
+    """Tokens per second since the last call, without pauses."""
+
+    def __init__(self, tokens: int) -> None:
+        self._tokens, self._since, self._pause = tokens, time.perf_counter(), 0.0
+
+    def __call__(self, tokens: int) -> float:
+        now = time.perf_counter()
+        rate = (tokens - self._tokens) / max(now - self._since - self._pause, 1e-9)
+        self._tokens, self._since, self._pause = tokens, now, 0.0
+        return round(rate, 1)
+
+    def paused(self) -> _Pause:
+        return _Pause(self)
+
+
+class _Pause:
+    def __init__(self, speed: _Speed) -> None:
+        self._speed = speed
+
+    def __enter__(self) -> None:
+        self._begin = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._speed._pause += time.perf_counter() - self._begin

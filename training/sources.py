@@ -1,0 +1,120 @@
+"""Where documents come from: a data set on the Hub or local files, read as a stream."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from datasets import IterableDataset, get_dataset_split_names, load_dataset
+from datasets.distributed import split_dataset_by_node
+from recipe import Recipe, is_local
+
+_FORMATS = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".json.gz": "json",
+    ".jsonl.gz": "json",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".txt.gz": "text",
+}
+_VALIDATION_WORDS = {"validation", "valid", "val", "dev", "eval", "evaluation"}
+_IGNORED_WORDS = {"test"}
+
+GetState = Callable[[], dict[str, Any]]
+
+
+class Source:
+    """The documents of a recipe's data set.
+
+    Raises:
+        ValueError: the data set has no train split, no readable files, or files of several formats.
+        FileNotFoundError: a local path does not exist.
+
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._name, self._field = recipe.dataset, recipe.text_field
+        self._load: dict[str, Any]
+        if is_local(recipe.dataset):
+            root = Path(recipe.dataset).expanduser()
+            kind, splits = _local_files(root)
+            self._load = {"path": kind, "data_files": splits}
+            if kind == "text":
+                # The text builder names its one column "text".
+                self._load["sample_by"], self._field = recipe.txt_unit, "text"
+            names = list(splits)
+        else:
+            config = recipe.dataset_config or ("en" if recipe.dataset == "allenai/c4" else None)
+            self._load = {"path": recipe.dataset, "name": config, "revision": recipe.dataset_revision}
+            names = get_dataset_split_names(recipe.dataset, config, revision=recipe.dataset_revision)
+        if "train" not in names:
+            raise ValueError(f"dataset={self._name!r} has no train split, only {', '.join(names)}.")
+        self.has_validation = "validation" in names
+        self._opened: dict[str, IterableDataset] = {}
+
+    def read(
+        self, split: str, state: dict[str, Any] | None, *, part: int = 0, parts: int = 1
+    ) -> Iterator[tuple[str, GetState]]:
+        """Texts of part ``part`` of ``parts`` of a split, in order, from ``state`` on (None: the beginning).
+
+        With each text comes a function that gives the state just after it, until the next text is taken.
+
+        Raises:
+            ValueError: the text column is missing, or holds something else than text.
+
+        """
+        # A fresh object for each pass: a data set that was given a state starts from it every time.
+        data = split_dataset_by_node(self._open(split), rank=part, world_size=parts)
+        if state is not None:
+            data.load_state_dict(state)
+        for row in data:
+            text = row.get(self._field)
+            if not isinstance(text, str):
+                have = (
+                    f"has columns {', '.join(row)}" if text is None else f"holds {type(text).__name__} there"
+                )
+                raise ValueError(
+                    f"text_field={self._field!r} is no text: the {split} split of {self._name!r} {have}."
+                )
+            yield text, data.state_dict
+
+    def _open(self, split: str) -> IterableDataset:
+        if split not in self._opened:
+            self._opened[split] = load_dataset(**self._load, split=split, streaming=True)
+        return self._opened[split]
+
+
+def _local_files(root: Path) -> tuple[str, dict[str, list[str]]]:
+    """The ``datasets`` builder for a file or folder, and its files by split."""
+    if not root.exists():
+        raise FileNotFoundError(f"dataset={str(root)!r} does not exist.")
+    files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
+    found = {path: kind for path in files if (kind := _format(path))}
+    if not found:
+        raise ValueError(f"dataset={str(root)!r} has no file of a known format ({', '.join(_FORMATS)}).")
+    if len(kinds := sorted(set(found.values()))) > 1:
+        raise ValueError(
+            f"dataset={str(root)!r} mixes {' and '.join(kinds)} files; keep one format in a folder."
+        )
+    splits: dict[str, list[str]] = {}
+    for path in found:
+        relative = path.name if root.is_file() else str(path.relative_to(root))
+        words = set(re.split(r"[^a-z]+", relative.lower()))
+        if root.is_file() or not words & (_VALIDATION_WORDS | _IGNORED_WORDS):
+            split = "train"
+        elif words & _VALIDATION_WORDS:
+            split = "validation"
+        else:
+            continue
+        splits.setdefault(split, []).append(str(path.absolute()))
+    return kinds[0], splits
+
+
+def _format(path: Path) -> str | None:
+    # Endings, longest first: "a.json.gz" is json, and "v1.2.txt" is text.
+    return next(
+        (k for ending, k in sorted(_FORMATS.items(), reverse=True) if path.name.endswith(ending)), None
+    )
