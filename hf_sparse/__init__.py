@@ -5,11 +5,13 @@ from hf_sparse.config import SparsityConfig
 from hf_sparse.errors import PatchError
 from hf_sparse.hooks import install, uninstall
 from hf_sparse.patching import inspect, patch, set_mix, unpatch
+from triton_ops import backend
 
 __all__ = [
     "PatchError",
     "SparsityConfig",
     "__version__",
+    "backend",
     "inspect",
     "install",
     "patch",

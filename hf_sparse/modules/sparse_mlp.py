@@ -166,7 +166,7 @@ class SparsePlainMLP(SparseMLP):
         down = self._linear(self.roles.down, x)
         if kernel_kind(act) is None or down is None:
             return self.dense(x)
-        if not triton_ops.wants_sparse(x.numel() // x.shape[-1], down.weight, gated=False):
+        if not triton_ops.wants_sparse(x.numel() // x.shape[-1], down.weight.t(), gated=False):
             return self.dense(x)
         prepare_down(down)
         return triton_ops.sparse_linear(act(up(x)), down.weight, down.bias)
