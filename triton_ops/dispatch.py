@@ -12,14 +12,17 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from triton_ops import torch_path
+from triton_ops import break_even, torch_path
+from triton_ops.cpu import path as cpp_path
 
 BACKENDS = ("auto", "dense", "torch", "cpp", "triton")
+AUTOMATIC = {"cpu": ("cpp", "torch")}  # by device, the best first
 ENVIRONMENT = "HF_SPARSE_BACKEND"
 
 _forced: ContextVar[str | None] = ContextVar("hf_sparse_backend", default=None)
@@ -62,33 +65,74 @@ def forced_backend() -> str:
 
 def path(name: str) -> ModuleType:
     """The module of a backend other than ``"dense"``: ``unusable``, ``gated_mlp``, ``sparse_linear``."""
-    return torch_path
+    return {"torch": torch_path, "cpp": cpp_path}[name]
 
 
-def wants_sparse(x_tokens: int, weight: Tensor, *, gated: bool) -> bool:
+def wants_sparse(x_tokens: int, weight: Tensor, *, gated: bool, density: float = 1.0) -> bool:
     """Whether an MLP should take the skipping operator now, or its stock dense forward.
 
     Args:
         x_tokens: tokens in this call, over all leading dimensions.
         weight: the gate or up projection ``[F, D]``; its device, dtype and shape count, not its values.
         gated: whether the block has a gate (:func:`gated_mlp`) or is plain (:func:`sparse_linear`).
+        density: the largest share of neurons that may be active for a token, if that is known.
 
     Returns:
         False if ``"dense"`` is forced, True if another backend is forced; else whether some backend has been
         measured to be no slower than dense here. False under autocast, which the operators leave to torch.
 
     """
-    return (
-        choose(x_tokens, weight.device.type, weight.dtype, weight.shape[1], weight.shape[0], gated) != "dense"
-    )
+    device, (neurons, hidden) = weight.device.type, weight.shape
+    if torch.is_autocast_enabled(device):
+        return False
+    return choose(x_tokens, device, weight.dtype, hidden, neurons, gated, density) != "dense"
 
 
-def choose(tokens: int, device: str, dtype: torch.dtype, hidden: int, neurons: int, gated: bool) -> str:
+def choose(
+    tokens: int,
+    device: str,
+    dtype: torch.dtype,
+    hidden: int,
+    neurons: int,
+    gated: bool,
+    density: float = 1.0,
+) -> str:
     """The backend for these sizes: a forced one unseen, or the best that is available and worth it."""
     name = forced_backend()
     if name != "auto":
         return name
-    return "dense"
+    name, break_even = best(device, dtype, hidden, neurons, gated)
+    # break_even[i] belongs to i + 1 tokens.
+    return name if 0 < tokens <= len(break_even) and density <= break_even[tokens - 1] else "dense"
+
+
+@torch.compiler.assume_constant_result
+def best(
+    device: str, dtype: torch.dtype, hidden: int, neurons: int, gated: bool
+) -> tuple[str, tuple[float, ...]]:
+    """The best available backend for these sizes and, for 1, 2, … tokens, the density up to which it wins."""
+    return _best(device, dtype, hidden, neurons, gated)
+
+
+def forget() -> None:
+    """Choose anew from now on, after a measurement or a change of the environment."""
+    _best.cache_clear()
+
+
+@cache
+def _best(
+    device: str, dtype: torch.dtype, hidden: int, neurons: int, gated: bool
+) -> tuple[str, tuple[float, ...]]:
+    weight_bytes = (3 if gated else 1) * hidden * neurons * dtype.itemsize
+    for name in AUTOMATIC.get(device, ()):
+        default = break_even.default(name, dtype)
+        # The order matters: asking a path whether it is usable may build it, which small models never need.
+        if default is None or weight_bytes < default.min_bytes:
+            continue
+        if path(name).unusable(torch.device(device), dtype) is None:
+            measured = break_even.measured(name, device, dtype, hidden, neurons, gated)
+            return name, default.density if measured is None else measured
+    return "dense", ()
 
 
 def select(tokens: int, weight: Tensor, *, gated: bool) -> ModuleType | None:
@@ -98,7 +142,8 @@ def select(tokens: int, weight: Tensor, *, gated: bool) -> ModuleType | None:
         RuntimeError: a forced backend cannot run here; the message says why.
 
     """
-    name = choose(tokens, weight.device.type, weight.dtype, weight.shape[1], weight.shape[0], gated)
+    neurons, hidden = weight.shape
+    name = choose(tokens, weight.device.type, weight.dtype, hidden, neurons, gated, density=0.0)
     if name == "dense":
         return None
     found = path(name)

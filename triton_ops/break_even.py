@@ -1,0 +1,116 @@
+"""Up to which density skipping beats dense: conservative defaults, and what :mod:`triton_ops.tune` measured.
+
+Density is the share of active neurons. A break-even of 1.0 says that skipping is never slower than dense.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from triton_ops.cache import cache_dir, write_atomically
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Default:
+    """What holds without a measurement on this machine."""
+
+    min_bytes: int
+    """Size of the weights of an MLP below which the call of the operator costs more than skipping saves."""
+
+    density: tuple[float, ...]
+    """Break-even density for 1, 2, … tokens; more tokens than these run dense."""
+
+
+# Measured with `python -m triton_ops.tune` on two cores at the shapes of Llama-3.2-1B and Llama-2-7B.
+DEFAULTS: dict[tuple[str, torch.dtype], Default] = {
+    ("cpp", torch.bfloat16): Default(min_bytes=4 << 20, density=(1.0, 1.0)),
+    ("cpp", torch.float32): Default(min_bytes=8 << 20, density=(1.0,)),
+    ("torch", torch.bfloat16): Default(min_bytes=16 << 20, density=(1.0,)),
+    ("torch", torch.float32): Default(min_bytes=16 << 20, density=(1.0,)),
+}
+
+
+def default(backend: str, dtype: torch.dtype) -> Default | None:
+    """The built-in break-even; None where the backend is never chosen automatically."""
+    return DEFAULTS.get((backend, dtype))
+
+
+def measured(
+    backend: str, device: str, dtype: torch.dtype, hidden: int, neurons: int, gated: bool
+) -> tuple[float, ...] | None:
+    """The break-even densities for 1, 2, … tokens as measured on this machine; None if they were not."""
+    found = _entries().get(_key(backend, device, dtype, hidden, neurons, gated))
+    return None if found is None else tuple(found)
+
+
+def store(
+    backend: str,
+    device: str,
+    dtype: torch.dtype,
+    hidden: int,
+    neurons: int,
+    gated: bool,
+    density: tuple[float, ...],
+) -> Path:
+    """Keep a measurement for this and later processes; returns the file.
+
+    Raises:
+        OSError: the cache folder cannot be written.
+
+    """
+    path = _file()
+    entries = {**_read(path), _key(backend, device, dtype, hidden, neurons, gated): list(density)}
+    text = json.dumps({"format_version": FORMAT_VERSION, "break_even": entries}, indent=1, sort_keys=True)
+    write_atomically(path, text.encode())
+    _entries.cache_clear()
+    return path
+
+
+def _file() -> Path:
+    return cache_dir() / "break_even.json"
+
+
+@cache
+def _entries() -> dict[str, list[float]]:
+    return _read(_file())
+
+
+def _read(path: Path) -> dict[str, list[float]]:
+    """The stored measurements; an unreadable or foreign file counts as none, for it can be measured again."""
+    try:
+        data: Any = json.loads(path.read_text())
+        if data["format_version"] != FORMAT_VERSION:
+            return {}
+        return {str(k): [float(d) for d in v] for k, v in data["break_even"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
+
+
+def _key(backend: str, device: str, dtype: torch.dtype, hidden: int, neurons: int, gated: bool) -> str:
+    block = "gated" if gated else "linear"
+    name = str(dtype).removeprefix("torch.")
+    return f"{_machine(device)} {backend} {name} {hidden}x{neurons} {block}"
+
+
+def _machine(device: str) -> str:
+    """What timings depend on beyond the shape; home folders are shared between machines."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    model = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                model = line.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass
+    return f"{model}, {torch.get_num_threads()} threads"

@@ -1,0 +1,117 @@
+"""Builds ``mlp.cpp`` with the system's compiler on first use, and loads it.
+
+The library is cached under a name made of the source, the compiler's version, the flags, the CPU and the
+way of linking, so nothing stale is ever loaded; it is written whole or not at all, so processes may build at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import warnings
+from functools import cache
+from pathlib import Path
+
+from triton_ops.cache import cache_dir, write_atomically
+
+SOURCE = Path(__file__).with_name("mlp.cpp")
+COMPILE = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp")
+# torch has loaded its OpenMP runtime for all to see. Leaving ours to be found there keeps one thread pool in
+# the process; a runtime that does not satisfy this compiler's symbols is linked in the second attempt.
+LINKS = (("-shared",), ("-shared", "-fopenmp"))
+TIMEOUT_S = 300
+
+
+class BuildError(RuntimeError):
+    """The CPU kernels cannot be built or loaded; the message says why."""
+
+
+@cache
+def library() -> ctypes.CDLL | str:
+    """The loaded kernels, or the reason why there are none. Tried once per process, warned about once."""
+    try:
+        return _load()
+    except BuildError as error:
+        warnings.warn(
+            f"The compiled CPU kernels are not available: {error} Skipping falls back to PyTorch operators, "
+            "which is correct and slower; install g++ or clang++ (or set CXX) for full speed.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return str(error)
+
+
+def compiler() -> list[str]:
+    """The command of the C++ compiler: ``$CXX`` if set, else the first of g++, c++, clang++.
+
+    Raises:
+        BuildError: there is none.
+
+    """
+    if chosen := os.environ.get("CXX"):
+        command = shlex.split(chosen)
+        if not command or shutil.which(command[0]) is None:
+            raise BuildError(f"CXX={chosen!r} is not an executable.")
+        return command
+    for name in ("g++", "c++", "clang++"):
+        if shutil.which(name):
+            return [name]
+    raise BuildError("no C++ compiler was found (tried g++, c++, clang++).")
+
+
+def _load() -> ctypes.CDLL:
+    command = compiler()
+    version = _run([*command, "--version"])
+    key = "\0".join([SOURCE.read_text(), version, *command, *COMPILE, _cpu()])
+    name = f"mlp-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
+    folder = cache_dir() / "cpu"
+    error: Exception | None = None
+    for i, link in enumerate(LINKS):
+        path = folder / f"{name}-{i}.so"
+        try:
+            return ctypes.CDLL(str(path)) if path.is_file() else _build(command, link, path)
+        except OSError as caught:
+            error = caught
+    raise BuildError(f"the built library does not load: {error}.")
+
+
+def _build(command: list[str], link: tuple[str, ...], path: Path) -> ctypes.CDLL:
+    """Compile, load, and keep at ``path`` for the next process where that can be written."""
+    with tempfile.TemporaryDirectory(prefix="hf_sparse-") as folder:
+        built, made = Path(folder, "mlp.o"), Path(folder, "mlp.so")
+        _run([*command, *COMPILE, "-c", str(SOURCE), "-o", str(built)])
+        _run([*command, *link, str(built), "-o", str(made)])
+        # Loaded first: a library that does not load must not stay behind. Once loaded, its file may go.
+        loaded = ctypes.CDLL(str(made))
+        with contextlib.suppress(OSError):
+            write_atomically(path, made.read_bytes())
+        return loaded
+
+
+def _run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"`{shlex.join(command)}` did not run: {error}.") from error
+    if done.returncode:
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        said = next((line for line in lines if "error" in line), lines[-1] if lines else "no output")
+        raise BuildError(f"`{shlex.join(command)}` failed with status {done.returncode}: {said.strip()}.")
+    return done.stdout
+
+
+def _cpu() -> str:
+    """What -march=native depends on: the machine and the CPU's feature flags."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    features = (line for line in lines if line.split(":")[0].strip() in ("flags", "Features", "model name"))
+    return f"{platform.machine()} {' '.join(sorted(set(features)))}"
