@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+# The models here are tiny: a second thread costs more than it gives, and much more on a busy machine.
+torch.set_num_threads(1)
+
 ASSETS = Path(
     os.environ.get("HF_SPARSE_TEST_ASSETS", Path(__file__).resolve().parents[2] / "shared" / "assets")
 )

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 from hypothesis import given
@@ -49,9 +50,8 @@ def test_json_round_trip_is_exact(config: SparsityConfig) -> None:
     ],
 )
 def test_bad_field_is_named(fields: dict, named: str) -> None:
-    with pytest.raises(ValueError, match=".") as error:
+    with pytest.raises(ValueError, match=re.escape(named)):
         SparsityConfig(**fields)
-    assert named in str(error.value)
 
 
 def test_layers_are_sorted_and_thresholds_are_floats() -> None:
@@ -69,5 +69,5 @@ def test_layers_are_sorted_and_thresholds_are_floats() -> None:
     ],
 )
 def test_unreadable_dict_is_refused(data: object, named: str) -> None:
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(ValueError, match=re.escape(named)):
         SparsityConfig.from_dict(data)  # type: ignore[arg-type]

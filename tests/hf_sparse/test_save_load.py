@@ -52,6 +52,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
+torch.set_num_threads(int(sys.argv[2]))
 ids = torch.load(Path(sys.argv[1], "ids.pt"))
 for folder in sorted(p for p in Path(sys.argv[1]).iterdir() if p.is_dir()):
     try:
@@ -70,9 +71,8 @@ def test_without_hf_sparse_the_model_is_the_same_or_refused(tiny_model, input_id
         model.save_pretrained(tmp_path / name)
         expected[name] = model(input_ids).logits
     torch.save(input_ids, tmp_path / "ids.pt")
-    run = subprocess.run(
-        [sys.executable, "-c", PLAIN_LOAD, str(tmp_path)], stderr=subprocess.PIPE, text=True, check=False
-    )
+    command = [sys.executable, "-c", PLAIN_LOAD, str(tmp_path), str(torch.get_num_threads())]
+    run = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     assert run.returncode == 0, run.stderr
     for name, logits in expected.items():
         if name in STOCK_EXPRESSIBLE:
