@@ -74,6 +74,7 @@ def wants_sparse(x_tokens: int, weight: Tensor, *, gated: bool, density: float =
     Args:
         x_tokens: tokens in this call, over all leading dimensions.
         weight: the gate or up projection ``[F, D]``; its device, dtype and shape count, not its values.
+            Under ``torch.compile`` its shape must be static, as that of a module's parameter is.
         gated: whether the block has a gate (:func:`gated_mlp`) or is plain (:func:`sparse_linear`).
         density: the largest share of neurons that may be active for a token, if that is known.
 

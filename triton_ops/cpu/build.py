@@ -1,7 +1,8 @@
 """Builds ``mlp.cpp`` with the system's compiler on first use, and loads it.
 
 The library is cached under a name made of the source, the compiler's version, the flags, the CPU and the
-way of linking, so nothing stale is ever loaded; it is written whole or not at all, so processes may build at once.
+way of linking, so nothing stale is ever loaded; it is written whole or not at all, so processes may build at
+once.
 """
 
 from __future__ import annotations
