@@ -2,8 +2,8 @@
 
 ``folder/step-00000250/`` holds what ``accelerator.save_state`` writes (weights as safetensors, optimizer,
 random states of every process), one JSON file for each data stream, ``state.json``, and ``manifest.json``
-with the size and SHA-256 of every other file. It is written under a name that begins with ``.incomplete-`` and
-renamed when all processes are done and everything is on disk, so a crash at any moment leaves the earlier
+with the size and SHA-256 of every other file. It is written under a name that begins with ``.incomplete-``
+and renamed when all processes are done and everything is on disk, so a crash at any moment leaves the earlier
 checkpoints as they were.
 
 All processes must see the same folder; on several machines it lies on a shared file system.
@@ -192,8 +192,17 @@ def publish(aside: Path, folder: Path) -> None:
 
 
 def _bare_weights(models: list[nn.Module], weights: list[dict[str, Any]], folder: str) -> None:
-    """Save names without the wrapper of data parallelism, so that any number of processes can load them."""
+    """Save names without the wrapper of data parallelism, so that any number of processes can load them.
+
+    Of tied weights one is kept, as safetensors requires; loading fills the others.
+    """
     for state in weights:
+        seen = set()
+        for name, value in list(state.items()):
+            key = (value.device, value.data_ptr(), value.shape, value.stride())
+            if key in seen and value.numel():
+                del state[name]
+            seen.add(key)
         for name in [name for name in state if name.startswith("module.")]:
             state[name.removeprefix("module.")] = state.pop(name)
 

@@ -20,14 +20,16 @@ from accelerate.utils import DistributedType, set_seed
 from arguments import parse_recipe
 from checkpoint import CheckpointError, Checkpoints, Progress, publish, read_state, write_whole
 from data import DataExhaustedError, TrainingData, evaluation_data
-from evaluation import Evaluation, evaluate
+from evaluation import as_record, evaluate
 from loop import Run, build_optimizer, settings, train
 from recipe import Recipe
 from records import RunLog, read_log
 from sources import Source
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 import hf_sparse
+from hf_sparse.measure import SparsityReport
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -36,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     accelerator = Accelerator(mixed_precision="bf16" if recipe.precision == "bf16" else "no")
     output = Path(recipe.output_dir).expanduser()
     say = accelerator.print
+    if not (recipe.progress and accelerator.is_main_process):
+        disable_progress_bar()
 
     # Continue, or begin?
     checkpoints = Checkpoints(accelerator, output / "checkpoints", recipe.keep_checkpoints)
@@ -51,32 +55,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The text: what to evaluate on, and therefore not to train on.
     source = Source(recipe)
     held_out_sequences, held_out = evaluation_data(recipe, source, tokenizer)
+    if len(held_out_sequences) < accelerator.num_processes:
+        raise ValueError(
+            f"eval_tokens={recipe.eval_tokens} gives {len(held_out_sequences)} sequences to evaluate, fewer "
+            f"than the {accelerator.num_processes} processes; raise it, or add held-out text."
+        )
     say(f"evaluation on {held_out_sequences.numel():,} held-out tokens")
 
-    def evaluation(of: torch.nn.Module) -> Evaluation:
+    def evaluation(of: torch.nn.Module) -> SparsityReport:
         return evaluate(accelerator, of, held_out_sequences, batch_size=recipe.micro_batch)
 
-    log = RunLog(
-        output,
-        main=accelerator.is_main_process,
-        tensorboard=recipe.tensorboard,
-        after_step=read_state(checkpoint)["step"] if checkpoint else -1,
-    )
+    done = read_state(checkpoint)["step"] if checkpoint else None
+    log = RunLog(output, main=accelerator.is_main_process, tensorboard=recipe.tensorboard, after_step=done)
     if not checkpoint:
         log.write("run", 0, describe(recipe, accelerator, model))
         if not is_sharded(accelerator):  # a sharded model may not fit one device as a whole
             model.to(accelerator.device)
             with accelerator.autocast():
                 original = evaluation(model)
-            log.write("original", 0, original.to_dict())
+            log.write("original", 0, as_record(original))
             say(f"original model: perplexity {original.perplexity:.2f}, sparsity {original.sparsity:.1%}")
 
     # The change: another activation, in place. The dense baseline stays as it is.
     if recipe.activation != "original":
-        mix = settings(recipe, 1)["mix"]
+        mix = settings(recipe, done or 1)["mix"]
         say(hf_sparse.patch(model, recipe.sparsity(mix=mix)))
     if recipe.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     model, optimizer = accelerator.prepare(model, build_optimizer(recipe, model))
     progress = Progress()
     set_seed(recipe.seed, device_specific=True)  # dropout differs between processes
@@ -84,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         progress = checkpoints.load(checkpoint)
     else:
         first = evaluation(model)
-        log.write("eval", 0, first.to_dict())
+        log.write("eval", 0, as_record(first))
         say(f"before training: perplexity {first.perplexity:.2f}, sparsity {first.sparsity:.1%}")
 
     # Training.

@@ -12,13 +12,14 @@ import torch
 from accelerate import Accelerator
 from checkpoint import Checkpoints, Progress
 from data import Batch, DataExhaustedError, TrainingData
-from evaluation import Evaluation
+from evaluation import as_record
 from recipe import Recipe
 from records import RunLog
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import hf_sparse
+from hf_sparse.measure import SparsityReport
 from hf_sparse.objectives import L1Penalty
 from hf_sparse.schedules import learning_rate_share, linear_mix
 
@@ -34,7 +35,7 @@ class Run:
     data: TrainingData
     checkpoints: Checkpoints
     log: RunLog
-    evaluate: Callable[[], Evaluation]
+    evaluate: Callable[[], SparsityReport]
 
 
 def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.AdamW:
@@ -93,7 +94,7 @@ def train(run: Run, progress: Progress) -> Progress:
             if last or (recipe.eval_every and step % recipe.eval_every == 0):
                 with speed.paused():
                     found = run.evaluate()
-                run.log.write("eval", step, found.to_dict())
+                run.log.write("eval", step, as_record(found))
                 if accelerator.is_main_process:
                     bar.write(
                         f"step {step}: held-out loss {found.loss:.4f}, perplexity {found.perplexity:.2f}, "

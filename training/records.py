@@ -18,8 +18,8 @@ class RunLog:
 
     """
 
-    def __init__(self, folder: Path, *, main: bool, tensorboard: bool, after_step: int = -1) -> None:
-        """``after_step``: the step that the run continues from; -1 starts afresh."""
+    def __init__(self, folder: Path, *, main: bool, tensorboard: bool, after_step: int | None = None) -> None:
+        """``after_step``: the step that the run continues from; None starts afresh."""
         self._file = self._board = None
         if not main:
             return
@@ -34,7 +34,7 @@ class RunLog:
                 raise ImportError(
                     "tensorboard is not installed: `pip install tensorboard`, or set --no-tensorboard."
                 ) from None
-            purge = after_step + 1 if after_step >= 0 else None
+            purge = None if after_step is None else after_step + 1
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
@@ -70,10 +70,10 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _keep_until(path: Path, step: int) -> None:
+def _keep_until(path: Path, step: int | None) -> None:
     if not path.exists():
         return
-    kept = [record for record in read_log(path) if record["step"] <= step]
+    kept = [record for record in read_log(path) if step is not None and record["step"] <= step]
     aside = path.with_name(".log.jsonl.new")
     aside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
     os.replace(aside, path)

@@ -62,7 +62,7 @@ class L1Penalty:
         if torch.is_grad_enabled() and not any(mean.requires_grad for mean in self._means):
             raise RuntimeError(
                 "the activations of the last forward carry no gradient, so the L1 penalty would do nothing. "
-                "With gradient checkpointing use gradient_checkpointing_kwargs={'use_reentrant': False}."
+                "With gradient checkpointing use activation_checkpointing_kwargs={'use_reentrant': False}."
             )
         device = self._means[0].device
         return torch.stack([mean.to(device) for mean in self._means]).sum()

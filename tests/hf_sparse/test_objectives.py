@@ -72,7 +72,7 @@ def test_gradient_checkpointing_changes_nothing():
     model, tokens = llama(), ids()
     hf_sparse.patch(model, "relu")
     recomputing = copy.deepcopy(model)
-    recomputing.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    recomputing.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     found = []
     for m in (model, recomputing):
         m.train()
@@ -92,7 +92,7 @@ def test_gradient_checkpointing_changes_nothing():
 def test_reentrant_checkpointing_is_refused_with_the_mend():
     model = llama()
     hf_sparse.patch(model, "relu")
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
     model.train()
     with L1Penalty(model) as l1:
         model(ids())

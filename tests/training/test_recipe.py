@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+from arguments import build_parser, load_yaml, parse_recipe
+from recipe import Recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "training" / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"activation": "gelu"}, r"activation='gelu'.*relu2"),
+        ({"max_steps": 0}, "max_steps=0.*at least 1"),
+        ({"max_steps": 10.5}, "max_steps=10.5.*whole number"),
+        ({"learning_rate": "fast"}, "learning_rate='fast'.*finite number"),
+        ({"learning_rate": 0.0}, "learning_rate=0.0.*positive"),
+        ({"warmup": 100.0}, "warmup=100.0.*fraction"),
+        ({"global_batch": 12}, "global_batch=12.*data_streams=8"),
+        ({"l1_targets": [1.0]}, "boundaries has 0 values and targets 1"),
+        ({"l1_boundaries": [0.5, 2.0], "l1_targets": [1.0, 1.0]}, "l1_boundaries.*fractions"),
+        ({"l1_boundaries": [0.5, 0.4], "l1_targets": [1.0, 1.0]}, "do not rise"),
+        ({"activation": "original", "mix": 0.5}, "mix=0.5.*dense baseline"),
+        (
+            {"activation": "original", "l1_boundaries": [1.0], "l1_targets": [1.0]},
+            r"l1_targets=\[1.0\].*dense baseline",
+        ),
+        ({"threshold": 0.1}, 'threshold=0.1 has no meaning.*"fatrelu"'),
+        ({"eval_tokens": 10}, "eval_tokens=10.*sequence_length=1024"),
+        ({"resume": "yes"}, "resume='yes'.*bool"),
+        ({"revision": 3}, "revision=3.*text or none"),
+        ({"precision": "fp16"}, "precision='fp16'.*fp32, bf16"),
+    ],
+)
+def test_a_bad_field_is_refused_by_name_value_and_mend(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**changes)
+
+
+def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text("learning_rate: 1e-4\nmax_steps: 7\nl1_boundaries: [0.5, 1]\nl1_targets: [1e-2, 2]\n")
+    recipe = parse_recipe(["--config", str(file), "--max_steps", "9", "--l1_targets", "3", "4", "--resume"])
+    assert recipe.learning_rate == 1e-4
+    assert recipe.max_steps == 9
+    assert recipe.l1_targets == [3.0, 4.0]
+    assert recipe.resume
+    assert recipe.seed == Recipe().seed
+    assert parse_recipe(["--config", str(file), "--l1_boundaries", "--l1_targets"]).has_l1 is False
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("learning_rat: 1\n", "unknown fields learning_rat; known fields: .*learning_rate"),
+        ("just text", "field: value"),
+        ("a: [1", "not valid YAML"),
+    ],
+)
+def test_a_bad_file_is_refused(tmp_path, content, message):
+    file = tmp_path / "r.yaml"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_yaml(file)
+
+
+def test_mistakes_on_the_command_line_end_with_a_message_not_a_traceback():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "training/finetune.py"), "--max_steps", "0"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "max_steps=0" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_every_field_is_documented_in_the_help():
+    text = build_parser().format_help()
+    for field in fields(Recipe):
+        assert f"--{field.name}" in text
+    assert "examples:" in text
+    for heading in ("model:", "sparsity:", "data:", "optimisation:", "evaluation:", "output:"):
+        assert heading in text
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_shipped_recipes_are_valid(path):
+    assert isinstance(Recipe(**load_yaml(path)), Recipe)
+    assert path.read_text().startswith("# ")
+
+
+def test_the_prosparse_recipe_is_the_published_schedule():
+    recipe = Recipe(**{**load_yaml(ROOT / "training/recipes/prosparse.yaml"), "max_steps": 16500})
+    schedule = recipe.l1_schedule()
+    assert [round(b) for b in schedule.boundaries] == [6000, 10000, 12000, 16000, 16500]
+    assert round(schedule.start) == 5000
+    assert schedule.targets == (5e-3, 5e-2, 5e-2, 2e-1, 2e-1)
+
+
+def test_recipes_that_are_compared_train_on_the_same_tokens():
+    relu, prosparse, dense = (
+        Recipe(**load_yaml(ROOT / f"training/recipes/{name}.yaml")) for name in ("relu", "prosparse", "dense")
+    )
+    for other in (relu, prosparse):
+        differing = {c.split(":")[0] for c in other.changed(dense.to_dict())}
+        assert differing <= {"activation", "l1_start", "l1_boundaries", "l1_targets"}
+
+
+def test_a_changed_field_matters_or_not():
+    recipe = Recipe(max_steps=10)
+    before = json.loads(json.dumps(Recipe().to_dict()))
+    assert recipe.changed(before) == ["max_steps: 1000 -> 10"]
+    assert Recipe(output_dir="x", micro_batch=2, log_every=1, resume=True).changed(before) == []
+    del before["seed"]  # written by a version that did not have the field
+    assert Recipe().changed(before) == []
+    assert Recipe(seed=1).changed(before) == ["seed: None -> 1"]
+
+
+def test_shipped_recipes_hold_plain_yaml():
+    for path in RECIPES:
+        assert isinstance(yaml.safe_load(path.read_text()), dict)

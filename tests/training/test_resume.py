@@ -1,0 +1,118 @@
+"""Killed by SIGKILL at any moment and resumed, a run ends with the very same weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from records import read_log
+
+FIELDS = {
+    "max_steps": 40,
+    "save_every": 8,
+    "eval_every": 16,
+    "log_every": 3,
+    "micro_batch": 3,
+    "mix": 0.25,
+    "l1_start": 0.2,
+    "l1_boundaries": [0.5, 1.0],
+    "l1_targets": [0.5, 2.0],
+    "epochs": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def with_dropout(tiny, tmp_path_factory) -> Path:
+    """The tiny model with dropout, so that random states matter."""
+    folder = tmp_path_factory.mktemp("dropout") / "model"
+    shutil.copytree(tiny, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.1}))
+    return folder
+
+
+_uninterrupted: dict[str, Path] = {}
+
+
+@pytest.fixture
+def uninterrupted(command, with_dropout, helpers, tmp_path_factory) -> Path:
+    if "run" not in _uninterrupted:
+        output = tmp_path_factory.mktemp("whole") / "run"
+        helpers.run(command(output, model=with_dropout, **FIELDS))
+        _uninterrupted["run"] = output
+    return _uninterrupted["run"]
+
+
+def kill_when(line: list[str], environment: dict[str, str], moment: Callable[[], bool]) -> None:
+    """Start, wait for ``moment``, and kill without warning."""
+    process = subprocess.Popen(
+        line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while not moment() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.0005)
+    assert process.poll() is None, "the run ended before it could be killed"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def same_result(a: Path, b: Path) -> None:
+    assert (a / "final/model.safetensors").read_bytes() == (b / "final/model.safetensors").read_bytes()
+    assert (a / "final/config.json").read_bytes() == (b / "final/config.json").read_bytes()
+    logs = []
+    for run in (a, b):
+        records = read_log(run / "log.jsonl")
+        assert records.pop(0)["kind"] == "run"
+        for record in records:
+            record.pop("tokens_per_second", None)
+        logs.append(records)
+    assert logs[0] == logs[1]
+
+
+def last_step(output: Path) -> int:
+    log = output / "log.jsonl"
+    return max((record["step"] for record in read_log(log)), default=0) if log.exists() else 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_a_random_step(seed, command, with_dropout, uninterrupted, helpers, tmp_path):
+    output = tmp_path / "run"
+    at = random.Random(seed).randrange(3, 37)
+    line = command(output, model=with_dropout, resume=True, **FIELDS)
+    kill_when(line, helpers.environment(), lambda: last_step(output) >= at)
+    assert not (output / "final").exists()
+    helpers.run(line)
+    same_result(output, uninterrupted)
+
+
+def test_killed_while_saving(command, with_dropout, uninterrupted, helpers, tmp_path):
+    for attempt in range(5):  # a save is short; try until the kill falls into one
+        output = tmp_path / f"run{attempt}"
+        line = command(output, model=with_dropout, resume=True, **FIELDS)
+        half = output / "checkpoints/.incomplete-step-00000016/optimizer.bin"
+        kill_when(line, helpers.environment(), half.exists)
+        if half.exists():
+            break
+    assert half.exists()
+    assert not (output / "checkpoints/step-00000016").exists()
+    assert (output / "checkpoints/step-00000008").exists()
+    printed = helpers.run(line)
+    assert "continuing from" in printed
+    assert "step-00000008" in printed
+    assert not list((output / "checkpoints").glob(".incomplete*"))
+    same_result(output, uninterrupted)
+
+
+def test_a_finished_run_resumed_stays_as_it_is(command, with_dropout, uninterrupted, in_process, tmp_path):
+    output = tmp_path / "copy"
+    shutil.copytree(uninterrupted, output)
+    in_process(command(output, model=with_dropout, resume=True, **FIELDS))
+    same_result(output, uninterrupted)
