@@ -1,0 +1,281 @@
+"""The whole road in one command: a dense model becomes a sparse one, measured before and after.
+
+Load, measure, substitute ReLU, finetune with progressive L1 (the training application), reload through
+``AutoModelForCausalLM``, measure, time, generate. The embedded model and text need no network; any other
+model and data set take the very same path.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hf_sparse
+from hf_sparse.assets import TINY_MODEL
+from hf_sparse.assets.corpus import python_corpus
+from hf_sparse.data import EMBEDDED, held_out_texts
+from hf_sparse.launch import finetune
+from hf_sparse.measure import DEFINITION, SparsityReport, measure
+
+DEFAULT_OUTPUT = "runs/quickstart"
+_HOLDOUT = 0.01
+_PROMPT_WORDS = 6
+_TINY_NOTE = (
+    "This model is far too small for skipping to pay: its MLP weights fit in the processor's cache, and\n"
+    "Python takes most of a token's time. benchmarks/ measures the shapes of real models."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickstartResult:
+    """What a quickstart found; prints as the table it ends with."""
+
+    model: str
+    dataset: str
+    before: SparsityReport
+    """The dense model."""
+    substituted: SparsityReport
+    """With ReLU in place, before any training."""
+    after: SparsityReport
+    """Finetuned, saved and reloaded."""
+    dense_speed: float
+    """Greedy decode of the dense model, tokens per second, batch 1."""
+    sparse_speed: float
+    """The same of the sparse model."""
+    samples: list[tuple[str, str]]
+    """Prompts from held-out text and how the sparse model goes on."""
+    output: Path
+    """Folder with everything written."""
+    seconds: float
+    """Duration of the whole run."""
+
+    def __str__(self) -> str:
+        rows = [
+            (a.name, f"{a.sparsity:.1%}", f"{b.sparsity:.1%}", f"{c.sparsity:.1%}")
+            for a, b, c in zip(self.before.layers, self.substituted.layers, self.after.layers, strict=True)
+        ]
+        reports = (self.before, self.substituted, self.after)
+        overall = [
+            ("all layers: sparsity", *(f"{r.sparsity:.1%}" for r in reports)),
+            ("perplexity", *(f"{r.perplexity:.2f}" for r in reports)),
+            ("decode tokens/s", f"{self.dense_speed:.0f}", "", f"{self.sparse_speed:.0f}"),
+        ]
+        header = ("sparsity of", "before", "ReLU put in", "after")
+        width = max(len(row[0]) for row in (header, *rows, *overall))
+        line = "-" * (width + 3 * 13)
+        shown = [header, None, *rows, None, *overall]
+        table = [line if row is None else _row(row, width) for row in shown]
+        ratio = self.sparse_speed / self.dense_speed
+        notes = [
+            f"{DEFINITION};",
+            f"measured on {self.after.tokens:,} held-out tokens. Decode speed: {ratio:.2f}x.",
+        ]
+        if self.model == EMBEDDED:
+            notes.append(_TINY_NOTE)
+        return "\n".join([*table, *notes])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "model": self.model,
+            "dataset": self.dataset,
+            "before": self.before.to_dict(),
+            "substituted": self.substituted.to_dict(),
+            "after": self.after.to_dict(),
+            "dense_tokens_per_second": self.dense_speed,
+            "sparse_tokens_per_second": self.sparse_speed,
+            "samples": [{"prompt": p, "text": t} for p, t in self.samples],
+            "seconds": self.seconds,
+            "hf_sparse": hf_sparse.__version__,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+        }
+
+
+def quickstart(
+    *,
+    model: str = EMBEDDED,
+    dataset: str | None = None,
+    output: str | Path | None = None,
+    training: Sequence[str] = (),
+    eval_tokens: int = 32_768,
+    decode_tokens: int = 96,
+    say: Callable[[str], None] = print,
+) -> QuickstartResult:
+    """Make ``model`` sparse on ``dataset``, with every step shown.
+
+    Args:
+        model: Hub id or local folder; ``"tiny"`` is the embedded model.
+        dataset: Hub id, local file or folder; ``"tiny"`` is the running Python's documentation. None means
+            that for the embedded model and ``allenai/c4`` for any other.
+        output: a folder that is new or empty. None means ``runs/quickstart``, or the first of
+            ``runs/quickstart-2``, ``-3``, … that is not there: earlier results are never touched.
+        training: more options for the training application, such as ``["--max_steps", "50"]``.
+        eval_tokens: held-out tokens measured before and after.
+        decode_tokens: tokens generated in each timing.
+        say: receives the lines of the story.
+
+    Raises:
+        ValueError: ``output`` is not empty, or the model or data cannot be used.
+        RuntimeError: the training application failed; its own message was printed before.
+
+    """
+    started = time.perf_counter()
+    dataset = dataset or (EMBEDDED if model == EMBEDDED else "allenai/c4")
+    folder = _new_folder(output)
+    source = str(TINY_MODEL) if model == EMBEDDED else model
+
+    say(f"[1/6] Load {_shown(model, 'model')} and measure it on held-out text of {_shown(dataset, 'text')}")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    dense = _load(source)
+    length = min(getattr(dense.config.get_text_config(), "max_position_embeddings", 1024), 1024)
+    texts = _evaluation_texts(dataset, tokenizer, eval_tokens)
+
+    def measured(of: Any) -> SparsityReport:
+        return measure(
+            of, texts, tokenizer=tokenizer, sequence_length=length, max_tokens=eval_tokens, progress=True
+        )
+
+    before = measured(dense)
+    say(f"      perplexity {before.perplexity:.2f}, activation sparsity {before.sparsity:.1%}")
+
+    say("[2/6] Put ReLU in the place of the activation: hf_sparse.patch(model, 'relu')")
+    say(_indented(str(hf_sparse.patch(dense, "relu"))))
+    substituted = measured(dense)
+    say(f"      untrained: perplexity {substituted.perplexity:.2f}, sparsity {substituted.sparsity:.1%}")
+    del dense  # the memory is the trainer's now
+
+    say("[3/6] Finetune with a progressive L1 penalty: hf-sparse finetune --config quickstart")
+    data = str(python_corpus().write(folder / "text")) if dataset == EMBEDDED else dataset
+    options = {"model": source, "dataset": data, "output_dir": folder / "finetune", "holdout": _HOLDOUT}
+    options["sequence_length"] = length
+    arguments = [text for key, value in options.items() for text in (f"--{key}", str(value))]
+    status = finetune(["--config", "quickstart", *arguments, *training])
+    if status != 0:
+        raise RuntimeError(f"finetuning ended with exit status {status}; its message is above.")
+
+    final = folder / "finetune" / "final"
+    say(f"[4/6] Load {final} with AutoModelForCausalLM and measure it")
+    sparse = _load(final)
+    after = measured(sparse)
+    say(f"      perplexity {after.perplexity:.2f}, activation sparsity {after.sparsity:.1%}")
+
+    say("[5/6] Time greedy decoding, dense and sparse by turns")
+    dense_speed, sparse_speed = _decode_speeds([_load(source), sparse], length, decode_tokens)
+    say(f"      {dense_speed:.0f} and {sparse_speed:.0f} tokens/s")
+
+    say("[6/6] Generate with the sparse model")
+    prompts = [" ".join(text.split()[:_PROMPT_WORDS]) for text in texts if len(text.split()) > 20][:3]
+    samples = [(prompt, _continue(sparse, tokenizer, prompt)) for prompt in prompts]
+    result = QuickstartResult(
+        model=model,
+        dataset=dataset,
+        before=before,
+        substituted=substituted,
+        after=after,
+        dense_speed=dense_speed,
+        sparse_speed=sparse_speed,
+        samples=samples,
+        output=folder,
+        seconds=time.perf_counter() - started,
+    )
+    for prompt, text in samples:
+        say(_indented(f"{prompt} ...\n  " + " ".join(text.split())))
+    (folder / "report.json").write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+    after.plot(folder / "sparsity.png", before=before)
+    say(f"\n{result}\n")
+    say(f"sparsity by layer: {folder / 'sparsity.png'}    numbers: {folder / 'report.json'}")
+    say(f"the sparse model:  {final}    {result.seconds:.0f} seconds in all")
+    return result
+
+
+def _row(row: Sequence[str], width: int) -> str:
+    return f"{row[0]:<{width}}" + "".join(f"{cell:>13}" for cell in row[1:])
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"      {line}" for line in text.splitlines())
+
+
+def _shown(name: str, kind: str) -> str:
+    return f"the embedded {kind}" if name == EMBEDDED else name
+
+
+def _new_folder(output: str | Path | None) -> Path:
+    """The folder of this run, made."""
+    folder = Path(output or DEFAULT_OUTPUT).expanduser()
+    if output is None:
+        number = 2
+        while folder.exists():
+            folder = Path(f"{DEFAULT_OUTPUT}-{number}")
+            number += 1
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"output={str(folder)!r} is there and not empty; choose another folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _load(source: str | Path) -> Any:
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _evaluation_texts(dataset: str, tokenizer: Any, tokens: int) -> list[str]:
+    """Held-out documents with at least ``tokens`` tokens, or all that there are."""
+    texts: list[str] = []
+    count = 0
+    documents = held_out_texts(dataset, holdout=_HOLDOUT)
+    while count < tokens and (chunk := list(islice(documents, 8))):
+        texts += chunk
+        count += sum(map(len, tokenizer(chunk, verbose=False)["input_ids"]))
+    if count < 2:
+        raise ValueError(f"dataset={dataset!r} has no held-out text to measure on.")
+    return texts
+
+
+def _decode_speeds(models: list[Any], context: int, tokens: int, repeats: int = 3) -> list[float]:
+    """Greedy tokens per second at batch 1: the best of ``repeats``, the models by turns, after a warm-up."""
+    tokens = min(tokens, context - 8)
+    seconds = [float("inf")] * len(models)
+    for turn in range(repeats + 1):
+        for i, model in enumerate(models):
+            # The same tokens for all, so that what the models have to say makes no difference.
+            prompt = torch.arange(1, 9, device=model.device)[None]
+            count = tokens if turn else 8
+            begin = time.perf_counter()
+            model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=count,
+                min_new_tokens=count,
+                do_sample=False,
+                pad_token_id=0,
+            )
+            if model.device.type == "cuda":
+                torch.cuda.synchronize()
+            if turn:
+                seconds[i] = min(seconds[i], time.perf_counter() - begin)
+    return [tokens / s for s in seconds]
+
+
+def _continue(model: Any, tokenizer: Any, prompt: str, tokens: int = 48) -> str:
+    """What the model writes after ``prompt``, sampled with a fixed seed."""
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    torch.manual_seed(0)
+    ids = model.generate(
+        **inputs,
+        max_new_tokens=tokens,
+        do_sample=True,
+        temperature=0.6,
+        top_k=40,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
