@@ -4,16 +4,19 @@ from hf_sparse._version import __version__
 from hf_sparse.config import SparsityConfig
 from hf_sparse.errors import PatchError
 from hf_sparse.hooks import install, uninstall
+from hf_sparse.measure import SparsityReport, measure
 from hf_sparse.patching import inspect, patch, set_mix, unpatch
 from triton_ops import backend
 
 __all__ = [
     "PatchError",
     "SparsityConfig",
+    "SparsityReport",
     "__version__",
     "backend",
     "inspect",
     "install",
+    "measure",
     "patch",
     "set_mix",
     "uninstall",
