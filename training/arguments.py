@@ -125,8 +125,8 @@ def _field_documentation() -> tuple[dict[str, str], dict[str, str]]:
     for statement, following in itertools.pairwise(body):
         if not isinstance(statement, ast.AnnAssign):
             continue
-        name = statement.target.id  # type: ignore[union-attr]
-        documentation[name] = " ".join(following.value.value.split())  # type: ignore[attr-defined]
+        name = ast.unparse(statement.target)
+        documentation[name] = " ".join(following.value.value.split())
         if heading := re.match(r"\s*# ---- (.+)", lines[statement.lineno - 2]):
             headings[name] = heading[1]
     return documentation, headings

@@ -43,8 +43,8 @@ class Progress:
     """Updates done."""
     tokens: int = 0
     """Tokens trained on, over all processes."""
-    pending: dict[str, list[float]] = field(default_factory=dict)
-    """Values per update since the last log record, by name."""
+    pending: dict[str, list[Any]] = field(default_factory=dict)
+    """Values per update since the last log record, by name: numbers, or tensors not yet looked at."""
     streams: dict[int, StreamState] = field(default_factory=dict)
     """Position of each data stream: of this process when saving, of all when loading."""
 
@@ -76,8 +76,8 @@ class Checkpoints:
             _write_json(aside / _stream_file(stream), asdict(state))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            state = {"step": progress.step, "tokens": progress.tokens, "pending": progress.pending}
-            _write_json(aside / "state.json", {**state, "recipe": recipe})
+            counts = {"step": progress.step, "tokens": progress.tokens, "pending": progress.pending}
+            _write_json(aside / "state.json", {**counts, "recipe": recipe})
             streams = range(recipe["data_streams"])
             if missing := [f for v in streams if not (aside / (f := _stream_file(v))).exists()]:
                 raise CheckpointError(

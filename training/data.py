@@ -14,9 +14,10 @@ import copy
 import hashlib
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -182,7 +183,7 @@ class TrainingData:
         tokenise = Tokeniser(tokenizer)
         self._streams = {
             v: Stream(
-                lambda state, v=v: source.read("train", state, part=v, parts=recipe.data_streams),
+                partial(source.read, "train", part=v, parts=recipe.data_streams),
                 tokenise,
                 index=v,
                 sequence_length=recipe.sequence_length,
@@ -195,7 +196,7 @@ class TrainingData:
             for v in range(rank, recipe.data_streams, world_size)
         }
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         """Endless; close the iterator to stop the thread.
 
         Raises:

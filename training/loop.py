@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from evaluation import as_record
 from recipe import Recipe
 from records import RunLog
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 import hf_sparse
 from hf_sparse.measure import SparsityReport
@@ -151,9 +151,9 @@ def _update(run: Run, penalty: L1Penalty | None, batch: Batch, step: int) -> dic
     return {**values, "l1": l1} if penalty else values
 
 
-def _next_batch(batches: object, step: int, recipe: Recipe) -> Batch:
+def _next_batch(batches: Iterator[Batch], step: int, recipe: Recipe) -> Batch:
     try:
-        return next(batches)  # type: ignore[call-overload, no-any-return]
+        return next(batches)
     except DataExhaustedError as error:
         raise DataExhaustedError(
             f"{error}, and the run needs more at step {step} of {recipe.max_steps}. Lower max_steps to "

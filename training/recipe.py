@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import types
 import typing
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -285,8 +285,7 @@ def is_local(path: str) -> bool:
 
 
 def _default(name: str) -> Any:
-    f = next(f for f in fields(Recipe) if f.name == name)
-    return f.default if f.default is not MISSING else f.default_factory()  # type: ignore[misc]
+    return getattr(Recipe(), name)
 
 
 def _require(ok: bool, name: str, value: Any, mend: str) -> None:
