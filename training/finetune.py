@@ -48,8 +48,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # The model, before anything is changed.
     set_seed(recipe.seed)
-    tokenizer = AutoTokenizer.from_pretrained(recipe.model, revision=recipe.revision)
-    model = AutoModelForCausalLM.from_pretrained(recipe.model, revision=recipe.revision, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model, revision=recipe.revision or "main")
+    model = AutoModelForCausalLM.from_pretrained(
+        recipe.model, revision=recipe.revision or "main", dtype=torch.float32
+    )
     check_length(recipe, model)
 
     # The text: what to evaluate on, and therefore not to train on.
@@ -201,3 +203,5 @@ if __name__ == "__main__":
         if os.environ.get("HF_SPARSE_DEBUG"):
             raise
         sys.exit(f"error: {mistake}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command with --resume continues from the last checkpoint")
