@@ -32,8 +32,8 @@ class Default:
 
 # Measured with `python -m triton_ops.tune` on two cores at the shapes of Llama-3.2-1B and Llama-2-7B.
 DEFAULTS: dict[tuple[str, torch.dtype], Default] = {
-    ("cpp", torch.bfloat16): Default(min_bytes=4 << 20, density=(1.0, 1.0)),
-    ("cpp", torch.float32): Default(min_bytes=8 << 20, density=(1.0,)),
+    ("cpp", torch.bfloat16): Default(min_bytes=4 << 20, density=(1.0, 0.8)),
+    ("cpp", torch.float32): Default(min_bytes=8 << 20, density=(1.0, 1.0, 1.0, 1.0)),
     ("torch", torch.bfloat16): Default(min_bytes=16 << 20, density=(1.0,)),
     ("torch", torch.float32): Default(min_bytes=16 << 20, density=(1.0,)),
 }

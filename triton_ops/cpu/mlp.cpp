@@ -1,14 +1,14 @@
-// One pass over the neurons of an MLP: gate dot product, activation test, and only for active neurons the up dot
-// product and the addition of the down row to the output. A silent neuron's up and down rows are never read.
+// One pass over the neurons of an MLP: gate dot product, activation test, and only for active neurons the up
+// dot product and the addition of the down row to the output. What silent neurons own is not read.
 //
 // A plain C interface, called through ctypes, so that one binary serves every version of torch.
 //
-// Shapes: T tokens, D hidden size, F neurons. All three weights hold one neuron per contiguous row of D elements.
+// Shapes: T tokens, D hidden size, F neurons. The weights hold one neuron per contiguous row of D elements.
 // Weights are streamed once and everything else stays in cache, so time is bytes of weights read / bandwidth.
 //
-// Deterministic: F is cut into fixed groups (independent of the number of threads); threads take whole groups in
-// any order, each group sums its neurons in order into its own partial output, and partial outputs are added in
-// order. The sum of a token does not depend on which other tokens are in the call either.
+// Deterministic: F is cut into fixed groups (independent of the number of threads); threads take whole groups
+// in any order, each group sums its neurons in order into its own partial output, and partial outputs are
+// added in order. The sum of a token does not depend on which other tokens are in the call either.
 
 #include <atomic>
 #include <cstdint>
@@ -33,10 +33,18 @@ typedef int32_t Mask __attribute__((vector_size(kBytes)));
 typedef float VecLoose __attribute__((vector_size(kBytes), aligned(4), may_alias));
 typedef uint32_t BitsLoose __attribute__((vector_size(kBytes), aligned(2), may_alias));
 
-constexpr int64_t kBlock = 64;     // neurons whose gates are computed before any up row is read
-constexpr int64_t kMinGroup = 64;  // neurons; the last groups are small so that no thread waits long
+constexpr int64_t kBlock = 128;     // neurons whose gates are computed before any up row is read
+constexpr int64_t kMinGroup = 128;  // neurons; the last groups are small so that no thread waits long
 constexpr int64_t kGroupShare = 32;
 constexpr int64_t kMaxTokens = 8;
+constexpr int kAhead = 4;  // rows that dots() works on at most; every list has as many more pointers
+
+// A hardware prefetcher stops at the end of a page, which is about one row. So while dots() works on rows r …
+// r + R - 1 of a list, it fetches the same place of rows r + R … r + 2R - 1: a fifth faster on one core.
+template <class Type>
+void fetch(const Type* p, int64_t bytes) {
+  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(reinterpret_cast<const char*>(p) + b);
+}
 
 struct Float32 {
   typedef float Type;
@@ -84,8 +92,8 @@ struct BFloat16 {
   }
 };
 
-// The dense computation rounds every pre-activation and every h to the dtype of the model; doing the same here
-// makes both select the same neurons.
+// The dense computation rounds every pre-activation and every h to the dtype of the model; doing the same
+// here makes both select the same neurons.
 template <class W>
 float rounded(float v) {
   return W::widen(W::narrow(v));
@@ -129,8 +137,8 @@ void widen_row(const typename W::Type* x, float* out, int64_t D) {
 }
 
 // out[r * out_stride + t] = rows[r] . x[t] for R rows and N tokens; the order of additions in one dot product
-// does not depend on R or N.
-template <class W, int R, int N>
+// does not depend on R or N. First: these rows are not in the cache, and the next R are fetched.
+template <class W, int R, int N, bool First>
 void dots(const typename W::Type* const* rows, const float* x, int64_t D, float* out, int64_t out_stride) {
   Vec acc[R][N][2] = {};
   int64_t i = 0;
@@ -140,6 +148,7 @@ void dots(const typename W::Type* const* rows, const float* x, int64_t D, float*
     for (int r = 0; r < R; ++r) {
       Vec a, b;
       W::load(rows[r] + i, a, b);
+      if (First) fetch(rows[r + R] + i, kStep * sizeof(typename W::Type));
       for (int t = 0; t < N; ++t) {
         acc[r][t][0] += a * xa[t];
         acc[r][t][1] += b * xb[t];
@@ -156,18 +165,24 @@ void dots(const typename W::Type* const* rows, const float* x, int64_t D, float*
 
 template <class W, int R>
 void dots_tokens(const typename W::Type* const* rows, const float* x, int64_t T, int64_t D, float* out) {
-  int64_t t = 0;
-  for (; t + 4 <= T; t += 4) dots<W, R, 4>(rows, x + t * D, D, out + t, kMaxTokens);
-  if (t + 2 <= T) dots<W, R, 2>(rows, x + t * D, D, out + t, kMaxTokens), t += 2;
-  if (t < T) dots<W, R, 1>(rows, x + t * D, D, out + t, kMaxTokens);
+  if (T == 1) return dots<W, R, 1, true>(rows, x, D, out, kMaxTokens);
+  if (T == 2) return dots<W, R, 2, true>(rows, x, D, out, kMaxTokens);
+  if (T == 3) return dots<W, R, 3, true>(rows, x, D, out, kMaxTokens);
+  dots<W, R, 4, true>(rows, x, D, out, kMaxTokens);
+  int64_t t = 4;  // the rows are in the cache now
+  if (t + 4 <= T) dots<W, R, 4, false>(rows, x + t * D, D, out + t, kMaxTokens), t += 4;
+  if (t + 2 <= T) dots<W, R, 2, false>(rows, x + t * D, D, out + t, kMaxTokens), t += 2;
+  if (t < T) dots<W, R, 1, false>(rows, x + t * D, D, out + t, kMaxTokens);
 }
 
-// out[r * kMaxTokens + t] = rows[r] . x[t] for n rows.
+// out[r * kMaxTokens + t] = rows[r] . x[t] for n rows; rows[n] … rows[n + kAhead - 1] are needed next.
 template <class W>
-void all_dots(const typename W::Type* const* rows, int64_t n, const float* x, int64_t T, int64_t D, float* out) {
+void all_dots(const typename W::Type* const* rows, int64_t n, const float* x, int64_t T, int64_t D,
+              float* out) {
   int64_t r = 0;
-  for (; r + 4 <= n; r += 4) dots_tokens<W, 4>(rows + r, x, T, D, out + r * kMaxTokens);
-  if (r + 2 <= n) dots_tokens<W, 2>(rows + r, x, T, D, out + r * kMaxTokens), r += 2;
+  if (T <= 2)  // with more tokens, the sums of four rows do not fit the registers
+    for (; r + 4 <= n; r += 4) dots_tokens<W, 4>(rows + r, x, T, D, out + r * kMaxTokens);
+  for (; r + 2 <= n; r += 2) dots_tokens<W, 2>(rows + r, x, T, D, out + r * kMaxTokens);
   if (r < n) dots_tokens<W, 1>(rows + r, x, T, D, out + r * kMaxTokens);
 }
 
@@ -238,10 +253,11 @@ struct Job {
 
   // h[t] of neurons begin … begin + n - 1 into h[i * kMaxTokens + t], for a gated MLP.
   void gated_block(int64_t begin, int64_t n, float* h) const {
-    const Type* rows[kBlock];
+    const Type* rows[kBlock + kAhead];
     float u[kBlock * kMaxTokens];
-    int64_t active[kBlock], count = 0;
-    for (int64_t i = 0; i < n; ++i) rows[i] = gate + (begin + i) * gate_stride;
+    int64_t active[kBlock] = {0}, count = 0;
+    for (int64_t i = 0; i < n + kAhead; ++i)
+      rows[i] = gate + (begin + i < F ? begin + i : F - 1) * gate_stride;
     all_dots<W>(rows, n, wide, T, D, h);
     for (int64_t i = 0; i < n; ++i) {
       const float bias = gate_bias ? W::widen(gate_bias[begin + i]) : 0.0f;
@@ -256,6 +272,8 @@ struct Job {
       }
       if (any) active[count] = i, rows[count++] = up + (begin + i) * up_stride;
     }
+    for (int64_t k = 0; k < kAhead; ++k)
+      rows[count + k] = down + (begin + active[k < count ? k : 0]) * down_stride;
     all_dots<W>(rows, count, wide, T, D, u);
     for (int64_t k = 0; k < count; ++k) {
       const int64_t i = active[k];
@@ -367,10 +385,10 @@ int64_t hfs_scratch(int64_t T, int64_t D, int64_t F) {
 
 // y [T, D] from x [T, D]; with gate == nullptr, x is h [T, F] and only the down projection is done.
 // dtype: 0 float32, 1 bfloat16. Strides count elements between neurons. T <= hfs_max_tokens().
-void hfs_mlp(int dtype, const void* x, const void* gate, const void* up, const void* down, const void* gate_bias,
-             const void* up_bias, const void* down_bias, void* y, float* scratch, int64_t T, int64_t D, int64_t F,
-             int64_t gate_stride, int64_t up_stride, int64_t down_stride, int kind, float threshold,
-             int threads) {
+void hfs_mlp(int dtype, const void* x, const void* gate, const void* up, const void* down,
+             const void* gate_bias, const void* up_bias, const void* down_bias, void* y, float* scratch,
+             int64_t T, int64_t D, int64_t F, int64_t gate_stride, int64_t up_stride, int64_t down_stride,
+             int kind, float threshold, int threads) {
   auto run = [&](auto w) {
     typedef decltype(w) W;
     typedef typename W::Type Type;
