@@ -64,7 +64,9 @@ def test_roles_come_from_what_is_computed(mlp: type[nn.Module]) -> None:
     assert (roles.gate, roles.up, roles.down, roles.act) == ("w1", "w3", "w2", "f")
 
 
-@pytest.mark.parametrize("mlp", [Clamped, IgnoresItsActivation, ActivationAfterProduct, Residual, TwoArguments])
+@pytest.mark.parametrize(
+    "mlp", [Clamped, IgnoresItsActivation, ActivationAfterProduct, Residual, TwoArguments]
+)
 def test_other_functions_of_the_same_structure_are_refused(mlp: type[nn.Module]) -> None:
     assert recognise(mlp()) is None
 
@@ -91,7 +93,9 @@ def test_blocks_of_real_models(tiny_model, model_type) -> None:
 
 
 def test_experts_are_listed_as_left_alone(tiny_model) -> None:
-    model = tiny_model("qwen2_moe", moe_intermediate_size=16, shared_expert_intermediate_size=24, num_experts=4)
+    model = tiny_model(
+        "qwen2_moe", moe_intermediate_size=16, shared_expert_intermediate_size=24, num_experts=4
+    )
     blocks, skipped = find_blocks(model)
     assert len(blocks) == 3  # the shared experts
     assert {s.class_name for s in skipped} == {"Qwen2MoeExperts"}
