@@ -23,8 +23,8 @@ from urllib.parse import parse_qs, unquote, urlparse
 class LoopbackHub:
     """The server; use it as a context manager.
 
-    ``repositories`` maps ``"name"`` of a model or ``"datasets/name"`` of a data set to its files; ``requests`` lists
-    ``"METHOD path"``.
+    ``repositories`` maps ``"name"`` of a model or ``"datasets/name"`` of a data set to its files;
+    ``requests`` lists ``"METHOD path"``.
     """
 
     def __init__(self) -> None:
