@@ -70,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of finetune.py: one option per field of Recipe, and ``--config``."""
     parser = argparse.ArgumentParser(
         prog="finetune.py",
+        usage="finetune.py [--config FILE] [--FIELD VALUE ...]",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -82,9 +82,3 @@ def test_a_run_of_two_processes_continues_in_one(one, two, command, helpers, tmp
     printed = helpers.run(command(output, resume=True, **FIELDS))
     assert "step-00000015" in printed
     same_curves(one, output)
-
-
-def test_a_number_of_processes_that_does_not_divide_the_streams_is_refused(command, helpers, tmp_path):
-    fields = {**FIELDS, "data_streams": 1}
-    printed = helpers.run(command(tmp_path / "x", processes=2, port=free_port(), **fields), ok=False)
-    assert "2 processes cannot share data_streams=1" in printed
