@@ -12,7 +12,7 @@ from typing import Any
 
 from hf_sparse._version import __version__
 from hf_sparse.config import ACTIVATIONS, SparsityConfig
-from hf_sparse.data import EMBEDDED, file_texts, held_out_texts
+from hf_sparse.data import EMBEDDED, file_texts, evaluation_texts
 
 _MODEL_HELP = f"a Hub id, a local folder, or {EMBEDDED!r}, the model embedded in this package"
 _BACKENDS = ("auto", "dense", "torch", "cpp", "triton")
@@ -166,8 +166,8 @@ def _add_measure(commands: Any) -> None:
         "--dataset",
         metavar="ID",
         default=EMBEDDED,
-        help="held-out text of a Hub data set or of a local file or folder (json, jsonl, parquet, txt); "
-        "default: documentation of the running Python",
+        help="the validation split, or all where there is none, of a Hub data set or of a local file or "
+        "folder (json, jsonl, parquet, txt); default: held-out documentation of the running Python",
     )
     source.add_argument("--text-file", metavar="FILE", type=Path, help="a text file, all of it")
     parser.add_argument("--dataset-config", metavar="NAME", help="configuration of the data set, such as en")
@@ -195,7 +195,7 @@ def _measure(arguments: argparse.Namespace, _: list[str]) -> int:
     if arguments.text_file is not None:
         texts = file_texts(arguments.text_file)
     else:
-        texts = held_out_texts(
+        texts = evaluation_texts(
             arguments.dataset, config=arguments.dataset_config, text_field=arguments.text_field
         )
     model, tokenizer = _load(arguments.model)

@@ -23,19 +23,20 @@ _FORMATS = {
 }
 
 
-def held_out_texts(
-    dataset: str, *, config: str | None = None, text_field: str = "text", holdout: float = 0.01
+def evaluation_texts(
+    dataset: str, *, config: str | None = None, text_field: str = "text", holdout: float = 1.0
 ) -> Iterator[str]:
     """Documents for evaluation, in a fixed order, read as a stream.
 
-    They are those that the training application keeps out of training: of the validation split or, where a
-    data set has none, the share ``holdout`` of the documents that a hash of their text selects.
+    Those of the validation split or, where a data set has none, the share ``holdout`` of its documents that a
+    hash of their text selects: all by default; the training application leaves out of training what its own
+    field ``holdout`` selects, by the same hash.
 
     Args:
         dataset: ``"tiny"``, a Hub id, a local file, or a local folder of json, jsonl, parquet or txt files.
         config: configuration of a Hub data set; None means its only one (``en`` of ``allenai/c4``).
         text_field: the column that holds the text.
-        holdout: used where there is no validation split.
+        holdout: share of the documents, where there is no validation split.
 
     Raises:
         ValueError: there is no such data set, or no text in its column.

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hf_sparse
 from hf_sparse.assets import TINY_MODEL
 from hf_sparse.assets.corpus import python_corpus
-from hf_sparse.data import EMBEDDED, held_out_texts
+from hf_sparse.data import EMBEDDED, evaluation_texts
 from hf_sparse.launch import finetune
 from hf_sparse.measure import DEFINITION, SparsityReport, measure
 
@@ -232,7 +232,7 @@ def _evaluation_texts(dataset: str, tokenizer: Any, tokens: int) -> list[str]:
     """Held-out documents with at least ``tokens`` tokens, or all that there are."""
     texts: list[str] = []
     count = 0
-    documents = held_out_texts(dataset, holdout=_HOLDOUT)
+    documents = evaluation_texts(dataset, holdout=_HOLDOUT)
     while count < tokens and (chunk := list(islice(documents, 8))):
         texts += chunk
         count += sum(map(len, tokenizer(chunk, verbose=False)["input_ids"]))

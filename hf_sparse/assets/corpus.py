@@ -10,6 +10,7 @@ where they come again, and the held-out text loses each paragraph that the train
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import inspect
 import json
@@ -38,11 +39,11 @@ _MIN_CHARACTERS = 80
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Two disjoint lists of documents, in a fixed order."""
+    """Two disjoint sets of documents, each in a fixed order."""
 
-    train: list[str]
+    train: tuple[str, ...]
     """Text to train on."""
-    held_out: list[str]
+    held_out: tuple[str, ...]
     """Text to evaluate on; no paragraph of it is in :attr:`train`."""
 
     def write(self, folder: str | os.PathLike[str]) -> Path:
@@ -58,6 +59,7 @@ class Corpus:
         return folder
 
 
+@functools.cache
 def python_corpus(library: str | os.PathLike[str] | None = None) -> Corpus:
     """The documentation text of the running Python; the same on every call.
 
@@ -77,7 +79,7 @@ def python_corpus(library: str | os.PathLike[str] | None = None) -> Corpus:
     seen: set[str] = set()
     train = _new_paragraphs((text for name, text in documents if not _is_held_out(name)), seen)
     held_out = _new_paragraphs((text for name, text in documents if _is_held_out(name)), seen)
-    return Corpus(train=train, held_out=held_out)
+    return Corpus(train=tuple(train), held_out=tuple(held_out))
 
 
 def _is_held_out(name: str) -> bool:
