@@ -39,9 +39,10 @@ DEFAULTS: dict[tuple[str, torch.dtype], Default] = {
 }
 
 
-def default(backend: str, dtype: torch.dtype) -> Default | None:
-    """The built-in break-even; None where the backend is never chosen automatically."""
-    return DEFAULTS.get((backend, dtype))
+def default(backend: str, dtype: torch.dtype, weight_bytes: int) -> tuple[float, ...]:
+    """The built-in break-even densities for 1, 2, … tokens; none where it is not worth it."""
+    found = DEFAULTS.get((backend, dtype))
+    return found.density if found is not None and weight_bytes >= found.min_bytes else ()
 
 
 def measured(

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,9 @@ from triton_ops import break_even, torch_path
 from triton_ops.cpu import path as cpp_path
 
 BACKENDS = ("auto", "dense", "torch", "cpp", "triton")
-AUTOMATIC = {"cpu": ("cpp", "torch")}  # by device, the best first
+# By device, the best first. On GPUs a cuBLAS product is hard to beat without a CUDA graph, so there Triton has
+# no built-in break-even and is chosen where a measurement says so.
+AUTOMATIC = {"cpu": ("cpp", "torch"), "cuda": ("triton",)}
 ENVIRONMENT = "HF_SPARSE_BACKEND"
 
 _forced: ContextVar[str | None] = ContextVar("hf_sparse_backend", default=None)
@@ -64,7 +67,18 @@ def forced_backend() -> str:
 
 
 def path(name: str) -> ModuleType:
-    """The module of a backend other than ``"dense"``: ``unusable``, ``gated_mlp``, ``sparse_linear``."""
+    """The module of a backend other than ``"dense"``: ``unusable``, ``gated_mlp``, ``sparse_linear``.
+
+    Raises:
+        RuntimeError: Triton is not installed.
+
+    """
+    if name == "triton":
+        # Only here: importing Triton takes long, and it is not made for every platform.
+        try:
+            return importlib.import_module("triton_ops.decode")
+        except ImportError as error:
+            raise RuntimeError(f"backend 'triton' cannot run here: {error}; pip install triton.") from error
     return {"torch": torch_path, "cpp": cpp_path}[name]
 
 
@@ -126,13 +140,12 @@ def _best(
 ) -> tuple[str, tuple[float, ...]]:
     weight_bytes = (3 if gated else 1) * hidden * neurons * dtype.itemsize
     for name in AUTOMATIC.get(device, ()):
-        default = break_even.default(name, dtype)
-        # The order matters: asking a path whether it is usable may build it, which small models never need.
-        if default is None or weight_bytes < default.min_bytes:
-            continue
-        if path(name).unusable(torch.device(device), dtype) is None:
-            measured = break_even.measured(name, device, dtype, hidden, neurons, gated)
-            return name, default.density if measured is None else measured
+        limit = break_even.measured(name, device, dtype, hidden, neurons, gated)
+        if limit is None:
+            limit = break_even.default(name, dtype, weight_bytes)
+        # In this order: asking a path whether it is usable may build it, which small models never need.
+        if limit and path(name).unusable(torch.device(device), dtype) is None:
+            return name, limit
     return "dense", ()
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 
 def is_neuron_major(weight: Tensor) -> bool:
-    """Whether the 2-D ``weight [D, F]`` has strides ``(1, D)``."""
-    return weight.ndim == 2 and weight.stride() == (1, weight.shape[0])
+    """Whether the 2-D ``weight [D, F]`` lies in memory neuron by neuron, with strides ``(1, D)``."""
+    return weight.ndim == 2 and weight.t().is_contiguous()
 
 
 @torch.no_grad()

@@ -68,6 +68,10 @@ def _down(h: Tensor, idx: Tensor | None, weight: Tensor, bias: Tensor | None) ->
     """The rows ``idx`` (None: all) of the neuron-major ``weight``, weighted by ``h`` and summed: ``[D]``."""
     if idx is None:
         idx = torch.arange(h.shape[0])
+    # Several bags, because threads share bags and long sums lose digits; few where a bag's sum is rounded.
+    neurons = idx.shape[0]
+    size = max(256, 1 if h.dtype == torch.float32 else -(-neurons // 4))
     # Zero neurons make an empty bag, whose sum is zero, as it should be.
-    y = F.embedding_bag(idx, weight.t(), idx.new_zeros(1), mode="sum", per_sample_weights=h)[0]
+    bags = torch.arange(0, max(neurons, 1), size)
+    y = F.embedding_bag(idx, weight.t(), bags, mode="sum", per_sample_weights=h).sum(0)
     return y if bias is None else y + bias

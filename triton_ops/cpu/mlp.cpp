@@ -124,29 +124,40 @@ float sum(Vec v) {
   return s[0];
 }
 
-// x as float, in the order in which load() delivers weights; the tail (D % kStep) follows in natural order.
+int64_t padded(int64_t D) { return (D + kStep - 1) / kStep * kStep; }
+
+// The last D % kStep elements of a row that ends at `row + D`, followed by zeros.
+template <class W>
+void load_tail(const typename W::Type* row, int64_t i, int64_t D, Vec& a, Vec& b) {
+  typename W::Type tail[kStep] = {};
+  std::memcpy(tail, row + i, (D - i) * sizeof tail[0]);
+  W::load(tail, a, b);
+}
+
+// x as float, in the order in which load() delivers weights, with zeros up to padded(D).
 template <class W>
 void widen_row(const typename W::Type* x, float* out, int64_t D) {
+  Vec a, b;
   int64_t i = 0;
   for (; i + kStep <= D; i += kStep) {
-    Vec a, b;
     W::load(x + i, a, b);
     Float32::store(out + i, a, b);
   }
-  for (; i < D; ++i) out[i] = W::widen(x[i]);
+  if (i == D) return;
+  load_tail<W>(x, i, D, a, b);
+  Float32::store(out + i, a, b);
 }
 
-// out[r * out_stride + t] = rows[r] . x[t] for R rows and N tokens; the order of additions in one dot product
+// out[r * kMaxTokens + t] = rows[r] . x[t] for R rows and N tokens; the order of additions in one dot product
 // does not depend on R or N. First: these rows are not in the cache, and the next R are fetched.
 template <class W, int R, int N, bool First>
-void dots(const typename W::Type* const* rows, const float* x, int64_t D, float* out, int64_t out_stride) {
-  Vec acc[R][N][2] = {};
+void dots(const typename W::Type* const* rows, const float* x, int64_t D, float* out) {
+  const int64_t x_stride = padded(D);
+  Vec acc[R][N][2] = {}, xa[N], xb[N], a, b;
   int64_t i = 0;
   for (; i + kStep <= D; i += kStep) {
-    Vec xa[N], xb[N];
-    for (int t = 0; t < N; ++t) Float32::load(x + t * D + i, xa[t], xb[t]);
+    for (int t = 0; t < N; ++t) Float32::load(x + t * x_stride + i, xa[t], xb[t]);
     for (int r = 0; r < R; ++r) {
-      Vec a, b;
       W::load(rows[r] + i, a, b);
       if (First) fetch(rows[r + R] + i, kStep * sizeof(typename W::Type));
       for (int t = 0; t < N; ++t) {
@@ -155,24 +166,32 @@ void dots(const typename W::Type* const* rows, const float* x, int64_t D, float*
       }
     }
   }
-  for (int r = 0; r < R; ++r)
-    for (int t = 0; t < N; ++t) {
-      float s = sum(acc[r][t][0] + acc[r][t][1]);
-      for (int64_t j = i; j < D; ++j) s += W::widen(rows[r][j]) * x[t * D + j];
-      out[r * out_stride + t] = s;
+  if (i < D) {
+    for (int t = 0; t < N; ++t) Float32::load(x + t * x_stride + i, xa[t], xb[t]);
+    for (int r = 0; r < R; ++r) {
+      load_tail<W>(rows[r], i, D, a, b);
+      for (int t = 0; t < N; ++t) {
+        acc[r][t][0] += a * xa[t];
+        acc[r][t][1] += b * xb[t];
+      }
     }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int t = 0; t < N; ++t) out[r * kMaxTokens + t] = sum(acc[r][t][0] + acc[r][t][1]);
 }
 
 template <class W, int R>
 void dots_tokens(const typename W::Type* const* rows, const float* x, int64_t T, int64_t D, float* out) {
-  if (T == 1) return dots<W, R, 1, true>(rows, x, D, out, kMaxTokens);
-  if (T == 2) return dots<W, R, 2, true>(rows, x, D, out, kMaxTokens);
-  if (T == 3) return dots<W, R, 3, true>(rows, x, D, out, kMaxTokens);
-  dots<W, R, 4, true>(rows, x, D, out, kMaxTokens);
-  int64_t t = 4;  // the rows are in the cache now
-  if (t + 4 <= T) dots<W, R, 4, false>(rows, x + t * D, D, out + t, kMaxTokens), t += 4;
-  if (t + 2 <= T) dots<W, R, 2, false>(rows, x + t * D, D, out + t, kMaxTokens), t += 2;
-  if (t < T) dots<W, R, 1, false>(rows, x + t * D, D, out + t, kMaxTokens);
+  if (T == 1) return dots<W, R, 1, true>(rows, x, D, out);
+  if (T == 2) return dots<W, R, 2, true>(rows, x, D, out);
+  if (T == 3) return dots<W, R, 3, true>(rows, x, D, out);
+  dots<W, R, 4, true>(rows, x, D, out);
+  if (T == 4) return;
+  x += 4 * padded(D), out += 4, T -= 4;  // the rows are in the cache now
+  if (T == 1) return dots<W, R, 1, false>(rows, x, D, out);
+  if (T == 2) return dots<W, R, 2, false>(rows, x, D, out);
+  if (T == 3) return dots<W, R, 3, false>(rows, x, D, out);
+  dots<W, R, 4, false>(rows, x, D, out);
 }
 
 // out[r * kMaxTokens + t] = rows[r] . x[t] for n rows; rows[n] … rows[n + kAhead - 1] are needed next.
@@ -246,7 +265,7 @@ struct Job {
   int kind;
   float threshold;
   int64_t groups;
-  float* wide;       // [T, D] x as float
+  float* wide;       // [T, padded(D)] x as float
   float* partial;    // [groups, T, D]
   int32_t* written;  // [groups, T]
   int64_t* begins;   // [groups + 1]
@@ -343,7 +362,7 @@ struct Job {
 
   void run(int threads) const {
     if (gate)
-      for (int64_t t = 0; t < T; ++t) widen_row<W>(x + t * D, wide + t * D, D);
+      for (int64_t t = 0; t < T; ++t) widen_row<W>(x + t * D, wide + t * padded(D), D);
     begins[0] = 0;
     for (int64_t g = 0; g < groups; ++g) begins[g + 1] = group_end(begins[g], F);
     const int64_t columns = 8 * kStep, pieces = (D + columns - 1) / columns;
@@ -367,7 +386,7 @@ void carve(Job<W>& job, float* scratch) {
   job.groups = count_groups(job.F);
   job.begins = reinterpret_cast<int64_t*>(scratch);
   job.wide = scratch + 2 * (job.groups + 1);
-  job.partial = job.wide + job.T * job.D;
+  job.partial = job.wide + job.T * padded(job.D);
   job.written = reinterpret_cast<int32_t*>(job.partial + job.groups * job.T * job.D);
 }
 
@@ -380,7 +399,7 @@ int64_t hfs_max_tokens() { return kMaxTokens; }
 // Number of floats that the scratch argument must hold.
 int64_t hfs_scratch(int64_t T, int64_t D, int64_t F) {
   const int64_t groups = count_groups(F);
-  return 2 * (groups + 1) + T * D + groups * T * D + groups * T;
+  return 2 * (groups + 1) + T * padded(D) + groups * T * D + groups * T;
 }
 
 // y [T, D] from x [T, D]; with gate == nullptr, x is h [T, F] and only the down projection is done.

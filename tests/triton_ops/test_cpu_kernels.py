@@ -1,0 +1,199 @@
+"""The two CPU paths, compiled and pure PyTorch, against the reference in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_blocks import assert_as_exact_as_dense, make_block
+
+import triton_ops
+from triton_ops import ACTIVATIONS, reference
+from triton_ops.cpu import build
+
+PATHS = [
+    "torch",
+    pytest.param(
+        "cpp", marks=pytest.mark.skipif(isinstance(build.library(), str), reason="no working C++ compiler")
+    ),
+]
+DTYPES = [torch.float32, torch.bfloat16]
+# tokens, hidden, neurons: ones, primes, tails of every vector width, more than one block and group of neurons
+SHAPES = [
+    (1, 1, 1),
+    (1, 7, 5),
+    (2, 63, 7),
+    (1, 64, 172),
+    (3, 172, 63),
+    (5, 33, 129),
+    (8, 95, 1000),
+    (9, 31, 300),
+    (1, 1000, 257),
+]
+
+
+def _id(value: object) -> str:
+    return str(value).removeprefix("torch.").replace(", ", "x")
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=_id)
+@pytest.mark.parametrize("shape", SHAPES, ids=_id)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gated_mlp(path, dtype, shape, activation):
+    for bias in (False, True):
+        block = make_block(*shape, dtype, activation, bias=bias)
+        with triton_ops.backend(path):
+            assert_as_exact_as_dense(block.run(triton_ops.gated_mlp), block)
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=_id)
+@pytest.mark.parametrize("shape", SHAPES, ids=_id)
+def test_sparse_linear(path, dtype, shape):
+    tokens, hidden, neurons = shape
+    h = torch.relu(torch.randn(tokens, neurons) - 0.5).to(dtype)
+    weight = triton_ops.neuron_major_((torch.randn(hidden, neurons) * neurons**-0.5).to(dtype))
+    for bias in (None, torch.randn(hidden).to(dtype)):
+        with triton_ops.backend(path):
+            y = triton_ops.sparse_linear(h, weight, bias)
+        exact = reference.sparse_linear(h.double(), weight.double(), None if bias is None else bias.double())
+        dense = reference.sparse_linear(h, weight, bias)
+        allowed = 2 * (dense.double() - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
+        assert (y.double() - exact).abs().max() <= allowed
+
+
+@pytest.mark.skipif(isinstance(build.library(), str), reason="no working C++ compiler")
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(0, 17),
+    hidden=st.integers(1, 140),
+    neurons=st.integers(1, 400),
+    activation=st.sampled_from(ACTIVATIONS),
+    dtype=st.sampled_from(DTYPES),
+    bias=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_any_shape_in_the_compiled_kernel(tokens, hidden, neurons, activation, dtype, bias, seed):
+    torch.manual_seed(seed)
+    block = make_block(tokens, hidden, neurons, dtype, activation, bias=bias)
+    with triton_ops.backend("cpp"):
+        assert_as_exact_as_dense(block.run(triton_ops.gated_mlp), block)
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=_id)
+def test_all_silent_gives_the_bias_and_all_active_the_dense_result(path, dtype):
+    silent, active = (make_block(2, 40, 300, dtype, bias=True) for _ in range(2))
+    silent.gate_bias, active.gate_bias = (
+        torch.full((2, 300), -100.0).to(dtype).add_(torch.tensor([[0], [200]]))
+    )
+    with triton_ops.backend(path):
+        assert torch.equal(silent.run(triton_ops.gated_mlp), silent.down_bias.expand(2, -1))
+        assert_as_exact_as_dense(active.run(triton_ops.gated_mlp), active)
+        silent.down_bias = None
+        assert torch.equal(silent.run(triton_ops.gated_mlp), torch.zeros(2, 40, dtype=dtype))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("shape", [(40,), (0, 40), (2, 0, 40), (1, 1, 40), (2, 3, 40)], ids=_id)
+def test_leading_dimensions(path, shape):
+    block = make_block(1, 40, 50, torch.float32)
+    block.x = torch.randn(shape)
+    with triton_ops.backend(path):
+        assert_as_exact_as_dense(block.run(triton_ops.gated_mlp), block)
+        h = torch.relu(torch.randn(*shape[:-1], 50))
+        y = triton_ops.sparse_linear(h, block.down)
+    torch.testing.assert_close(y, reference.sparse_linear(h, block.down))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=_id)
+def test_strided_arguments(path, dtype):
+    block = make_block(3, 40, 50, dtype, bias=True)
+    block.x = torch.randn(40, 6).to(dtype).t()[::2]
+    block.gate = torch.randn(40, 50).to(dtype).t() * 40**-0.5
+    block.up = torch.randn(50, 80).to(dtype)[:, :40] * 40**-0.5  # rows further apart than they are long
+    block.up_bias = torch.randn(100).to(dtype)[::2]
+    with triton_ops.backend(path):
+        assert_as_exact_as_dense(block.run(triton_ops.gated_mlp), block)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_down_as_a_linear_stores_it_is_still_right(path):
+    block = make_block(2, 40, 50, torch.float32)
+    block.down = block.down.contiguous()
+    assert not triton_ops.is_neuron_major(block.down)
+    with triton_ops.backend(path):
+        assert torch.equal(block.run(triton_ops.gated_mlp), block.run(reference.gated_mlp))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_nan_and_infinity_in_the_input_come_through(path, activation, bad):
+    block = make_block(3, 40, 50, torch.float32, activation)
+    block.x[1, 7] = bad
+    with triton_ops.backend(path):
+        y = block.run(triton_ops.gated_mlp)
+    expected = block.run(reference.gated_mlp)
+    assert not expected[1].isfinite().any()
+    # Where dense is NaN through 0 * inf the skip path may be infinite, but never finite.
+    assert not y[1].isfinite().any()
+    assert torch.equal(y[1].isnan() & expected[1].isinf(), torch.zeros(40, dtype=torch.bool))
+    torch.testing.assert_close(y[[0, 2]], expected[[0, 2]])
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_weights_of_a_silent_neuron_are_not_read_even_if_they_are_nan(path):
+    block = make_block(2, 40, 50, torch.float32)
+    block.gate[3] = 0  # its pre-activation is 0: silent for every input
+    expected = block.run(reference.gated_mlp)
+    block.up[3] = math.nan
+    block.down[:, 3] = math.inf
+    with triton_ops.backend(path):
+        y = block.run(triton_ops.gated_mlp)
+    torch.testing.assert_close(y, expected)
+    assert block.run(reference.gated_mlp).isnan().any()  # the dense computation reads them
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_one_tokens_infinite_weight_does_not_reach_another_token(path):
+    x = torch.tensor([[1.0], [-1.0]])
+    gate, up, down = torch.ones(1, 1), torch.ones(1, 1), torch.full((1, 1), math.inf)
+    with triton_ops.backend(path):
+        y = triton_ops.gated_mlp(x, gate, up, down, activation="relu")
+    assert y.tolist() == [[math.inf], [0.0]]
+
+
+@pytest.mark.skipif(isinstance(build.library(), str), reason="no working C++ compiler")
+@pytest.mark.parametrize("dtype", DTYPES, ids=_id)
+def test_compiled_kernel_gives_the_same_bits_on_any_number_of_threads(dtype):
+    block = make_block(3, 129, 3000, dtype, bias=True)
+    before = torch.get_num_threads()
+    try:
+        with triton_ops.backend("cpp"):
+            results = []
+            for threads in (1, 2, 4, 2, 1):
+                torch.set_num_threads(threads)
+                results.append(block.run(triton_ops.gated_mlp))
+            assert all(torch.equal(y, results[0]) for y in results)
+            # Nor do the other tokens of a call change a token's bits.
+            for t in range(3):
+                one = triton_ops.gated_mlp(block.x[t : t + 1], *block.tensors()[1:], activation="relu")
+                assert torch.equal(one[0], results[0][t])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(isinstance(build.library(), str), reason="no working C++ compiler")
+def test_kernel_and_package_number_the_activations_alike():
+    from triton_ops.cpu import path
+
+    assert path.ACTIVATIONS == ACTIVATIONS

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from triton_ops import is_neuron_major, neuron_major_
+
+
+def test_values_shape_and_identity_stay_and_strides_change():
+    linear = nn.Linear(172, 64)
+    weight, before = linear.weight, linear.weight.detach().clone()
+    assert neuron_major_(linear.weight) is weight
+    assert linear.weight.stride() == (1, 64)
+    assert is_neuron_major(linear.weight)
+    assert isinstance(linear.weight, nn.Parameter)
+    assert linear.weight.requires_grad
+    assert torch.equal(linear.weight, before)
+
+
+def test_second_call_moves_nothing():
+    weight = neuron_major_(torch.randn(8, 12))
+    address = weight.data_ptr()
+    assert neuron_major_(weight).data_ptr() == address
+
+
+def test_works_on_inference_tensors_and_inside_inference_mode():
+    with torch.inference_mode():
+        made_inside = torch.randn(8, 12)
+        assert is_neuron_major(neuron_major_(made_inside))
+        outside = nn.Linear(12, 8)
+        assert is_neuron_major(neuron_major_(outside.weight))
+
+
+def test_layout_survives_deepcopy_and_dtype():
+    linear = nn.Linear(12, 8)
+    neuron_major_(linear.weight)
+    assert is_neuron_major(copy.deepcopy(linear).weight)
+    assert is_neuron_major(linear.to(torch.bfloat16).weight)
+
+
+@pytest.mark.parametrize("shape", [(1, 7), (7, 1), (1, 1)])
+def test_single_rows_and_columns(shape):
+    weight = torch.randn(shape)
+    before = weight.clone()
+    assert is_neuron_major(neuron_major_(weight))
+    assert torch.equal(weight, before)
+
+
+def test_other_than_two_dimensions_is_an_error():
+    with pytest.raises(ValueError, match=r"weight has shape \(2, 3, 4\)"):
+        neuron_major_(torch.randn(2, 3, 4))
