@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
+from hf_sparse.activations.known import STOCK_ACTIVATIONS
 from hf_sparse.record import KEY
 
 
@@ -52,12 +53,12 @@ def builds_same(
     if not activations.keys() <= built.keys():
         return False
     ours = dict(model.named_modules())
-    known = tuple({type(ACT2FN[name]) for name in ACT2FN})
     for name, module in built.items():
         mine = activations.get(name, ours.get(name))
         if mine is None:
             continue
-        if (isinstance(module, known) or isinstance(mine, known)) and type(module) is not type(mine):
+        is_activation = isinstance(module, STOCK_ACTIVATIONS) or isinstance(mine, STOCK_ACTIVATIONS)
+        if is_activation and type(module) is not type(mine):
             return False
         for attribute, text in vars(module).items():
             if isinstance(text, str) and text in ACT2FN and vars(mine).get(attribute) != text:

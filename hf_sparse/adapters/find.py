@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import nn
-from transformers.activations import ACT2FN
 
+from hf_sparse.activations.known import STOCK_ACTIVATIONS
 from hf_sparse.adapters.block import Block
 from hf_sparse.adapters.shapes import linears, recognise
 from hf_sparse.modules.sparse_mlp import SparseMLP
@@ -37,16 +37,12 @@ def find_blocks(model: nn.Module) -> tuple[list[Block], list[Skipped]]:
         elif (roles := recognise(module)) is not None:
             blocks.append(Block(name, module, roles))
         else:
-            if _owns_known_activation(module) and (reason := _why_not(module)):
+            owns_activation = any(isinstance(child, STOCK_ACTIVATIONS) for child in module.children())
+            if owns_activation and (reason := _why_not(module)):
                 skipped.append(Skipped(name, type(module).__name__, reason))
             continue
         inside = (*inside, name + ".")
     return blocks, skipped
-
-
-def _owns_known_activation(module: nn.Module) -> bool:
-    known = {type(ACT2FN[name]) for name in ACT2FN}
-    return any(type(child) in known for child in module.children())
 
 
 def _why_not(module: nn.Module) -> str | None:
