@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from hf_sparse.assets.corpus import python_corpus
+from hf_sparse.documents import Documents, HeldOut
 
 EMBEDDED = "tiny"
 """Stands, as a model, for the embedded one and, as a data set, for the running Python's documentation."""
-
-_FORMATS = {
-    ".json": "json",
-    ".jsonl": "json",
-    ".json.gz": "json",
-    ".jsonl.gz": "json",
-    ".parquet": "parquet",
-    ".txt": "text",
-}
 
 
 def evaluation_texts(
@@ -39,23 +29,18 @@ def evaluation_texts(
         holdout: share of the documents, where there is no validation split.
 
     Raises:
-        ValueError: there is no such data set, or no text in its column.
-        ImportError: the ``datasets`` package is not installed.
+        ValueError, FileNotFoundError, ImportError: see :class:`hf_sparse.documents.Documents`.
 
     """
     if dataset == EMBEDDED:
         yield from python_corpus().held_out
         return
-    splits = _open(dataset, config)
-    split = "validation" if "validation" in splits else "train" if "train" in splits else None
-    if split is None:
-        raise ValueError(f"dataset={dataset!r} has no validation or train split, only {', '.join(splits)}.")
-    for row in splits[split]:
-        text = row.get(text_field)
-        if not isinstance(text, str):
-            raise ValueError(f"text_field={text_field!r} is no text; {dataset!r} has {', '.join(row)}.")
-        if split == "validation" or _hash(text) < holdout * 2**64:
-            yield text
+    documents = Documents(dataset, config=config, text_field=text_field)
+    if documents.has_validation:
+        yield from (text for text, _ in documents.read("validation", None))
+    else:
+        held_out = HeldOut(holdout)
+        yield from (text for text, _ in documents.read("train", None) if text in held_out)
 
 
 def file_texts(path: str | os.PathLike[str]) -> list[str]:
@@ -73,25 +58,3 @@ def file_texts(path: str | os.PathLike[str]) -> list[str]:
     if not (paragraphs := [p.strip() for p in text.split("\n\n") if p.strip()]):
         raise ValueError(f"{str(path)!r} has no text.")
     return paragraphs
-
-
-def _open(dataset: str, config: str | None) -> Any:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ImportError("reading a data set needs: pip install 'hf-sparse[train]'") from error
-    path = Path(dataset).expanduser()
-    if path.is_dir():
-        return load_dataset(str(path), streaming=True)
-    if path.is_file():
-        kind = next((k for ending, k in _FORMATS.items() if path.name.endswith(ending)), None)
-        if kind is None:
-            raise ValueError(f"dataset={dataset!r} is none of {', '.join(_FORMATS)}.")
-        return load_dataset(kind, data_files=str(path), streaming=True)
-    if dataset.startswith((".", "/", "~")):
-        raise ValueError(f"dataset={dataset!r} does not exist.")
-    return load_dataset(dataset, config or ("en" if dataset == "allenai/c4" else None), streaming=True)
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")

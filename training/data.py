@@ -11,10 +11,9 @@ The position of a stream is a few numbers and the reader's own state (``StreamSt
 from __future__ import annotations
 
 import copy
-import hashlib
 import random
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,9 +22,10 @@ from typing import Any
 
 import torch
 from recipe import Recipe
-from sources import Source
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+from hf_sparse.documents import Documents, HeldOut
 
 _TOKENISE_AT_ONCE = 32
 _BATCHES_AHEAD = 2
@@ -61,21 +61,6 @@ class Batch:
     """int64 [global_batch / W, sequence_length]"""
     states: dict[int, StreamState]
     """Of each stream of this process, after this batch."""
-
-
-class HeldOut:
-    """Tells documents that are for evaluation alone, by a hash of their text.
-
-    ``share`` of all documents, chosen by their hash, and the given ``texts``, whatever their hash.
-    """
-
-    def __init__(self, share: float = 0.0, texts: Sequence[str] = ()) -> None:
-        self._below = share * 2**64
-        self._hashes = {_hash(text) for text in texts}
-
-    def __contains__(self, text: str) -> bool:
-        value = _hash(text)
-        return value < self._below or value in self._hashes
 
 
 class Stream:
@@ -160,7 +145,7 @@ class TrainingData:
     def __init__(
         self,
         recipe: Recipe,
-        source: Source,
+        source: Documents,
         tokenizer: PreTrainedTokenizerBase,
         held_out: HeldOut,
         *,
@@ -244,8 +229,19 @@ class Tokeniser:
         return [next(tokens) if text else [] for text in texts]
 
 
+def open_documents(recipe: Recipe) -> Documents:
+    """The data set of a recipe; errors as of :class:`hf_sparse.documents.Documents`."""
+    return Documents(
+        recipe.dataset,
+        config=recipe.dataset_config,
+        revision=recipe.dataset_revision,
+        text_field=recipe.text_field,
+        txt_unit=recipe.txt_unit,
+    )
+
+
 def evaluation_data(
-    recipe: Recipe, source: Source, tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe, source: Documents, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Tensor, HeldOut]:
     """Sequences to evaluate on, and which documents training must therefore leave out.
 
@@ -283,7 +279,3 @@ def evaluation_data(
 def state_to_json(state: StreamState) -> dict[str, Any]:
     """Plain JSON types; ``StreamState(**…)`` reads them back."""
     return asdict(state)
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")

@@ -19,12 +19,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from arguments import parse_recipe
 from checkpoint import CheckpointError, Checkpoints, Progress, publish, read_state, write_whole
-from data import DataExhaustedError, TrainingData, evaluation_data
+from data import DataExhaustedError, TrainingData, evaluation_data, open_documents
 from evaluation import as_record, evaluate
 from loop import Run, build_optimizer, settings, train
 from recipe import Recipe
 from records import RunLog, read_log
-from sources import Source
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
@@ -55,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_length(recipe, model)
 
     # The text: what to evaluate on, and therefore not to train on.
-    source = Source(recipe)
+    source = open_documents(recipe)
     held_out_sequences, held_out = evaluation_data(recipe, source, tokenizer)
     if len(held_out_sequences) < accelerator.num_processes:
         raise ValueError(

@@ -10,7 +10,6 @@ import math
 import types
 import typing
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any, Literal
 
 from hf_sparse.config import ACTIVATIONS, SparsityConfig
@@ -277,11 +276,6 @@ def check_keys(values: dict[str, Any], where: str) -> None:
     known = [f.name for f in fields(Recipe)]
     if unknown := sorted(str(k) for k in values.keys() - set(known)):
         raise ValueError(f"{where}: unknown fields {', '.join(unknown)}; known fields: {', '.join(known)}.")
-
-
-def is_local(path: str) -> bool:
-    """Whether a model or data set is meant as a path, not as a Hub id."""
-    return Path(path).expanduser().exists() or path.startswith((".", "/", "~")) or path.count("/") > 1
 
 
 def _default(name: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
@@ -16,7 +15,6 @@ from hf_sparse.assets import TINY_MODEL
 from hf_sparse.assets.corpus import python_corpus
 from hf_sparse.cli import main
 from hf_sparse.config import ACTIVATIONS
-from hf_sparse.data import evaluation_texts
 from hf_sparse.launch import _with_recipe_path, application
 from triton_ops.dispatch import BACKENDS
 
@@ -117,16 +115,6 @@ def test_measure_reads_a_dataset(tmp_path):
         )
         found.add(path.read_text())
     assert len(found) == 1
-
-
-def test_holdout_selects_what_training_leaves_out(tmp_path):
-    documents = [f"document number {i}" for i in range(400)]
-    path = tmp_path / "all.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    chosen = list(evaluation_texts(str(path), holdout=0.1))
-    rule = importlib.import_module("data").HeldOut(0.1)  # of the training application
-    assert chosen == [text for text in documents if text in rule]
-    assert 15 < len(chosen) < 80
 
 
 @pytest.mark.parametrize("backend", ["dense", "torch"])

@@ -9,17 +9,17 @@ import pytest
 import torch
 from data import (
     DataExhaustedError,
-    HeldOut,
     StreamState,
     Tokeniser,
     TrainingData,
     evaluation_data,
+    open_documents,
     state_to_json,
 )
 from recipe import Recipe
-from sources import Source
 
 import hf_sparse.data
+from hf_sparse.documents import HeldOut
 
 
 def recipe_for(dataset: Path, **fields) -> Recipe:
@@ -28,7 +28,7 @@ def recipe_for(dataset: Path, **fields) -> Recipe:
 
 
 def training_data(recipe, tokenizer, **arguments):
-    source = Source(recipe)
+    source = open_documents(recipe)
     _, held_out = evaluation_data(recipe, source, tokenizer)
     return TrainingData(recipe, source, tokenizer, held_out, **arguments)
 
@@ -127,7 +127,7 @@ def test_every_token_is_used_once(texts, tokenizer):
     """With one sequence a batch from one stream nothing is lost but the tail, shorter than a sequence."""
     recipe = recipe_for(texts, data_streams=1, global_batch=1)
     rows, message = to_the_end(training_data(recipe, tokenizer))
-    documents = [t for t, _ in Source(recipe).read("train", None)]
+    documents = [t for t, _ in open_documents(recipe).read("train", None)]
     expected = Counter(id for ids in Tokeniser(tokenizer)(documents) for id in ids)
     found = Counter(rows.flatten().tolist())
     lost = expected - found
@@ -140,7 +140,7 @@ def test_every_token_is_used_once(texts, tokenizer):
 def test_documents_are_joined_by_one_end_of_text_token(texts, tokenizer):
     recipe = recipe_for(texts, data_streams=1, global_batch=1, shuffle_buffer=1)
     rows, _ = to_the_end(training_data(recipe, tokenizer))
-    documents = [t for t, _ in Source(recipe).read("train", None)]
+    documents = [t for t, _ in open_documents(recipe).read("train", None)]
     expected = [id for t in documents for id in [*tokenizer(t)["input_ids"], tokenizer.eos_token_id]]
     assert rows.flatten().tolist() == expected[: rows.numel()]
 
@@ -168,7 +168,7 @@ def test_the_validation_split_is_evaluated_and_its_texts_are_never_trained_on(tm
     helpers.write_jsonl(tmp_path / "train.jsonl", helpers.sentences(100, 6) + shared)
     helpers.write_jsonl(tmp_path / "valid.jsonl", shared)
     recipe = recipe_for(tmp_path, eval_tokens=100_000, data_streams=1, global_batch=1, shuffle_buffer=1)
-    sequences, held_out = evaluation_data(recipe, Source(recipe), tokenizer)
+    sequences, held_out = evaluation_data(recipe, open_documents(recipe), tokenizer)
     assert sequences.shape[1] == 16
     evaluated = documents_of(sequences, tokenizer)
     assert evaluated == as_tokens(shared, tokenizer)[: len(evaluated)]
@@ -183,7 +183,7 @@ def test_the_validation_split_is_evaluated_and_its_texts_are_never_trained_on(tm
 def test_without_a_validation_split_a_hash_holds_documents_out(tmp_path, tokenizer, helpers):
     helpers.write_jsonl(tmp_path / "a.jsonl", helpers.sentences(400, 7))
     recipe = recipe_for(tmp_path, holdout=0.2, eval_tokens=100_000, data_streams=1, global_batch=1)
-    source = Source(recipe)
+    source = open_documents(recipe)
     assert not source.has_validation
     sequences, held_out = evaluation_data(recipe, source, tokenizer)
     out = {t for t, _ in source.read("train", None) if t in held_out}
@@ -198,7 +198,7 @@ def test_without_a_validation_split_a_hash_holds_documents_out(tmp_path, tokeniz
     # By the text alone: neither its place nor what else there is matters. hf_sparse.data holds out the same.
     reordered = [*helpers.sentences(400, 7)[::-1], "something more"]
     helpers.write_jsonl(tmp_path / "a.jsonl", reordered)
-    assert set(hf_sparse.data.held_out_texts(str(tmp_path), holdout=0.2)) == out
+    assert set(hf_sparse.data.evaluation_texts(str(tmp_path), holdout=0.2)) == out
 
 
 def test_hold_out_shares():
@@ -221,18 +221,18 @@ def test_bad_folders_are_refused(tmp_path, files, message):
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
-        Source(recipe_for(tmp_path))
+        open_documents(recipe_for(tmp_path))
 
 
 def test_a_missing_path_is_no_hub_id():
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        Source(recipe_for("./not/there"))
+        open_documents(recipe_for("./not/there"))
 
 
 def test_test_files_are_left_alone(tmp_path, helpers):
     helpers.write_jsonl(tmp_path / "test.jsonl", ["secret"])
     helpers.write_jsonl(tmp_path / "part.jsonl", ["open"])
-    assert [t for t, _ in Source(recipe_for(tmp_path)).read("train", None)] == ["open"]
+    assert [t for t, _ in open_documents(recipe_for(tmp_path)).read("train", None)] == ["open"]
 
 
 @pytest.mark.parametrize(
@@ -242,12 +242,12 @@ def test_test_files_are_left_alone(tmp_path, helpers):
 def test_a_missing_text_column_is_named(tmp_path, row, message):
     (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(ValueError, match=message):
-        next(Source(recipe_for(tmp_path)).read("train", None))
+        next(open_documents(recipe_for(tmp_path)).read("train", None))
 
 
 def test_another_text_column_can_be_chosen(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"body": "hello"}\n')
-    assert next(Source(recipe_for(tmp_path, text_field="body")).read("train", None))[0] == "hello"
+    assert next(open_documents(recipe_for(tmp_path, text_field="body")).read("train", None))[0] == "hello"
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_another_text_column_can_be_chosen(tmp_path):
 )
 def test_txt_units(tmp_path, unit, expected):
     (tmp_path / "a.txt").write_text("a\nb\n\nc")
-    assert [t for t, _ in Source(recipe_for(tmp_path, txt_unit=unit)).read("train", None)] == expected
+    assert [t for t, _ in open_documents(recipe_for(tmp_path, txt_unit=unit)).read("train", None)] == expected
 
 
 def test_processes_must_divide_the_streams(texts, tokenizer):
@@ -268,7 +268,7 @@ def test_too_little_held_out_text_is_refused(tmp_path, tokenizer, helpers):
     helpers.write_jsonl(tmp_path / "a.jsonl", helpers.sentences(20, 0))
     recipe = recipe_for(tmp_path, holdout=0.0)
     with pytest.raises(ValueError, match="0 tokens, fewer than one sequence of 16"):
-        evaluation_data(recipe, Source(recipe), tokenizer)
+        evaluation_data(recipe, open_documents(recipe), tokenizer)
 
 
 def test_a_tokenizer_without_end_of_text_is_refused(tiny):
@@ -287,7 +287,7 @@ def test_empty_documents_give_no_tokens(tokenizer):
 def test_real_c4(assets, tokenizer):
     """Real documents: two training shards and a validation shard in allenai/c4's layout."""
     recipe = recipe_for(assets / "c4", sequence_length=256, eval_tokens=51_200, shuffle_buffer=100)
-    source = Source(recipe)
+    source = open_documents(recipe)
     assert source.has_validation
     sequences, _ = evaluation_data(recipe, source, tokenizer)
     assert sequences.shape == (200, 256)

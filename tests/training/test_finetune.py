@@ -5,10 +5,9 @@ import math
 import pytest
 import torch
 from checkpoint import CheckpointError
-from data import DataExhaustedError, evaluation_data
+from data import DataExhaustedError, evaluation_data, open_documents
 from recipe import Recipe
 from records import read_log
-from sources import Source
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse
@@ -22,7 +21,8 @@ def records(output, kind):
 def held_out_batches(line, tokenizer):
     from arguments import parse_recipe
 
-    sequences, _ = evaluation_data(parse_recipe(line[2:]), Source(parse_recipe(line[2:])), tokenizer)
+    recipe = parse_recipe(line[2:])
+    sequences, _ = evaluation_data(recipe, open_documents(recipe), tokenizer)
     return [{"input_ids": sequences}]
 
 

@@ -23,10 +23,10 @@ SCRIPT = """
 import sys, json
 sys.path.insert(0, sys.argv[1])
 from itertools import islice
+from data import open_documents
 from recipe import Recipe
-from sources import Source
 
-source = Source(Recipe(dataset=sys.argv[2], dataset_config=sys.argv[3]))
+source = open_documents(Recipe(dataset=sys.argv[2], dataset_config=sys.argv[3]))
 train = [t for v in range(2) for t, _ in source.read("train", None, part=v, parts=2)]
 some = [(t, s()) for t, s in islice(source.read("train", None, part=1, parts=2), 9)]
 rest = [t for t, _ in source.read("train", json.loads(json.dumps(some[-1][1])), part=1, parts=2)]

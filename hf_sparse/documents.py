@@ -1,15 +1,12 @@
-"""Where documents come from: a data set on the Hub or local files, read as a stream."""
+"""Documents of a data set on the Hub or of local files, read as a stream; and which are held out."""
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-from datasets import IterableDataset, get_dataset_split_names, load_dataset
-from datasets.distributed import split_dataset_by_node
-from recipe import Recipe, is_local
 
 _FORMATS = {
     ".json": "json",
@@ -26,34 +23,58 @@ _IGNORED_WORDS = {"test"}
 GetState = Callable[[], dict[str, Any]]
 
 
-class Source:
-    """The documents of a recipe's data set.
+class Documents:
+    """The documents of a data set, by split.
+
+    Args:
+        dataset: a Hub id, or a local file or folder of json, jsonl, parquet or txt files, each also gzipped
+            but parquet. Files of a folder with the word validation, valid, val, dev or eval in their name are
+            the validation split; files with the word test are left alone.
+        config: configuration of a Hub data set; None means its only one (``en`` of ``allenai/c4``).
+        revision: branch, tag or commit of a Hub data set.
+        text_field: the column that holds the text.
+        txt_unit: what one document is in txt files: ``"paragraph"``, ``"line"`` or ``"document"``.
 
     Raises:
+        ImportError: the ``datasets`` package is not installed.
         ValueError: the data set has no train split, no readable files, or files of several formats.
         FileNotFoundError: a local path does not exist.
 
     """
 
-    def __init__(self, recipe: Recipe) -> None:
-        self._name, self._field = recipe.dataset, recipe.text_field
+    def __init__(
+        self,
+        dataset: str,
+        *,
+        config: str | None = None,
+        revision: str | None = None,
+        text_field: str = "text",
+        txt_unit: str = "paragraph",
+    ) -> None:
+        try:
+            from datasets import get_dataset_split_names
+        except ImportError as error:
+            raise ImportError("reading a data set needs: pip install 'hf-sparse[train]'") from error
+        self._name, self._field = dataset, text_field
         self._load: dict[str, Any]
-        if is_local(recipe.dataset):
-            root = Path(recipe.dataset).expanduser()
+        if is_local(dataset):
+            root = Path(dataset).expanduser()
+            if not root.exists():
+                raise FileNotFoundError(f"dataset={dataset!r} does not exist.")
             kind, splits = _local_files(root)
             self._load = {"path": kind, "data_files": splits}
             if kind == "text":
                 # The text builder names its one column "text".
-                self._load["sample_by"], self._field = recipe.txt_unit, "text"
+                self._load["sample_by"], self._field = txt_unit, "text"
             names = list(splits)
         else:
-            config = recipe.dataset_config or ("en" if recipe.dataset == "allenai/c4" else None)
-            self._load = {"path": recipe.dataset, "name": config, "revision": recipe.dataset_revision}
-            names = get_dataset_split_names(recipe.dataset, config, revision=recipe.dataset_revision)
+            config = config or ("en" if dataset == "allenai/c4" else None)
+            self._load = {"path": dataset, "name": config, "revision": revision}
+            names = get_dataset_split_names(dataset, config, revision=revision)
         if "train" not in names:
             raise ValueError(f"dataset={self._name!r} has no train split, only {', '.join(names)}.")
         self.has_validation = "validation" in names
-        self._opened: dict[str, IterableDataset] = {}
+        self._opened: dict[str, Any] = {}
 
     def read(
         self, split: str, state: dict[str, Any] | None, *, part: int = 0, parts: int = 1
@@ -66,6 +87,8 @@ class Source:
             ValueError: the text column is missing, or holds something else than text.
 
         """
+        from datasets.distributed import split_dataset_by_node
+
         # A fresh object for each pass: a data set that was given a state starts from it every time.
         data = split_dataset_by_node(self._open(split), rank=part, world_size=parts)
         if state is not None:
@@ -81,7 +104,9 @@ class Source:
                 )
             yield text, data.state_dict
 
-    def _open(self, split: str) -> IterableDataset:
+    def _open(self, split: str) -> Any:
+        from datasets import load_dataset
+
         if split not in self._opened:
             self._opened[split] = load_dataset(**self._load, split=split, streaming=True)
         return self._opened[split]
@@ -89,8 +114,6 @@ class Source:
 
 def _local_files(root: Path) -> tuple[str, dict[str, list[str]]]:
     """The ``datasets`` builder for a file or folder, and its files by split."""
-    if not root.exists():
-        raise FileNotFoundError(f"dataset={str(root)!r} does not exist.")
     files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
     found = {path: kind for path in files if (kind := _format(path))}
     if not found:
@@ -118,3 +141,27 @@ def _format(path: Path) -> str | None:
     return next(
         (k for ending, k in sorted(_FORMATS.items(), reverse=True) if path.name.endswith(ending)), None
     )
+
+
+class HeldOut:
+    """Tells documents that are for evaluation alone, by a hash of their text.
+
+    ``share`` of all documents, chosen by their hash, and the given ``texts``, whatever their hash.
+    """
+
+    def __init__(self, share: float = 0.0, texts: Sequence[str] = ()) -> None:
+        self._below = share * 2**64
+        self._hashes = {_hash(text) for text in texts}
+
+    def __contains__(self, text: str) -> bool:
+        value = _hash(text)
+        return value < self._below or value in self._hashes
+
+
+def is_local(path: str) -> bool:
+    """Whether a model or data set is meant as a path, not as a Hub id."""
+    return Path(path).expanduser().exists() or path.startswith((".", "/", "~")) or path.count("/") > 1
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
