@@ -75,7 +75,7 @@ def test_substituted_activation_equals_plain_pytorch(tiny_model, model_type, act
 
 
 @pytest.mark.parametrize("activation", FUNCTIONS)
-@pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
 def test_generation_that_skips_gives_the_dense_tokens(tiny_model, activation, backend) -> None:
     for model_type in ("llama", "gpt_neox"):
         if (model_type, activation) == ("gpt_neox", "drelu"):

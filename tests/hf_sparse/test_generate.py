@@ -1,0 +1,96 @@
+"""Generation that skips silent neurons, on the real Llama and through the Triton kernels."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hf_sparse
+from hf_sparse.assets import TINY_MODEL
+
+ACTIVATIONS = {
+    "relu": {},
+    "relu2": {},
+    "shifted_relu": {"shift": 0.1},
+    "fatrelu": {"threshold": 0.05},
+    "drelu": {},
+    "jsrelu": {},
+}
+PROMPT = "Once upon a time, there was"
+
+
+def greedy(model, tokenizer, backend: str, **options) -> list[int]:
+    inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
+    with hf_sparse.backend(backend):
+        return model.generate(**inputs, do_sample=False, use_cache=True, **options)[0].tolist()
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_real_llama_gives_the_dense_tokens(assets, activation, backend) -> None:
+    folder = assets / "stories260K"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    hf_sparse.patch(model, activation, **ACTIVATIONS[activation])
+    options = {"max_new_tokens": 200, "min_new_tokens": 200}
+    dense = greedy(model, tokenizer, "dense", **options)
+    assert len(dense) > 200
+    assert greedy(model, tokenizer, backend, **options) == dense
+
+
+def test_batched_generation_with_padding_gives_the_dense_tokens() -> None:
+    model = AutoModelForCausalLM.from_pretrained(TINY_MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL, padding_side="left")
+    tokenizer.pad_token = tokenizer.eos_token
+    hf_sparse.patch(model, "relu")
+    prompts = ["Return the", "This module provides a way to", "The"]
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
+    tokens = []
+    for backend in ("dense", "torch", "cpp"):
+        with hf_sparse.backend(backend):
+            tokens.append(model.generate(**inputs, max_new_tokens=40, do_sample=False))
+    assert torch.equal(tokens[0], tokens[1])
+    assert torch.equal(tokens[0], tokens[2])
+
+
+TRITON = """
+import json, sys, torch, hf_sparse
+from transformers import AutoConfig, AutoModelForCausalLM
+torch.manual_seed(0)
+config = AutoConfig.for_model(
+    "llama", hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, vocab_size=96, max_position_embeddings=64,
+)
+model = AutoModelForCausalLM.from_config(config).eval()
+for parameter in model.parameters():
+    if parameter.dim() == 2:
+        torch.nn.init.normal_(parameter, std=0.2)
+prompt = torch.arange(3, 8)[None]
+same = {}
+for activation, fields in json.loads(sys.argv[1]).items():
+    hf_sparse.patch(model, activation, **fields)
+    tokens = []
+    for backend in ("dense", "triton"):
+        with hf_sparse.backend(backend):
+            out = model.generate(prompt, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+            tokens.append(out.tolist())
+    same[activation] = tokens[0] == tokens[1]
+print(json.dumps(same))
+"""
+
+
+def test_triton_kernels_give_the_dense_tokens() -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", TRITON, json.dumps(ACTIVATIONS)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout) == dict.fromkeys(ACTIVATIONS, True)
