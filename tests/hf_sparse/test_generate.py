@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from compiler import CPP
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse
@@ -31,7 +32,7 @@ def greedy(model, tokenizer, backend: str, **options) -> list[int]:
         return model.generate(**inputs, do_sample=False, use_cache=True, **options)[0].tolist()
 
 
-@pytest.mark.parametrize("backend", ["torch", "cpp"])
+@pytest.mark.parametrize("backend", ["torch", CPP])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_real_llama_gives_the_dense_tokens(assets, activation, backend) -> None:
     folder = assets / "stories260K"
@@ -43,7 +44,8 @@ def test_real_llama_gives_the_dense_tokens(assets, activation, backend) -> None:
     assert greedy(model, tokenizer, backend, **options) == dense
 
 
-def test_batched_generation_with_padding_gives_the_dense_tokens() -> None:
+@pytest.mark.parametrize("backend", ["torch", CPP])
+def test_batched_generation_with_padding_gives_the_dense_tokens(backend) -> None:
     model = AutoModelForCausalLM.from_pretrained(TINY_MODEL)
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL, padding_side="left")
     tokenizer.pad_token = tokenizer.eos_token
@@ -51,11 +53,10 @@ def test_batched_generation_with_padding_gives_the_dense_tokens() -> None:
     prompts = ["Return the", "This module provides a way to", "The"]
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
     tokens = []
-    for backend in ("dense", "torch", "cpp"):
-        with hf_sparse.backend(backend):
+    for name in ("dense", backend):
+        with hf_sparse.backend(name):
             tokens.append(model.generate(**inputs, max_new_tokens=40, do_sample=False))
-    assert torch.equal(tokens[0], tokens[1])
-    assert torch.equal(tokens[0], tokens[2])
+    assert torch.equal(*tokens)
 
 
 TRITON = """

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from compiler import CPP
 from torch import Tensor
 
 import hf_sparse
@@ -75,7 +76,7 @@ def test_substituted_activation_equals_plain_pytorch(tiny_model, model_type, act
 
 
 @pytest.mark.parametrize("activation", FUNCTIONS)
-@pytest.mark.parametrize("backend", ["torch", "cpp"])
+@pytest.mark.parametrize("backend", ["torch", CPP])
 def test_generation_that_skips_gives_the_dense_tokens(tiny_model, activation, backend) -> None:
     for model_type in ("llama", "gpt_neox"):
         if (model_type, activation) == ("gpt_neox", "drelu"):
