@@ -133,7 +133,9 @@ def quickstart(
     folder = _new_folder(output)
     source = str(TINY_MODEL) if model == EMBEDDED else model
 
-    say(f"[1/6] Load {_shown(model, 'model')} and measure it on held-out text of {_shown(dataset, 'text')}")
+    name = "the embedded model" if model == EMBEDDED else model
+    text = "the documentation of Python" if dataset == EMBEDDED else dataset
+    say(f"[1/6] Load {name} and measure it on held-out text of {text}")
     tokenizer = AutoTokenizer.from_pretrained(source)
     dense = _load(source)
     length = min(getattr(dense.config.get_text_config(), "max_position_embeddings", 1024), 1024)
@@ -203,10 +205,6 @@ def _row(row: Sequence[str], width: int) -> str:
 
 def _indented(text: str) -> str:
     return "\n".join(f"      {line}" for line in text.splitlines())
-
-
-def _shown(name: str, kind: str) -> str:
-    return f"the embedded {kind}" if name == EMBEDDED else name
 
 
 def _new_folder(output: str | Path | None) -> Path:

@@ -46,7 +46,7 @@ def test_training_raised_sparsity(run):
 
 def test_the_report_shows_it_all(run):
     result, story = run
-    assert "tiny" in story
+    assert "Load the embedded model" in story
     for layer in result.after.layers:
         assert f"{layer.sparsity:.1%}" in story
     for report in (result.before, result.substituted, result.after):
