@@ -72,8 +72,13 @@ def store(
     entries = {**_read(path), _key(backend, device, dtype, hidden, neurons, gated): list(density)}
     text = json.dumps({"format_version": FORMAT_VERSION, "break_even": entries}, indent=1, sort_keys=True)
     write_atomically(path, text.encode())
-    _entries.cache_clear()
+    forget()
     return path
+
+
+def forget() -> None:
+    """Read the file anew at the next question."""
+    _entries.cache_clear()
 
 
 def _file() -> Path:

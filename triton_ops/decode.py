@@ -1,7 +1,7 @@
 """Triton kernels for few tokens: silent neurons are masked out of the loads, nothing is compacted.
 
-Three launches on a static grid: h (gate, activation test, up rows of active neurons), the down product
-into partial outputs, their sum in fixed order. There are no atomics, no host synchronisation and no sizes that
+Three launches on a static grid: h (gate, activation test, up rows of active neurons), the down product into
+partial outputs, their sum in fixed order. There are no atomics, no host synchronisation and no sizes that
 depend on data, so the result is deterministic and can be captured in a CUDA graph.
 
 Shapes: T tokens, D hidden size, F neurons, S splits of the neurons. Weights are neuron-major: one row of D

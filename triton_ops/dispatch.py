@@ -23,8 +23,8 @@ from triton_ops import break_even, torch_path
 from triton_ops.cpu import path as cpp_path
 
 BACKENDS = ("auto", "dense", "torch", "cpp", "triton")
-# By device, the best first. On GPUs a cuBLAS product is hard to beat without a CUDA graph, so there Triton has
-# no built-in break-even and is chosen where a measurement says so.
+# By device, the best first. On GPUs a cuBLAS product is hard to beat without a CUDA graph, so there Triton is
+# chosen only where a measurement says so.
 AUTOMATIC = {"cpu": ("cpp", "torch"), "cuda": ("triton",)}
 ENVIRONMENT = "HF_SPARSE_BACKEND"
 
@@ -66,6 +66,11 @@ def forced_backend() -> str:
     return _checked(os.environ.get(ENVIRONMENT) or "auto", ENVIRONMENT)
 
 
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a device type; torch raises where there is none, as for ``"meta"``."""
+    return device in AUTOMATIC and torch.is_autocast_enabled(device)
+
+
 def path(name: str) -> ModuleType:
     """The module of a backend other than ``"dense"``: ``unusable``, ``gated_mlp``, ``sparse_linear``.
 
@@ -98,7 +103,7 @@ def wants_sparse(x_tokens: int, weight: Tensor, *, gated: bool, density: float =
 
     """
     device, (neurons, hidden) = weight.device.type, weight.shape
-    if torch.is_autocast_enabled(device):
+    if autocasts(device):
         return False
     return choose(x_tokens, device, weight.dtype, hidden, neurons, gated, density) != "dense"
 

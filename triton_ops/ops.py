@@ -59,7 +59,7 @@ def gated_mlp(
         RuntimeError: a forced backend cannot run here.
 
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if dispatch.autocasts(x.device.type):
         reference.check_activation(activation, threshold)
         return reference.gated_mlp(
             x, gate, up, down, gate_bias, up_bias, down_bias, activation=activation, threshold=threshold
@@ -85,7 +85,7 @@ def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
         RuntimeError: a forced backend cannot run here.
 
     """
-    if torch.is_autocast_enabled(h.device.type):
+    if dispatch.autocasts(h.device.type):
         return reference.sparse_linear(h, weight, bias)
     return torch.ops.hf_sparse.sparse_linear.default(h, weight, bias)
 

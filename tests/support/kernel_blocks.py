@@ -65,10 +65,10 @@ def make_block(
 def assert_as_exact_as_dense(y: Tensor, block: Block) -> None:
     """The promise of the skip path: an error against float64 of at most twice that of the dense computation.
 
-    Two allowances. One rounding of the largest output to its dtype and a few in float32: in a small block the
-    dense error can happen to be next to nothing.
-    For fatrelu, what the neurons are worth whose float64 pre-activation lies within rounding of the threshold:
-    the function jumps there, and either side of the jump is a correct rounding of its argument.
+    Two allowances. One rounding of the largest output to its dtype and a few in float32: in a small block
+    the dense error can happen to be next to nothing. For fatrelu, what the neurons are worth whose
+    pre-activation in float64 lies within rounding of the threshold: the function jumps there, and either side
+    of the jump is a correct rounding of its argument.
     """
     exact = block.run(reference.gated_mlp, torch.float64)
     dense = block.run(reference.gated_mlp)
@@ -85,9 +85,7 @@ def assert_as_exact_as_dense(y: Tensor, block: Block) -> None:
         allowed = allowed + _jumps(block, eps)
     error = (y.double() - exact).abs()
     worst = (error - allowed).max().item()
-    assert worst <= 0, (
-        f"error {error.max().item():.3g}, dense {(dense.double() - exact).abs().max().item():.3g}"
-    )
+    assert worst <= 0, f"error {error.max():.3g}, dense {(dense.double() - exact).abs().max():.3g}"
 
 
 def _jumps(block: Block, eps: float) -> Tensor:

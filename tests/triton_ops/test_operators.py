@@ -188,3 +188,10 @@ def test_errors_of_sparse_linear(h, weight, bias, message):
 def test_dtypes_without_a_kernel_run_dense_in_auto_mode(dtype):
     block = make_block(1, 16, 40, dtype)
     assert torch.equal(block.run(triton_ops.gated_mlp), block.run(reference.gated_mlp))
+
+
+def test_meta_tensors_give_a_shape():
+    block = make_block(2, 16, 40, torch.float32)
+    meta = [t if t is None else t.to("meta") for t in block.tensors()]
+    y = triton_ops.gated_mlp(*meta, activation="relu")
+    assert (y.device.type, y.shape) == ("meta", (2, 16))

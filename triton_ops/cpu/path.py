@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from functools import cache
 from typing import Any
 
@@ -13,6 +14,18 @@ from triton_ops.cpu import build
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ACTIVATIONS = ("relu", "relu2", "jsrelu", "shifted_relu", "fatrelu", "drelu")  # in the order of mlp.cpp
+
+
+# The threads of OpenMP do not survive a fork, and waiting for them hangs the child; it works on one instead.
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -59,7 +72,7 @@ def _mlp(
     held = [None if b is None else b.contiguous() for b in biases]
     y = x.new_empty(x.shape[0], hidden)
     call, max_tokens = _kernel()
-    threads = torch.get_num_threads()
+    threads = 1 if _forked else torch.get_num_threads()
     for begin in range(0, x.shape[0], max_tokens):
         part, out = x[begin : begin + max_tokens], y[begin : begin + max_tokens]
         tokens = part.shape[0]

@@ -1,0 +1,152 @@
+"""The backend: forced by block or environment, or chosen by device, dtype, tokens, size and density."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import pytest
+import torch
+from kernel_blocks import make_block
+
+import triton_ops
+from triton_ops import break_even, dispatch, reference
+from triton_ops.cpu import build
+
+compiled = pytest.mark.skipif(isinstance(build.library(), str), reason="no working C++ compiler")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_SPARSE_CACHE", str(tmp_path))
+    monkeypatch.delenv("HF_SPARSE_BACKEND", raising=False)
+    break_even.forget()
+    dispatch.forget()
+    yield
+    break_even.forget()
+    dispatch.forget()
+
+
+def weight(neurons: int = 2048, hidden: int = 2048, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(neurons, hidden, dtype=dtype)
+
+
+@compiled
+def test_auto_skips_for_one_token_of_a_large_block_and_is_dense_for_many():
+    assert triton_ops.wants_sparse(1, weight(), gated=True)
+    assert triton_ops.wants_sparse(1, weight(dtype=torch.float32), gated=False)
+    assert not triton_ops.wants_sparse(0, weight(), gated=True)
+    assert not triton_ops.wants_sparse(512, weight(), gated=True)
+
+
+def test_auto_is_dense_for_small_blocks_other_dtypes_and_devices():
+    assert not triton_ops.wants_sparse(1, weight(172, 64), gated=True)
+    assert not triton_ops.wants_sparse(1, weight(dtype=torch.float64), gated=True)
+    assert not triton_ops.wants_sparse(1, weight().to("meta"), gated=True)
+
+
+@compiled
+def test_auto_is_dense_under_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not triton_ops.wants_sparse(1, weight(dtype=torch.float32), gated=True)
+
+
+@compiled
+def test_a_known_density_widens_the_choice():
+    limit = break_even.default("cpp", torch.bfloat16, 1 << 30)
+    tokens = next(i + 1 for i, d in enumerate(limit) if d < 1)
+    assert not triton_ops.wants_sparse(tokens, weight(), gated=True)
+    assert triton_ops.wants_sparse(tokens, weight(), gated=True, density=0.1)
+
+
+@compiled
+def test_a_measurement_wins_over_the_default_in_this_process_and_the_next():
+    big, shape = weight(), (2048, 2048, True)
+    break_even.store("cpp", "cpu", torch.bfloat16, *shape, (0.3,))
+    dispatch.forget()
+    assert not triton_ops.wants_sparse(1, big, gated=True)
+    assert triton_ops.wants_sparse(1, big, gated=True, density=0.2)
+    assert triton_ops.wants_sparse(1, big, gated=False)  # another kind of block was not measured
+    break_even.forget()  # as a new process would find it
+    assert break_even.measured("cpp", "cpu", torch.bfloat16, *shape) == (0.3,)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"format_version": 99}', '{"format_version": 1, "break_even": 3}']
+)
+def test_a_damaged_or_newer_cache_file_counts_as_no_measurement(tmp_path, text):
+    (tmp_path / "break_even.json").write_text(text)
+    assert break_even.measured("cpp", "cpu", torch.bfloat16, 8, 8, True) is None
+    break_even.store("cpp", "cpu", torch.bfloat16, 8, 8, True, (0.5,))
+    assert break_even.measured("cpp", "cpu", torch.bfloat16, 8, 8, True) == (0.5,)
+
+
+def test_forced_backends_answer_for_every_size():
+    small = weight(4, 4)
+    with triton_ops.backend("torch"):
+        assert triton_ops.wants_sparse(1000, small, gated=True)
+    with triton_ops.backend("dense"):
+        assert not triton_ops.wants_sparse(1, weight(), gated=True)
+
+
+def test_blocks_nest_and_win_over_the_environment(monkeypatch):
+    monkeypatch.setenv("HF_SPARSE_BACKEND", "dense")
+    assert dispatch.forced_backend() == "dense"
+    with triton_ops.backend("torch"):
+        assert dispatch.forced_backend() == "torch"
+        with triton_ops.backend("auto"):
+            assert dispatch.forced_backend() == "auto"
+        assert dispatch.forced_backend() == "torch"
+    assert dispatch.forced_backend() == "dense"
+
+
+def test_a_block_ends_with_an_exception():
+    with pytest.raises(KeyError), triton_ops.backend("torch"):
+        raise KeyError
+    assert dispatch.forced_backend() == "auto"
+
+
+def test_a_block_holds_in_its_own_thread_only():
+    seen = []
+    with triton_ops.backend("torch"):
+        thread = threading.Thread(target=lambda: seen.append(dispatch.forced_backend()))
+        thread.start()
+        thread.join()
+    assert seen == ["auto"]
+
+
+def test_unknown_names_list_the_choices(monkeypatch):
+    with pytest.raises(ValueError, match="backend='cuda' is not a backend; choose one of auto, dense, torch"):
+        triton_ops.backend("cuda").__enter__()
+    monkeypatch.setenv("HF_SPARSE_BACKEND", "fast")
+    with pytest.raises(ValueError, match="HF_SPARSE_BACKEND='fast' is not a backend"):
+        triton_ops.wants_sparse(1, weight(), gated=True)
+
+
+def test_a_forced_backend_that_cannot_run_says_why():
+    block = make_block(1, 8, 12, torch.float64)
+    with (
+        triton_ops.backend("cpp"),
+        pytest.raises(RuntimeError, match=r"'cpp' was forced.*no kernel for torch.float64"),
+    ):
+        block.run(triton_ops.gated_mlp)
+    with (
+        triton_ops.backend("torch"),
+        pytest.raises(RuntimeError, match="'torch' was forced but cannot run here"),
+    ):
+        block.run(triton_ops.gated_mlp)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1", reason="Triton runs here"
+)
+def test_triton_on_cpu_tensors_names_the_interpreter():
+    block = make_block(1, 8, 12, torch.float32)
+    with triton_ops.backend("triton"), pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+        block.run(triton_ops.gated_mlp)
+
+
+def test_forced_dense_is_the_reference_bit_for_bit():
+    block = make_block(3, 40, 50, torch.bfloat16, "jsrelu", bias=True)
+    with triton_ops.backend("dense"):
+        assert torch.equal(block.run(triton_ops.gated_mlp), block.run(reference.gated_mlp))
