@@ -13,14 +13,15 @@ from torch import Tensor
 
 from triton_ops import reference
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_DENSITY = {torch.bfloat16: 0.4, torch.float16: 0.25, torch.float32: 0.25}
+"""Share of active neurons above which gathering their up rows costs more than reading all of them."""
 
 
 def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this path cannot run on ``device`` with ``dtype``; None if it can."""
     if device.type != "cpu":
         return f"it counts active neurons on the host, which would stall a {device.type} device"
-    if dtype not in DTYPES:
+    if dtype not in MAX_DENSITY:
         return f"it has no {dtype} embedding_bag"
     return None
 
@@ -35,15 +36,14 @@ def gated_mlp(
     down_bias: Tensor | None,
     activation: str,
     threshold: float,
-    max_density: float = 1.0,
 ) -> Tensor:
-    """``x [T, D]`` to ``[T, D]``; a token with more than ``max_density`` active neurons is not skipped."""
+    """``x [T, D]`` to ``[T, D]``; a token with more than ``MAX_DENSITY`` active neurons is not skipped."""
     a = reference.activation(F.linear(x, gate, gate_bias), activation, threshold)
     rows = []
     for t in range(x.shape[0]):
         idx: Tensor | None = a[t].nonzero().squeeze(1)
         assert idx is not None
-        if idx.numel() > max_density * a.shape[1]:
+        if idx.numel() > MAX_DENSITY[x.dtype] * a.shape[1]:
             h, idx = a[t], None
             u = F.linear(x[t], up, up_bias)
         else:
