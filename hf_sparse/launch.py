@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 _NEEDED = ("accelerate", "datasets", "yaml")
 
 
@@ -54,9 +56,10 @@ def _default_launcher() -> list[str]:
 
     if Path(default_config_file).is_file():
         return []
-    # What `accelerate launch` takes by default, said aloud so that it does not warn about it.
+    # What `accelerate launch` takes by default, said aloud so that it does not warn about it; but for the
+    # threads, of which it would give the process one.
     options = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no"]
-    return [*options, "--dynamo_backend", "no"]
+    return [*options, "--dynamo_backend", "no", "--num_cpu_threads_per_process", str(torch.get_num_threads())]
 
 
 def _with_recipe_path(arguments: Sequence[str], recipes: Path) -> list[str]:

@@ -19,6 +19,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse
+import triton_ops
+from hf_sparse.adapters import Block
 from hf_sparse.assets import TINY_MODEL
 from hf_sparse.assets.corpus import python_corpus
 from hf_sparse.data import EMBEDDED, evaluation_texts
@@ -28,9 +30,10 @@ from hf_sparse.measure import DEFINITION, SparsityReport, measure
 DEFAULT_OUTPUT = "runs/quickstart"
 _HOLDOUT = 0.01
 _PROMPT_WORDS = 6
-_TINY_NOTE = (
-    "This model is far too small for skipping to pay: its MLP weights fit in the processor's cache, and\n"
-    "Python takes most of a token's time. benchmarks/ measures the shapes of real models."
+_DENSE_NOTE = (
+    "This model is too small for skipping to pay (its MLP weights fit in the processor's cache, and Python\n"
+    "takes most of a token's time), so the package computes all neurons: what differs is the activation.\n"
+    "benchmarks/ measures the shapes of real models, where reading weights is what takes time."
 )
 
 
@@ -50,6 +53,8 @@ class QuickstartResult:
     """Greedy decode of the dense model, tokens per second, batch 1."""
     sparse_speed: float
     """The same of the sparse model."""
+    skips: bool
+    """Whether the sparse model skipped neurons there; if not, it was no use at its size."""
     samples: list[tuple[str, str]]
     """Prompts from held-out text and how the sparse model goes on."""
     output: Path
@@ -78,8 +83,8 @@ class QuickstartResult:
             f"{DEFINITION};",
             f"measured on {self.after.tokens:,} held-out tokens. Decode speed: {ratio:.2f}x.",
         ]
-        if self.model == EMBEDDED:
-            notes.append(_TINY_NOTE)
+        if not self.skips:
+            notes.append(_DENSE_NOTE)
         return "\n".join([*table, *notes])
 
     def to_dict(self) -> dict[str, Any]:
@@ -92,6 +97,7 @@ class QuickstartResult:
             "after": self.after.to_dict(),
             "dense_tokens_per_second": self.dense_speed,
             "sparse_tokens_per_second": self.sparse_speed,
+            "skips": self.skips,
             "samples": [{"prompt": p, "text": t} for p, t in self.samples],
             "seconds": self.seconds,
             "hf_sparse": hf_sparse.__version__,
@@ -185,6 +191,7 @@ def quickstart(
         after=after,
         dense_speed=dense_speed,
         sparse_speed=sparse_speed,
+        skips=any(_skips(block) for block in hf_sparse.inspect(sparse).blocks),
         samples=samples,
         output=folder,
         seconds=time.perf_counter() - started,
@@ -262,6 +269,12 @@ def _decode_speeds(models: list[Any], context: int, tokens: int, repeats: int = 
             if turn:
                 seconds[i] = min(seconds[i], time.perf_counter() - begin)
     return [tokens / s for s in seconds]
+
+
+def _skips(block: Block) -> bool:
+    """Whether the block skips silent neurons when it decodes one token here."""
+    up: Any = block.up_linear
+    return triton_ops.wants_sparse(1, up.weight, gated=block.kind == "gated")
 
 
 def _continue(model: Any, tokenizer: Any, prompt: str, tokens: int = 48) -> str:
