@@ -24,25 +24,32 @@ class Default:
     """What holds without a measurement on this machine."""
 
     min_bytes: int
-    """Size of the weights of an MLP below which the call of the operator costs more than skipping saves."""
+    """Size of the weights of a block below which the call of the operator costs more than skipping saves."""
 
-    density: tuple[float, ...]
-    """Break-even density for 1, 2, … tokens; more tokens than these run dense."""
+    gated: tuple[float, ...]
+    """Break-even density of ``gated_mlp`` for 1, 2, … tokens; more tokens than these run dense."""
+
+    linear: tuple[float, ...]
+    """The same of ``sparse_linear``."""
 
 
 # Measured with `python -m triton_ops.tune` on two cores at the shapes of Llama-3.2-1B and Llama-2-7B.
 DEFAULTS: dict[tuple[str, torch.dtype], Default] = {
-    ("cpp", torch.bfloat16): Default(min_bytes=4 << 20, density=(1.0, 0.8)),
-    ("cpp", torch.float32): Default(min_bytes=8 << 20, density=(1.0, 1.0, 1.0, 1.0)),
-    ("torch", torch.bfloat16): Default(min_bytes=16 << 20, density=(1.0,)),
-    ("torch", torch.float32): Default(min_bytes=16 << 20, density=(1.0,)),
+    ("cpp", torch.bfloat16): Default(
+        min_bytes=1 << 20, gated=(1.0, 0.8), linear=(1.0, 1.0, 0.5, 0.3, 0.3, 0.2, 0.2, 0.2)
+    ),
+    ("cpp", torch.float32): Default(min_bytes=4 << 20, gated=(1.0,) * 4, linear=(1.0,) * 8),
+    ("torch", torch.bfloat16): Default(min_bytes=16 << 20, gated=(1.0,), linear=(1.0,)),
+    ("torch", torch.float32): Default(min_bytes=16 << 20, gated=(1.0,), linear=(1.0,)),
 }
 
 
-def default(backend: str, dtype: torch.dtype, weight_bytes: int) -> tuple[float, ...]:
+def default(backend: str, dtype: torch.dtype, weight_bytes: int, gated: bool) -> tuple[float, ...]:
     """The built-in break-even densities for 1, 2, … tokens; none where it is not worth it."""
     found = DEFAULTS.get((backend, dtype))
-    return found.density if found is not None and weight_bytes >= found.min_bytes else ()
+    if found is None or weight_bytes < found.min_bytes:
+        return ()
+    return found.gated if gated else found.linear
 
 
 def measured(

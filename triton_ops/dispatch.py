@@ -147,7 +147,7 @@ def _best(
     for name in AUTOMATIC.get(device, ()):
         limit = break_even.measured(name, device, dtype, hidden, neurons, gated)
         if limit is None:
-            limit = break_even.default(name, dtype, weight_bytes)
+            limit = break_even.default(name, dtype, weight_bytes, gated)
         # In this order: asking a path whether it is usable may build it, which small models never need.
         if limit and path(name).unusable(torch.device(device), dtype) is None:
             return name, limit

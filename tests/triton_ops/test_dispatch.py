@@ -53,7 +53,7 @@ def test_auto_is_dense_under_autocast():
 
 @compiled
 def test_a_known_density_widens_the_choice():
-    limit = break_even.default("cpp", torch.bfloat16, 1 << 30)
+    limit = break_even.default("cpp", torch.bfloat16, 1 << 30, True)
     tokens = next(i + 1 for i, d in enumerate(limit) if d < 1)
     assert not triton_ops.wants_sparse(tokens, weight(), gated=True)
     assert triton_ops.wants_sparse(tokens, weight(), gated=True, density=0.1)
