@@ -1,167 +1,167 @@
-"""One token through the gated MLPs of a model: skipping against dense PyTorch in the same dtype.
+"""Decode of one token through a gated MLP: skipping against dense PyTorch in the same dtype.
 
-    python benchmarks/mlp_decode.py --json benchmarks/results/mlp_decode.json
+    python benchmarks/mlp_decode.py
+    python benchmarks/mlp_decode.py --shapes llama-3.2-1b --dtypes bfloat16 --sparsity 90
 
-Every timing goes through several layers with weights of their own, many times the size of the caches, as
-decoding does: no weight is still in the cache when its turn comes again. The dense baseline is torch's own
-linear layers in the stock memory layout. Both are called by turns in one process, the skipping one through
-the public function, Python and dispatch included.
-
-"of limit" is the speed-up as a share of what the bytes allow: 3 / (1 + 2p) for a share p of active neurons,
-if dense ran at the full bandwidth of the memory. "GB/s" is the rate at which dense reads its weights.
+Dense is what a stock model runs: three ``F.linear`` on weights as ``nn.Linear`` stores them. Sparse is the
+public operator, Python overhead included. Calls cycle through as many layers as it takes to exceed the cache,
+and every result is checked against float64 before it is timed.
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from harness import by_turns, save, speedup, spread
+from harness import check, interleaved, provenance, save, table
 from torch import Tensor
 
 import triton_ops
 from triton_ops import reference
 
-SHAPES = {"llama-3.2-1b": (2048, 8192), "llama-2-7b": (4096, 11008), "tiny": (64, 256)}
-WORKING_SET = 1 << 29
-"""Bytes of weights to go through before one is used again: 16 times a large L3 cache."""
+SHAPES = {"llama-3.2-1b": (2048, 8192), "llama-2-7b": (4096, 11008)}
+SPARSITY = (0, 50, 70, 80, 85, 90, 95, 99)
+ACTIVATION = "shifted_relu"  # any share of active neurons can be had through its shift
 
 
-@dataclass
 class Layer:
-    """A gated MLP, its input and the shift below which a neuron is silent."""
+    """Random weights of one layer, in both layouts of the down projection."""
 
-    x: Tensor
-    gate: Tensor
-    up: Tensor
-    down: Tensor
-    shift: float = 0.0
+    def __init__(self, hidden: int, neurons: int, dtype: torch.dtype) -> None:
+        def rand(rows: int, columns: int) -> Tensor:
+            return (torch.randn(rows, columns) * columns**-0.5).to(dtype)
 
-    def dense(self) -> Tensor:
-        """As a stock module computes it."""
-        a = torch.relu(F.linear(self.x, self.gate) - self.shift)
-        return F.linear(a * F.linear(self.x, self.up), self.down)
+        self.gate, self.up, self.down = rand(neurons, hidden), rand(neurons, hidden), rand(hidden, neurons)
+        self.down_rows = triton_ops.neuron_major_(self.down.clone())
 
-    def skipping(self, down: Tensor) -> Tensor:
-        """As a patched module computes it."""
-        if not triton_ops.wants_sparse(1, self.gate, gated=True):
-            return self.dense()
-        return triton_ops.gated_mlp(
-            self.x, self.gate, self.up, down, activation="shifted_relu", threshold=self.shift
-        )
+    def shift(self, x: Tensor, sparsity: int) -> float:
+        p = (x @ self.gate.t()).float().flatten().sort().values
+        return p[int(sparsity / 100 * p.numel())].item() - 1e-6 if sparsity else p[0].item() - 1
+
+    def dense(self, x: Tensor, shift: float) -> Tensor:
+        return reference.gated_mlp(x, self.gate, self.up, self.down, activation=ACTIVATION, threshold=shift)
+
+    def exact(self, x: Tensor, shift: float) -> Tensor:
+        weights = (w.double() for w in (x, self.gate, self.up, self.down))
+        return reference.gated_mlp(*weights, activation=ACTIVATION, threshold=shift)
+
+    def sparse(self, x: Tensor, shift: float, backend: str) -> Tensor:
+        with triton_ops.backend(backend):
+            return triton_ops.gated_mlp(
+                x, self.gate, self.up, self.down_rows, activation=ACTIVATION, threshold=shift
+            )
+
+    def density(self, x: Tensor, shift: float) -> float:
+        return (reference.activation(x @ self.gate.t(), ACTIVATION, shift) != 0).float().mean().item()
 
 
-def build(hidden: int, neurons: int, dtype: torch.dtype, device: str) -> list[Layer]:
-    """Layers of random weights, enough to fill WORKING_SET, with pre-activations of unit variance."""
-    torch.manual_seed(0)
-    count = max(2, -(-WORKING_SET // (3 * hidden * neurons * dtype.itemsize)))
-    if hidden < 256:
-        count = 2
+def measure(
+    shape: str,
+    dtype: torch.dtype,
+    sparsity: int,
+    backends: list[str],
+    args: argparse.Namespace,
+    layers: list[Layer],
+) -> list[dict[str, object]]:
+    """One row per backend: time, ratio to dense, bytes read and share of the byte limit."""
+    hidden, neurons = SHAPES[shape]
+    x = torch.randn(args.tokens, hidden).to(dtype)
+    shifts = [layer.shift(x, sparsity) for layer in layers]
+    first, shift = layers[0], shifts[0]
+    expected, exact = first.dense(x, shift), first.exact(x, shift)
+    for backend in backends:
+        check(first.sparse(x, shift, backend), expected, exact, f"{shape} {dtype} {sparsity} % {backend}")
 
-    def weight(*shape: int) -> Tensor:
-        return (torch.randn(*shape, device=device) / shape[-1] ** 0.5).to(dtype)
+    def calls(backend: str) -> list[Callable[[], Tensor]]:
+        if backend == "stock":
+            return [lambda a=a, s=s: a.dense(x, s) for a, s in zip(layers, shifts, strict=True)]
+        return [lambda a=a, s=s: a.sparse(x, s, backend) for a, s in zip(layers, shifts, strict=True)]
 
+    times, speedups = interleaved({name: calls(name) for name in ["stock", *backends]}, args.repeats)
+    density = sum(a.density(x, s) for a, s in zip(layers, shifts, strict=True)) / len(layers)
+    matrix = hidden * neurons * dtype.itemsize
     return [
-        Layer(
-            torch.randn(1, hidden, device=device).to(dtype),
-            weight(neurons, hidden),
-            weight(neurons, hidden),
-            weight(hidden, neurons),
-        )
-        for _ in range(count)
+        {
+            "shape": shape,
+            "hidden": hidden,
+            "neurons": neurons,
+            "dtype": str(dtype).removeprefix("torch."),
+            "tokens": args.tokens,
+            "layers_cycled": len(layers),
+            "sparsity": round(1 - density, 4),
+            "backend": backend,
+            "dense": times["stock"],
+            "sparse": times[backend],
+            "speedup": round(speedups[backend], 3),
+            # The gate is read in full, up and down for active neurons.
+            "byte_limit": round(3 / (1 + 2 * density), 3),
+            "dense_gb_per_s": round(3 * matrix / times["stock"].median_ms / 1e6, 2),
+            "sparse_gb_per_s": round(matrix * (1 + 2 * density) / times[backend].median_ms / 1e6, 2),
+        }
+        for backend in backends
     ]
-
-
-def set_sparsity(layer: Layer, sparsity: float) -> None:
-    """Choose the shift so that this share of the neurons is silent for the layer's input."""
-    p = F.linear(layer.x, layer.gate).float().flatten()
-    k = round(sparsity * p.numel())
-    layer.shift = float(p.kthvalue(k).values) if k else float(p.min()) - 1
-
-
-def check(layer: Layer, down: Tensor) -> None:
-    """Refuse to time what is wrong: an error over twice the dense one, against float64."""
-    exact = reference.gated_mlp(
-        *(t.double() for t in (layer.x, layer.gate, layer.up, layer.down)),
-        activation="shifted_relu",
-        threshold=layer.shift,
-    )
-    dense, ours = (
-        float((y.double() - exact).norm() / exact.norm()) for y in (layer.dense(), layer.skipping(down))
-    )
-    if not ours <= 2 * dense + 1e-7:
-        raise SystemExit(f"wrong result: relative error {ours:.2e}, dense {dense:.2e}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["llama-3.2-1b", "llama-2-7b"])
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument(
-        "--sparsity", nargs="+", type=float, default=[0, 0.5, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99]
+        "--dtypes", nargs="+", choices=["bfloat16", "float32"], default=["bfloat16", "float32"]
     )
-    parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--backend", default="auto")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="file for the numbers")
-    options = parser.parse_args()
-
-    rows = []
-    print(
-        "shape         dtype     sparsity  dense ms  skipping ms  speed-up    p10 -   p90  of limit   GB/s"
+    parser.add_argument(
+        "--sparsity", nargs="+", type=int, default=list(SPARSITY), help="percent of silent neurons"
     )
-    for shape in options.shapes:
-        hidden, neurons = SHAPES[shape]
-        for name in options.dtypes:
-            dtype = getattr(torch, name)
-            layers = build(hidden, neurons, dtype, options.device)
-            downs = [triton_ops.neuron_major_(layer.down.clone()) for layer in layers]
-            for sparsity in options.sparsity:
-                for layer in layers:
-                    set_sparsity(layer, sparsity)
-                with torch.no_grad(), triton_ops.backend(options.backend):
-                    check(layers[0], downs[0])
-                    seconds = by_turns(
-                        {
-                            "dense": lambda layers=layers: [layer.dense() for layer in layers],
-                            "skipping": lambda layers=layers, downs=downs: [
-                                layer.skipping(down) for layer, down in zip(layers, downs, strict=True)
-                            ],
-                        },
-                        rounds=options.rounds,
-                    )
-                dense, ours = (spread([1e3 * s / len(layers) for s in v]) for v in seconds.values())
-                ratio = speedup(*seconds.values())
-                share = ratio["median"] / (3 / (1 + 2 * (1 - sparsity)))
-                bandwidth = 3 * hidden * neurons * dtype.itemsize / dense["median"] / 1e6
+    parser.add_argument("--backends", nargs="+", choices=triton_ops.BACKENDS, default=["auto"])
+    parser.add_argument("--tokens", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--cold_mib", type=int, default=512, help="weights that calls cycle through")
+    parser.add_argument("--threads", type=int, help="default: all cores")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/mlp_decode.json")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    conditions = provenance()
+    print(", ".join(f"{k} {v}" for k, v in conditions.items() if v is not None), flush=True)
+    results: list[dict[str, object]] = []
+    with torch.inference_mode():
+        for shape in args.shapes:
+            for dtype in (getattr(torch, name) for name in args.dtypes):
+                hidden, neurons = SHAPES[shape]
+                count = max(4, -(-(args.cold_mib << 20) // (3 * hidden * neurons * dtype.itemsize)))
+                layers = [Layer(hidden, neurons, dtype) for _ in range(count)]
+                rows = []
+                for sparsity in args.sparsity:
+                    rows += measure(shape, dtype, sparsity, args.backends, args, layers)
+                results += rows
                 print(
-                    f"{shape:13} {name:9} {sparsity:8.0%} {dense['median']:9.3f} {ours['median']:12.3f} "
-                    f"{ratio['median']:8.2f}x {ratio['p10']:7.2f} - {ratio['p90']:5.2f} {share:9.0%} "
-                    f"{bandwidth:11.1f}",
-                    flush=True,
+                    f"\n{shape} ({hidden} x {neurons}), {rows[0]['dtype']}, {args.tokens} token, {count} layers"
                 )
-                rows.append(
-                    {
-                        "shape": shape,
-                        "hidden": hidden,
-                        "neurons": neurons,
-                        "dtype": name,
-                        "batch": 1,
-                        "sparsity": sparsity,
-                        "layers": len(layers),
-                        "dense_ms": dense,
-                        "skipping_ms": ours,
-                        "speedup": ratio,
-                        "backend": options.backend,
-                        "device": options.device,
-                    }
-                )
-    save("mlp_decode", rows, options.json)
+                print(_table(rows), flush=True)
+                del layers
+    print("\nwritten to", save("mlp_decode", conditions, results, args.out))
+
+
+def _table(rows: list[dict[str, object]]) -> str:
+    head = ["sparsity", "backend", "dense ms", "sparse ms", "quartiles", "speedup", "byte limit", "GB/s"]
+    body = [
+        [
+            f"{row['sparsity']:.1%}",
+            str(row["backend"]),
+            f"{row['dense'].median_ms:.2f}",
+            f"{row['sparse'].median_ms:.2f}",
+            f"{row['sparse'].low_ms:.2f}-{row['sparse'].high_ms:.2f}",
+            f"{row['speedup']:.2f}x",
+            f"{row['byte_limit']:.2f}x",
+            f"{row['sparse_gb_per_s']:.1f}",
+        ]
+        for row in rows
+    ]
+    return table([head, *body])
 
 
 if __name__ == "__main__":
