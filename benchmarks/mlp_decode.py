@@ -138,9 +138,7 @@ def main() -> None:
                 for sparsity in args.sparsity:
                     rows += measure(shape, dtype, sparsity, args.backends, args, layers)
                 results += rows
-                print(
-                    f"\n{shape} ({hidden} x {neurons}), {rows[0]['dtype']}, {args.tokens} token, {count} layers"
-                )
+                print(f"\n{shape} ({hidden} x {neurons}), {rows[0]['dtype']}, {count} layers")
                 print(_table(rows), flush=True)
                 del layers
     print("\nwritten to", save("mlp_decode", conditions, results, args.out))
