@@ -37,20 +37,17 @@ def gated_mlp(
     activation: str,
     threshold: float,
 ) -> Tensor:
-    """``x [T, D]`` to ``[T, D]``; a token with more than ``MAX_DENSITY`` active neurons is not skipped."""
+    """``x [T, D]`` to ``[T, D]``; above ``MAX_DENSITY`` a token's up rows are all read."""
     a = reference.activation(F.linear(x, gate, gate_bias), activation, threshold)
     rows = []
     for t in range(x.shape[0]):
-        idx: Tensor | None = a[t].nonzero().squeeze(1)
-        assert idx is not None
-        if idx.numel() > MAX_DENSITY[x.dtype] * a.shape[1]:
-            h, idx = a[t], None
-            u = F.linear(x[t], up, up_bias)
+        idx = a[t].nonzero().squeeze(1)
+        if idx.shape[0] > MAX_DENSITY[x.dtype] * a.shape[1]:
+            u = F.linear(x[t], up, up_bias).index_select(0, idx)
         else:
-            h = a[t].index_select(0, idx)
-            b = None if up_bias is None else up_bias.index_select(0, idx)
-            u = F.linear(x[t], up.index_select(0, idx), b)
-        h = h * (torch.relu(u) if activation == "drelu" else u)
+            bias = None if up_bias is None else up_bias.index_select(0, idx)
+            u = F.linear(x[t], up.index_select(0, idx), bias)
+        h = a[t].index_select(0, idx) * (torch.relu(u) if activation == "drelu" else u)
         rows.append(_down(h, idx, down, down_bias))
     return torch.stack(rows) if rows else x.new_empty(0, down.shape[0])
 
@@ -64,10 +61,8 @@ def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.stack(rows) if rows else h.new_empty(0, weight.shape[0])
 
 
-def _down(h: Tensor, idx: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The rows ``idx`` (None: all) of the neuron-major ``weight``, weighted by ``h`` and summed: ``[D]``."""
-    if idx is None:
-        idx = torch.arange(h.shape[0])
+def _down(h: Tensor, idx: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The rows ``idx`` of the neuron-major ``weight``, weighted by ``h`` and summed: ``[D]``."""
     # Several bags, because threads share bags and long sums lose digits; few where a bag's sum is rounded.
     neurons = idx.shape[0]
     size = max(256, 1 if h.dtype == torch.float32 else -(-neurons // 4))
