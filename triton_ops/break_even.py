@@ -33,7 +33,9 @@ class Default:
     """The same of ``sparse_linear``."""
 
 
-# Measured with `python -m triton_ops.tune` on two cores at the shapes of Llama-3.2-1B and Llama-2-7B.
+# Conservative, from one two-core AVX-512 machine at the shape of Llama-3.2-1B; `python -m triton_ops.tune`
+# measures yours. In float32 the gated limit above one token rests on runs with one thread. The bfloat16
+# densities of linear above one token are estimates on the low side.
 DEFAULTS: dict[tuple[str, torch.dtype], Default] = {
     ("cpp", torch.bfloat16): Default(
         min_bytes=1 << 20, gated=(1.0, 0.8), linear=(1.0, 1.0, 0.5, 0.3, 0.3, 0.2, 0.2, 0.2)
