@@ -5,7 +5,7 @@ from hf_sparse.config import SparsityConfig
 from hf_sparse.errors import PatchError
 from hf_sparse.hooks import install, uninstall
 from hf_sparse.measure import SparsityReport, measure
-from hf_sparse.patching import inspect, patch, set_mix, unpatch
+from hf_sparse.patching import inspect, patch, prepare, set_mix, unpatch
 from triton_ops import backend
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "install",
     "measure",
     "patch",
+    "prepare",
     "set_mix",
     "uninstall",
     "unpatch",

@@ -38,7 +38,7 @@ class SparsityConfig:
 
     threshold: float | tuple[float, ...] = 0.0
     """Threshold t >= 0 of ``"fatrelu"``, in units of the pre-activation: one number, or one per patched
-    block in the order of ``model.named_modules()``."""
+    block, in the order of ``layers`` if that is given, else of ``model.named_modules()``."""
 
     shift: float = 0.0
     """Shift b of ``"shifted_relu"``, in units of the pre-activation."""
@@ -76,13 +76,20 @@ class SparsityConfig:
         object.__setattr__(self, "mix", _number("mix", self.mix))
         if not 0 <= self.mix <= 1:
             raise ValueError(f"mix={self.mix} is outside [0, 1]; it is the share of the new activation.")
-        if self.layers is not None:
-            object.__setattr__(self, "layers", _layers(self.layers))
-        if isinstance(self.threshold, tuple) and self.layers and len(self.threshold) != len(self.layers):
-            raise ValueError(
-                f"threshold has {len(self.threshold)} values for {len(self.layers)} layers; "
-                "give one number, or one per layer."
-            )
+        if self.activation == "original" and self.mix != 1:
+            raise ValueError(f'mix={self.mix} has no meaning for activation="original"; leave it at 1.')
+        if self.layers is None:
+            return
+        layers = _layers(self.layers)
+        if isinstance(self.threshold, tuple):
+            if len(self.threshold) != len(layers):
+                raise ValueError(
+                    f"threshold has {len(self.threshold)} values for {len(layers)} layers; "
+                    "give one number, or one per layer."
+                )
+            ordered = sorted(zip(layers, self.threshold, strict=True))
+            object.__setattr__(self, "threshold", tuple(t for _, t in ordered))
+        object.__setattr__(self, "layers", tuple(sorted(layers)))
 
     @property
     def thresholds(self) -> tuple[float, ...]:
@@ -136,4 +143,4 @@ def _layers(value: Any) -> tuple[int, ...]:
         raise ValueError("layers=() selects no block; use None for all blocks.")
     if len(set(value)) != len(value):
         raise ValueError(f"layers={value!r} names a block twice.")
-    return tuple(sorted(value))
+    return tuple(value)

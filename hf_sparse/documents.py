@@ -71,8 +71,7 @@ class Documents:
             config = config or ("en" if dataset == "allenai/c4" else None)
             self._load = {"path": dataset, "name": config, "revision": revision}
             names = get_dataset_split_names(dataset, config, revision=revision)
-        if "train" not in names:
-            raise ValueError(f"dataset={self._name!r} has no train split, only {', '.join(names)}.")
+        self._splits = names
         self.has_validation = "validation" in names
         self._opened: dict[str, Any] = {}
 
@@ -89,6 +88,8 @@ class Documents:
         """
         from datasets.distributed import split_dataset_by_node
 
+        if split not in self._splits:
+            raise ValueError(f"dataset={self._name!r} has no {split} split, only {', '.join(self._splits)}.")
         # A fresh object for each pass: a data set that was given a state starts from it every time.
         data = split_dataset_by_node(self._open(split), rank=part, world_size=parts)
         if state is not None:

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-
 _NEEDED = ("accelerate", "datasets", "yaml")
 
 
@@ -32,8 +30,8 @@ def finetune(arguments: Sequence[str], *, launcher: Sequence[str] | None = None)
 
     Args:
         arguments: for ``finetune.py``. ``--config NAME`` of a recipe that ships with it needs no path.
-        launcher: options of ``accelerate launch``, such as ``["--num_processes", "8"]``. None means one
-            process on this machine, or what ``accelerate config`` has set up.
+        launcher: options of ``accelerate launch``, such as ``["--num_processes", "8"]``. None means what
+            ``accelerate config`` has set up, else one process on this machine, started directly.
 
     Raises:
         ImportError: what training needs is not installed.
@@ -42,24 +40,18 @@ def finetune(arguments: Sequence[str], *, launcher: Sequence[str] | None = None)
     if missing := [name for name in _NEEDED if find_spec(name) is None]:
         raise ImportError(f"training needs {', '.join(missing)}: pip install 'hf-sparse[train]'")
     folder = application()
-    if {"-h", "--help"}.intersection(arguments):
-        command = [sys.executable]
-    else:
-        options = _default_launcher() if launcher is None else list(launcher)
-        command = [sys.executable, "-m", "accelerate.commands.launch", *options]
+    command = [sys.executable]
+    # One process needs no launcher, which would add a traceback of its own to every message.
+    if not {"-h", "--help"}.intersection(arguments) and (launcher is not None or _is_configured()):
+        command += ["-m", "accelerate.commands.launch", *(launcher or ())]
     script = [str(folder / "finetune.py"), *_with_recipe_path(arguments, folder / "recipes")]
     return subprocess.run([*command, *script], check=False).returncode
 
 
-def _default_launcher() -> list[str]:
+def _is_configured() -> bool:
     from accelerate.commands.config.config_args import default_config_file
 
-    if Path(default_config_file).is_file():
-        return []
-    # What `accelerate launch` takes by default, said aloud so that it does not warn about it; but for the
-    # threads, of which it would give the process one.
-    options = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no"]
-    return [*options, "--dynamo_backend", "no", "--num_cpu_threads_per_process", str(torch.get_num_threads())]
+    return Path(default_config_file).is_file()
 
 
 def _with_recipe_path(arguments: Sequence[str], recipes: Path) -> list[str]:

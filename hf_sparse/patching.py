@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from hf_sparse import record as records
 from hf_sparse.activations import build_activation
 from hf_sparse.adapters import Block, Skipped, find_blocks
-from hf_sparse.config import SparsityConfig
+from hf_sparse.config import ACTIVATIONS, SparsityConfig
 from hf_sparse.errors import PatchError
 from hf_sparse.modules import SparseGatedMLP, SparseMLP, SparsePlainMLP
 from hf_sparse.record import Record
@@ -22,7 +21,9 @@ from hf_sparse.report import PatchReport
 from hf_sparse.stock import UnpatchedActivation, activation_field, builds_same
 
 
-def patch(model: nn.Module, config: SparsityConfig | str = "relu", **fields: Any) -> PatchReport:
+def patch(
+    model: nn.Module, config: SparsityConfig | Mapping[str, Any] | str = "relu", **fields: Any
+) -> PatchReport:
     """Replace the MLP blocks of ``model`` by sparse ones, in place.
 
     No weight is copied and no parameter or child is renamed. The change is written to ``model.config``, so
@@ -30,8 +31,9 @@ def patch(model: nn.Module, config: SparsityConfig | str = "relu", **fields: Any
     that is patched already is patched anew, from its stock blocks.
 
     Args:
-        model: a transformers model, also one wrapped by PEFT.
-        config: a :class:`SparsityConfig`, or the name of an activation.
+        model: a transformers model, also one wrapped by PEFT. Its config object is changed, too; another
+            model built from the very same object should be given a copy.
+        config: a :class:`SparsityConfig`, what its ``to_dict`` gives, or the name of an activation.
         **fields: fields of :class:`SparsityConfig` when ``config`` is a name, such as ``threshold=0.01``.
 
     Returns:
@@ -42,10 +44,7 @@ def patch(model: nn.Module, config: SparsityConfig | str = "relu", **fields: Any
         ValueError: a field of the config is out of its range.
 
     """
-    if isinstance(config, str):
-        config = SparsityConfig(activation=config, **fields)
-    elif fields:
-        raise ValueError(f"give {', '.join(fields)} in the SparsityConfig, or the activation as a name.")
+    config = _as_config(config, fields)
     base = _transformers_model(model)
     blocks, skipped = find_blocks(base)
     chosen = _choose(base, blocks, skipped, config)
@@ -57,10 +56,8 @@ def patch(model: nn.Module, config: SparsityConfig | str = "relu", **fields: Any
     stock_name = _stock_name(base, config, field, original, activations)
 
     # Everything that can fail has been done; from here on there are only assignments.
-    owned = copy.deepcopy(base.config)  # another model may have been built from the same config object
-    Record(config, len(blocks), field, original).write(owned, stock_name=stock_name)
+    Record(config, len(blocks), field, original).write(base.config, stock_name=stock_name)
     _exchange(base, {id(block.module): new[block.name] for block in blocks})
-    _set_config(base, owned)
     patched = [Block(block.name, new[block.name], block.roles) for block in chosen]
     return PatchReport(type(base).__name__, config, patched, skipped, original, stock_name)
 
@@ -146,6 +143,41 @@ def patch_from_config(model: PreTrainedModel) -> None:
             if isinstance(value, str) and value == records.KEY:
                 vars(module)[name] = record.activation
     _exchange(model, {id(b.module): _sparse_block(b, record.config, index) for index, b in enumerate(chosen)})
+
+
+def prepare(model: nn.Module) -> None:
+    """Store the down projections of a patched model neuron-major now, as skipping needs them.
+
+    Otherwise the first call that skips does it, block by block. Call it before ``torch.compile``: a compiled
+    graph cannot change its own weights, and runs dense on the stock layout.
+
+    Raises:
+        PatchError: the model is not patched.
+    """
+    base = _transformers_model(model)
+    sparse = [module for module in base.modules() if isinstance(module, SparseMLP)]
+    if not sparse:
+        raise PatchError(f"prepare needs a patched model; this {type(base).__name__} is not patched.")
+    for module in sparse:
+        module.prepare()
+
+
+def _as_config(config: Any, given: dict[str, Any]) -> SparsityConfig:
+    if isinstance(config, str):
+        return SparsityConfig.from_dict({"activation": config, **given})
+    if given:
+        raise ValueError(
+            f"give {', '.join(given)} in the SparsityConfig, or the activation as a name: "
+            'patch(model, "fatrelu", threshold=0.01).'
+        )
+    if isinstance(config, Mapping):
+        return SparsityConfig.from_dict(config)
+    if not isinstance(config, SparsityConfig):
+        raise ValueError(
+            f"config={config!r} is neither a SparsityConfig nor the name of an activation; "
+            f"choose one of {', '.join(ACTIVATIONS)}."
+        )
+    return config
 
 
 def _transformers_model(model: nn.Module) -> PreTrainedModel:
@@ -234,8 +266,8 @@ def _stock_activation(model: PreTrainedModel, blocks: list[Block]) -> tuple[str,
     if field is None:
         raise PatchError(
             f"no field of {type(model.config).__name__} sets the activation of the MLP blocks, so a saved "
-            "model could not say that it is patched. Please report the model type "
-            f"{model.config.model_type!r}."
+            "model could not say that it is patched. If the config is a composite, patch the language model "
+            f"inside; otherwise please report the model type {model.config.model_type!r}."
         )
     return field, getattr(model.config, field)
 
@@ -265,10 +297,3 @@ def _exchange(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
         for name, child in owner._modules.items():
             if child is not None and id(child) in new:
                 owner._modules[name] = new[id(child)]
-
-
-def _set_config(model: PreTrainedModel, config: PretrainedConfig) -> None:
-    old = model.config
-    for module in model.modules():
-        if vars(module).get("config") is old:
-            vars(module)["config"] = config

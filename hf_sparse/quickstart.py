@@ -161,12 +161,14 @@ def quickstart(
     say(f"      untrained: perplexity {substituted.perplexity:.2f}, sparsity {substituted.sparsity:.1%}")
     del dense  # the memory is the trainer's now
 
-    say("[3/6] Finetune with a progressive L1 penalty: hf-sparse finetune --config quickstart")
+    # The recipe of the embedded model would ruin a real one: a hundred times the learning rate.
+    recipe = ["quickstart"] if model == EMBEDDED else ["prosparse", "--micro_batch", "1"]
+    say(f"[3/6] Finetune with a progressive L1 penalty: hf-sparse finetune --config {recipe[0]}")
     data = str(python_corpus().write(folder / "text")) if dataset == EMBEDDED else dataset
     options = {"model": source, "dataset": data, "output_dir": folder / "finetune", "holdout": _HOLDOUT}
     options["sequence_length"] = length
     arguments = [text for key, value in options.items() for text in (f"--{key}", str(value))]
-    status = finetune(["--config", "quickstart", *arguments, *training])
+    status = finetune(["--config", *recipe, *arguments, *training])
     if status != 0:
         raise RuntimeError(f"finetuning ended with exit status {status}; its message is above.")
 

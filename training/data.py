@@ -15,7 +15,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -274,8 +274,3 @@ def evaluation_data(
     sequences = torch.tensor(row[: count * recipe.sequence_length]).view(count, recipe.sequence_length)
     # A text of the validation split may stand in the training split as well.
     return sequences, HeldOut(0.0 if source.has_validation else recipe.holdout, used)
-
-
-def state_to_json(state: StreamState) -> dict[str, Any]:
-    """Plain JSON types; ``StreamState(**…)`` reads them back."""
-    return asdict(state)

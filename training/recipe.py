@@ -19,12 +19,6 @@ Activation = Literal["original", "relu", "relu2", "shifted_relu", "fatrelu", "dr
 assert typing.get_args(Activation) == ACTIVATIONS
 
 
-_AT_LEAST_ONE = (
-    *("shuffle_buffer", "data_streams", "epochs", "max_steps", "global_batch", "micro_batch", "eval_tokens"),
-    *("save_every", "keep_checkpoints", "log_every"),
-)
-
-
 def _free(default: Any) -> Any:
     """A field that a resumed run may change: it does not alter what is learned."""
     return field(default=default, metadata={"free": True})

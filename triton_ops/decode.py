@@ -92,7 +92,7 @@ def _hidden_kernel(
     if KIND == RELU2:
         a = p * p
     elif KIND == JSRELU:
-        a = p + 0.5 * p * p
+        a = p + 0.5 * _round(p * p, dtype)
     elif KIND == SHIFTED:
         a = p - threshold
     else:

@@ -21,7 +21,7 @@ def neuron_major_(weight: Tensor) -> Tensor:
     """Store ``weight [D, F]`` neuron by neuron, in place; returns the same tensor, same shape and values.
 
     The peak of memory is one copy of this weight; afterwards nothing is held twice. Dense products with the
-    weight in this layout are slower where the BLAS prefers rows, see :func:`triton_ops.dense_linear`.
+    weight in this layout are slower where the BLAS prefers rows.
 
     Raises:
         ValueError: ``weight`` is not two-dimensional.
@@ -30,5 +30,7 @@ def neuron_major_(weight: Tensor) -> Tensor:
     if weight.ndim != 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; a down projection is [hidden, neurons].")
     if not is_neuron_major(weight):
-        weight.data = weight.data.t().contiguous().t()
+        # Outside of inference mode, also when called in it: its tensors could never be trained again.
+        with torch.inference_mode(False):
+            weight.data = weight.data.t().contiguous().t()
     return weight

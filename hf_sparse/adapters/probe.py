@@ -40,7 +40,9 @@ def computes(module: nn.Module, roles: Roles) -> bool:
     parts = {roles.up: up, roles.down: down, roles.act: _marker}
     if roles.gate is not None:
         parts[roles.gate] = gate
-    stand_in = object.__new__(type(module))
+    # No instance of the class: a forward that needs more of it than the children and attributes that a
+    # sparse block takes over (other methods, super()) must not pass.
+    stand_in = object.__new__(nn.Module)
     stand_in.__dict__.update(module.__dict__)
     stand_in.__dict__["training"] = False
     stand_in.__dict__["_modules"] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from inspect import signature
 from itertools import chain
 from typing import Any
 
@@ -64,6 +65,10 @@ def measure(
     counters = [_ZeroCounter(block) for block in blocks]
     loss = torch.zeros((), dtype=torch.float64)
     tokens = predicted = 0
+    bare: Any = model
+    if hasattr(bare, "get_base_model"):
+        bare = bare.get_base_model()
+    takes_positions = "position_ids" in signature(bare.forward).parameters
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
         stack.enter_context(_evaluating(model))
@@ -77,7 +82,10 @@ def measure(
             padding = mask is not None and not mask.all()
             for counter in counters:
                 counter.mask = mask if padding else None
-            output = model(input_ids=input_ids, attention_mask=mask, use_cache=False)
+            extra: dict[str, Tensor] = {}
+            if mask is not None and not mask[:, 0].all() and takes_positions:
+                extra["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)  # padded on the left
+            output = model(input_ids=input_ids, attention_mask=mask, use_cache=False, **extra)
             total, count = _loss(output, input_ids, mask, labels)
             loss += total
             predicted += count
@@ -220,7 +228,12 @@ def _parts(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None, Tensor | No
 
 
 def _rows(value: Any) -> Tensor:
-    tensor = torch.as_tensor(value)
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError):
+        raise ValueError(
+            "a batch holds lists that are no [B, S] tensor; with datasets, use set_format('torch')."
+        ) from None
     return tensor.unsqueeze(0) if tensor.dim() == 1 else tensor
 
 

@@ -16,6 +16,7 @@ import triton_ops
 from hf_sparse.activations import MixedActivation, kernel_kind
 from hf_sparse.modules.hooked import carry_device_hook
 from hf_sparse.modules.roles import Roles
+from triton_ops import dispatch
 
 # What belongs to one module object and is not taken over from the stock block.
 _NOT_SHARED = ("_modules", "forward", "_old_forward", "_hf_hook")
@@ -71,12 +72,14 @@ class SparseMLP(nn.Module):
     def restore(self) -> nn.Module:
         """The stock block with its own activation and this block's linear layers as they are now."""
         (stock,) = self._stock
+        down = self._child(self.roles.down)
+        if type(down) is nn.Linear and triton_ops.is_neuron_major(down.weight):
+            with torch.inference_mode(False):
+                down.weight.data = down.weight.data.contiguous()
         for name, child in self._modules.items():
             if name != self.roles.act:
                 stock._modules[name] = child
         stock.training = self.training
-        if "config" in vars(self):
-            stock.config = self.config
         carry_device_hook(self, stock)
         return stock
 
@@ -96,6 +99,18 @@ class SparseMLP(nn.Module):
     def _child(self, name: str) -> nn.Module:
         return cast(nn.Module, self._modules[name])
 
+    def prepare(self) -> None:
+        """Store the down projection neuron-major now; the first call that skips does it otherwise."""
+        down = self._child(self.roles.down)
+        if self._kind() is not None and type(down) is nn.Linear and type(down.weight) is nn.Parameter:
+            triton_ops.neuron_major_(down.weight)
+
+    def _kind(self) -> tuple[str, float] | None:
+        """What the kernels call the activation; None if it must be called as a module."""
+        act = self.activation
+        hooked = act._forward_hooks or act._forward_pre_hooks or "forward" in vars(act)
+        return None if hooked else kernel_kind(act)
+
     def _linear(self, name: str, x: Tensor) -> nn.Linear | None:
         """The child ``name`` if its weight may be read directly, None if it must be called as a module.
 
@@ -110,7 +125,7 @@ class SparseMLP(nn.Module):
             and linear.weight.device == x.device
             and "forward" not in vars(linear)
             and not (linear._forward_hooks or linear._forward_pre_hooks)
-            and not torch.is_autocast_enabled(x.device.type)
+            and not dispatch.autocasts(x.device.type)
         ):
             return linear
         return None
@@ -137,7 +152,7 @@ class SparseGatedMLP(SparseMLP):
         return down(self.activation(gate(x)) * u)
 
     def _skip_silent(self, x: Tensor) -> Tensor:
-        kind = kernel_kind(self.activation)
+        kind = self._kind()
         gate, up, down = (self._linear(name, x) for name in (self._gate, self.roles.up, self.roles.down))
         if kind is None or gate is None or up is None or down is None:
             return self.dense(x)
@@ -164,7 +179,7 @@ class SparsePlainMLP(SparseMLP):
     def _skip_silent(self, x: Tensor) -> Tensor:
         act, up = self.activation, self._child(self.roles.up)
         down = self._linear(self.roles.down, x)
-        if kernel_kind(act) is None or down is None:
+        if self._kind() is None or down is None:
             return self.dense(x)
         if not triton_ops.wants_sparse(x.numel() // x.shape[-1], down.weight.t(), gated=False):
             return self.dense(x)

@@ -64,8 +64,30 @@ def test_roles_come_from_what_is_computed(mlp: type[nn.Module]) -> None:
     assert (roles.gate, roles.up, roles.down, roles.act) == ("w1", "w3", "w2", "f")
 
 
+class NeedsItsClass(Gated):
+    def forward(self, x):
+        return super().forward(x)
+
+
+class NeedsAMethod(Gated):
+    def forward(self, x):
+        return self.down(self.f(self.w1(x)) * self.w3(x))
+
+    def down(self, h):
+        return self.w2(h)
+
+
 @pytest.mark.parametrize(
-    "mlp", [Clamped, IgnoresItsActivation, ActivationAfterProduct, Residual, TwoArguments]
+    "mlp",
+    [
+        Clamped,
+        IgnoresItsActivation,
+        ActivationAfterProduct,
+        Residual,
+        TwoArguments,
+        NeedsItsClass,
+        NeedsAMethod,
+    ],
 )
 def test_other_functions_of_the_same_structure_are_refused(mlp: type[nn.Module]) -> None:
     assert recognise(mlp()) is None

@@ -15,7 +15,8 @@ finite = st.floats(0, 1e6, allow_nan=False)
 def configs(draw: st.DrawFn) -> SparsityConfig:
     activation = draw(st.sampled_from(ACTIVATIONS))
     layers = draw(st.none() | st.lists(st.integers(0, 99), min_size=1, max_size=5, unique=True))
-    fields: dict = {"activation": activation, "mix": draw(st.floats(0, 1)), "layers": layers}
+    mix = 1.0 if activation == "original" else draw(st.floats(0, 1))
+    fields: dict = {"activation": activation, "mix": mix, "layers": layers}
     if activation == "fatrelu":
         count = len(layers) if layers else draw(st.integers(1, 5))
         fields["threshold"] = draw(finite | st.lists(finite, min_size=count, max_size=count))
@@ -43,6 +44,7 @@ def test_json_round_trip_is_exact(config: SparsityConfig) -> None:
         ({"activation": "relu", "shift": 1.0}, "shift=1.0"),
         ({"activation": "shifted_relu", "shift": float("inf")}, "shift=inf"),
         ({"mix": 1.5}, "mix=1.5"),
+        ({"activation": "original", "mix": 0.5}, "mix=0.5"),
         ({"layers": []}, "layers"),
         ({"layers": [0, 0]}, "twice"),
         ({"layers": [-1]}, "layers=[-1]"),
@@ -57,7 +59,7 @@ def test_bad_field_is_named(fields: dict, named: str) -> None:
 def test_layers_are_sorted_and_thresholds_are_floats() -> None:
     config = SparsityConfig(activation="fatrelu", layers=[3, 1], threshold=[1, 2])
     assert config.layers == (1, 3)
-    assert config.threshold == (1.0, 2.0)
+    assert config.threshold == (2.0, 1.0)  # still of the layers they were given for
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from compiler import CPP
+from skips import CountSkips
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse
@@ -28,8 +29,10 @@ PROMPT = "Once upon a time, there was"
 
 def greedy(model, tokenizer, backend: str, **options) -> list[int]:
     inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
-    with hf_sparse.backend(backend):
-        return model.generate(**inputs, do_sample=False, use_cache=True, **options)[0].tolist()
+    with hf_sparse.backend(backend), CountSkips() as skips:
+        tokens = model.generate(**inputs, do_sample=False, use_cache=True, **options)[0].tolist()
+    assert (skips.count > 0) == (backend != "dense")
+    return tokens
 
 
 @pytest.mark.parametrize("backend", ["torch", CPP])

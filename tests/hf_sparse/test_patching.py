@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compiler import CPP
+from skips import CountSkips
 from torch import Tensor
 
 import hf_sparse
@@ -84,13 +85,15 @@ def test_generation_that_skips_gives_the_dense_tokens(tiny_model, activation, ba
         model = tiny_model(model_type)
         hf_sparse.patch(model, config_for(activation))
         prompt = torch.randint(3, 128, (1, 6))
-        tokens = {}
+        tokens, skips = {}, {}
         for name in ("dense", backend):
-            with hf_sparse.backend(name):
+            with hf_sparse.backend(name), CountSkips() as counter:
                 tokens[name] = model.generate(
                     prompt, max_new_tokens=24, min_new_tokens=24, do_sample=False, use_cache=True
                 )
+            skips[name] = counter.count
         assert torch.equal(tokens["dense"], tokens[backend])
+        assert skips == {"dense": 0, backend: 24 * 3}  # every step, every block
 
 
 def test_gradients_equal_plain_pytorch(tiny_model) -> None:
@@ -120,10 +123,13 @@ def test_unpatch_restores_the_very_modules(tiny_model, model_type, input_ids) ->
     before = model(input_ids).logits
     hf_sparse.patch(model, "relu2")
     assert not torch.equal(model(input_ids).logits, before) or model_type in ("nemotron", "persimmon")
+    with torch.no_grad(), hf_sparse.backend("torch"):  # changes the strides of the down projections
+        model(input_ids)
     hf_sparse.unpatch(model)
     after = dict(model.named_modules())
     assert after.keys() == modules.keys()
     assert all(after[name] is module for name, module in modules.items())
+    assert all(p.is_contiguous() for p in model.parameters())
     assert torch.equal(model(input_ids).logits, before)
     assert model.config.to_dict() == config
 
@@ -144,8 +150,7 @@ def test_another_model_of_the_same_config_object_is_untouched(tiny_model, input_
     before = second(input_ids).logits
     hf_sparse.patch(first, "relu")
     assert torch.equal(second(input_ids).logits, before)
-    assert second.config.hidden_act == "silu"
-    assert not hasattr(second.config, "hf_sparse")
+    assert not hf_sparse.inspect(second).blocks
 
 
 def test_layers_and_their_thresholds(tiny_model) -> None:
@@ -155,6 +160,41 @@ def test_layers_and_their_thresholds(tiny_model) -> None:
     assert [b.name for b in report.blocks] == ["model.layers.0.mlp", "model.layers.2.mlp"]
     assert [b.activation.threshold for b in report.blocks] == [0.1, 0.3]
     assert type(model.model.layers[1].mlp).__name__ == "LlamaMLP"
+
+
+def test_patching_an_inner_model_is_a_patch_of_the_outer(tiny_model, input_ids, tmp_path) -> None:
+    model = tiny_model("llama")
+    hf_sparse.patch(model.model, "jsrelu")
+    expected = model(input_ids).logits
+    model.save_pretrained(tmp_path)
+    assert torch.equal(type(model).from_pretrained(tmp_path)(input_ids).logits, expected)
+    hf_sparse.unpatch(model)
+    assert not hf_sparse.inspect(model).config
+
+
+def test_decoding_in_inference_mode_leaves_a_model_that_trains(tiny_model, input_ids) -> None:
+    model = tiny_model("llama")
+    hf_sparse.patch(model, "relu")
+    with torch.inference_mode(), hf_sparse.backend("torch"):
+        model(input_ids)
+    model.train()(input_ids, labels=input_ids).loss.backward()
+    assert model.model.layers[0].mlp.down_proj.weight.grad.abs().sum() > 0
+
+
+def test_a_hook_on_the_activation_is_called_when_decoding(tiny_model) -> None:
+    model = tiny_model("llama")
+    (block, *_) = hf_sparse.patch(model, "relu").blocks
+    block.activation.register_forward_hook(lambda module, args, out: out * 0)
+    with torch.no_grad(), hf_sparse.backend("torch"), CountSkips() as skips:
+        assert not block.module(torch.randn(1, 32)).any()
+    assert skips.count == 0
+
+
+def test_forward_on_the_meta_device(tiny_model) -> None:
+    model = tiny_model("llama").to("meta")
+    hf_sparse.patch(model, "relu")
+    with torch.no_grad():
+        assert model(torch.ones(1, 3, dtype=torch.int64, device="meta")).logits.shape == (1, 3, 128)
 
 
 def test_deepcopy_of_a_patched_model_is_independent(tiny_model, input_ids) -> None:
@@ -249,6 +289,15 @@ class TestErrors:
     def test_unknown_activation(self, unchanged) -> None:
         with pytest.raises(ValueError, match="activation='swiglu' is not known; choose one of"):
             hf_sparse.patch(unchanged, "swiglu")
+
+    @pytest.mark.parametrize("config", [None, torch.nn.ReLU(), 3])
+    def test_something_else_than_a_config(self, unchanged, config) -> None:
+        with pytest.raises(ValueError, match="neither a SparsityConfig nor the name of an activation"):
+            hf_sparse.patch(unchanged, config)
+
+    def test_misspelt_field(self, unchanged) -> None:
+        with pytest.raises(ValueError, match=r"unknown fields .*: treshold"):
+            hf_sparse.patch(unchanged, "fatrelu", treshold=0.1)
 
     def test_fields_beside_a_config(self, unchanged) -> None:
         with pytest.raises(ValueError, match="give mix in the SparsityConfig"):

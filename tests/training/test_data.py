@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
@@ -14,7 +15,6 @@ from data import (
     TrainingData,
     evaluation_data,
     open_documents,
-    state_to_json,
 )
 from recipe import Recipe
 
@@ -103,7 +103,7 @@ def test_a_stream_continues_to_the_token_after_its_state_went_through_json(
 ):
     recipe = recipe_for(any_format, shuffle_buffer=shuffle_buffer, epochs=3)
     whole = batches(training_data(recipe, tokenizer), stop + 9)
-    stored = json.loads(json.dumps({v: state_to_json(s) for v, s in whole[stop - 1].states.items()}))
+    stored = json.loads(json.dumps({v: asdict(s) for v, s in whole[stop - 1].states.items()}))
     states = {int(v): StreamState(**s) for v, s in stored.items()}
     rest = batches(training_data(recipe, tokenizer, states=states), 9)
     for expected, found in zip(whole[stop:], rest, strict=True):

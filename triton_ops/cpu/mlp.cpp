@@ -107,10 +107,11 @@ bool silent(float p, int kind, float threshold) {
   return kind == kFat ? p < threshold : p <= threshold;
 }
 
+template <class W>
 float activated(float p, int kind, float threshold) {
   switch (kind) {
     case kRelu2: return p * p;
-    case kJSRelu: return p + 0.5f * p * p;
+    case kJSRelu: return p + 0.5f * rounded<W>(p * p);
     case kShifted: return p - threshold;
     default: return p;
   }
@@ -287,7 +288,7 @@ struct Job {
         if (silent(p, kind, threshold))
           p = 0.0f;
         else
-          p = rounded<W>(activated(p, kind, threshold)), any = true;
+          p = rounded<W>(activated<W>(p, kind, threshold)), any = true;
       }
       if (any) active[count] = i, rows[count++] = up + (begin + i) * up_stride;
     }
