@@ -37,7 +37,7 @@ class Documents:
 
     Raises:
         ImportError: the ``datasets`` package is not installed.
-        ValueError: the data set has no train split, no readable files, or files of several formats.
+        ValueError: the data set has no readable files, or files of several formats.
         FileNotFoundError: a local path does not exist.
 
     """
@@ -71,7 +71,7 @@ class Documents:
             config = config or ("en" if dataset == "allenai/c4" else None)
             self._load = {"path": dataset, "name": config, "revision": revision}
             names = get_dataset_split_names(dataset, config, revision=revision)
-        self._splits = names
+        self.splits: list[str] = list(names)
         self.has_validation = "validation" in names
         self._opened: dict[str, Any] = {}
 
@@ -88,8 +88,8 @@ class Documents:
         """
         from datasets.distributed import split_dataset_by_node
 
-        if split not in self._splits:
-            raise ValueError(f"dataset={self._name!r} has no {split} split, only {', '.join(self._splits)}.")
+        if split not in self.splits:
+            raise ValueError(f"dataset={self._name!r} has no {split} split, only {', '.join(self.splits)}.")
         # A fresh object for each pass: a data set that was given a state starts from it every time.
         data = split_dataset_by_node(self._open(split), rank=part, world_size=parts)
         if state is not None:

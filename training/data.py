@@ -230,14 +230,23 @@ class Tokeniser:
 
 
 def open_documents(recipe: Recipe) -> Documents:
-    """The data set of a recipe; errors as of :class:`hf_sparse.documents.Documents`."""
-    return Documents(
+    """The data set of a recipe; errors as of :class:`hf_sparse.documents.Documents`.
+
+    Raises:
+        ValueError: there is nothing to train on.
+    """
+    documents = Documents(
         recipe.dataset,
         config=recipe.dataset_config,
         revision=recipe.dataset_revision,
         text_field=recipe.text_field,
         txt_unit=recipe.txt_unit,
     )
+    if "train" not in documents.splits:
+        raise ValueError(
+            f"dataset={recipe.dataset!r} has no train split, only {', '.join(documents.splits)}."
+        )
+    return documents
 
 
 def evaluation_data(

@@ -30,7 +30,7 @@ def neuron_major_(weight: Tensor) -> Tensor:
     if weight.ndim != 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; a down projection is [hidden, neurons].")
     if not is_neuron_major(weight):
-        # Outside of inference mode, also when called in it: its tensors could never be trained again.
-        with torch.inference_mode(False):
+        # Outside of inference mode, also when called in it: a tensor made there could never be trained.
+        with torch.inference_mode(weight.is_inference()):
             weight.data = weight.data.t().contiguous().t()
     return weight

@@ -74,7 +74,7 @@ class SparseMLP(nn.Module):
         (stock,) = self._stock
         down = self._child(self.roles.down)
         if type(down) is nn.Linear and triton_ops.is_neuron_major(down.weight):
-            with torch.inference_mode(False):
+            with torch.inference_mode(down.weight.is_inference()):
                 down.weight.data = down.weight.data.contiguous()
         for name, child in self._modules.items():
             if name != self.roles.act:
