@@ -9,10 +9,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-
-from triton_ops.cpu import build
-
-compiled = pytest.mark.skipif(isinstance(build.library(), str), reason="no working C++ compiler")
+from compiler import needs_compiler
 
 # Says which backend "auto" takes for one token of a large block, after checking that it computes.
 USE = """
@@ -43,7 +40,7 @@ def run(code: str, **environment: str) -> str:
     return done.stdout.strip()
 
 
-@compiled
+@needs_compiler
 def test_first_use_builds_and_the_next_process_loads_the_same_file(tmp_path):
     assert run(USE, HF_SPARSE_CACHE=str(tmp_path)) == "cpp 0"
     (library,) = (tmp_path / "cpu").iterdir()
@@ -53,7 +50,7 @@ def test_first_use_builds_and_the_next_process_loads_the_same_file(tmp_path):
     assert library.stat().st_mtime_ns == built
 
 
-@compiled
+@needs_compiler
 def test_processes_may_build_at_once(tmp_path):
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(lambda _: run(USE, HF_SPARSE_CACHE=str(tmp_path)), range(2)))
@@ -61,7 +58,7 @@ def test_processes_may_build_at_once(tmp_path):
     assert len(list((tmp_path / "cpu").iterdir())) == 1  # no temporary file stays
 
 
-@compiled
+@needs_compiler
 def test_a_cache_that_cannot_be_written_costs_only_the_build(tmp_path):
     (tmp_path / "file").write_text("")
     # A folder below a file can be made by nobody, not even by root.
@@ -69,7 +66,7 @@ def test_a_cache_that_cannot_be_written_costs_only_the_build(tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root writes everywhere")
-@compiled
+@needs_compiler
 def test_a_read_only_cache_costs_only_the_build(tmp_path):
     tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
     assert run(USE, HF_SPARSE_CACHE=str(tmp_path)) == "cpp 0"
@@ -120,7 +117,7 @@ def test_forced_without_a_compiler_is_an_error_with_the_reason(tmp_path):
     )
 
 
-@compiled
+@needs_compiler
 def test_a_forked_child_can_use_the_kernels_after_its_parent_did():
     code = """
 import os, torch, triton_ops

@@ -6,19 +6,17 @@ import math
 
 import pytest
 import torch
+from compiler import CPP, needs_compiler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_blocks import assert_as_exact_as_dense, make_block
 
 import triton_ops
 from triton_ops import ACTIVATIONS, reference
-from triton_ops.cpu import build
 
 PATHS = [
     "torch",
-    pytest.param(
-        "cpp", marks=pytest.mark.skipif(isinstance(build.library(), str), reason="no working C++ compiler")
-    ),
+    CPP,
 ]
 DTYPES = [torch.float32, torch.bfloat16]
 # tokens, hidden, neurons: ones, primes, tails of every vector width, more than one block and group of neurons
@@ -68,7 +66,7 @@ def test_sparse_linear(path, dtype, shape):
         assert (y.double() - exact).abs().max() <= allowed
 
 
-@pytest.mark.skipif(isinstance(build.library(), str), reason="no working C++ compiler")
+@needs_compiler
 @settings(max_examples=60, deadline=None)
 @given(
     tokens=st.integers(0, 17),
@@ -172,7 +170,7 @@ def test_one_tokens_infinite_weight_does_not_reach_another_token(path):
     assert y.tolist() == [[math.inf], [0.0]]
 
 
-@pytest.mark.skipif(isinstance(build.library(), str), reason="no working C++ compiler")
+@needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES, ids=_id)
 def test_compiled_kernel_gives_the_same_bits_on_any_number_of_threads(dtype):
     block = make_block(3, 129, 3000, dtype, bias=True)
@@ -192,7 +190,7 @@ def test_compiled_kernel_gives_the_same_bits_on_any_number_of_threads(dtype):
         torch.set_num_threads(before)
 
 
-@pytest.mark.skipif(isinstance(build.library(), str), reason="no working C++ compiler")
+@needs_compiler
 def test_kernel_and_package_number_the_activations_alike():
     from triton_ops.cpu import path
 

@@ -7,13 +7,11 @@ import threading
 
 import pytest
 import torch
+from compiler import needs_compiler
 from kernel_blocks import make_block
 
 import triton_ops
 from triton_ops import break_even, dispatch, reference
-from triton_ops.cpu import build
-
-compiled = pytest.mark.skipif(isinstance(build.library(), str), reason="no working C++ compiler")
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +29,7 @@ def weight(neurons: int = 2048, hidden: int = 2048, dtype: torch.dtype = torch.b
     return torch.empty(neurons, hidden, dtype=dtype)
 
 
-@compiled
+@needs_compiler
 def test_auto_skips_for_one_token_of_a_large_block_and_is_dense_for_many():
     assert triton_ops.wants_sparse(1, weight(), gated=True)
     assert triton_ops.wants_sparse(1, weight(dtype=torch.float32), gated=False)
@@ -45,13 +43,13 @@ def test_auto_is_dense_for_small_blocks_other_dtypes_and_devices():
     assert not triton_ops.wants_sparse(1, weight().to("meta"), gated=True)
 
 
-@compiled
+@needs_compiler
 def test_auto_is_dense_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         assert not triton_ops.wants_sparse(1, weight(dtype=torch.float32), gated=True)
 
 
-@compiled
+@needs_compiler
 def test_a_known_density_widens_the_choice():
     limit = break_even.default("cpp", torch.bfloat16, 1 << 30, True)
     tokens = next(i + 1 for i, d in enumerate(limit) if d < 1)
@@ -59,7 +57,7 @@ def test_a_known_density_widens_the_choice():
     assert triton_ops.wants_sparse(tokens, weight(), gated=True, density=0.1)
 
 
-@compiled
+@needs_compiler
 def test_a_measurement_wins_over_the_default_in_this_process_and_the_next():
     big, shape = weight(), (2048, 2048, True)
     break_even.store("cpp", "cpu", torch.bfloat16, *shape, (0.3,))
