@@ -10,13 +10,17 @@ import platform
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from triton_ops.cache import cache_dir, write_atomically
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+
+Kind = Literal["gated", "plain", "linear"]
+MATRICES: dict[Kind, int] = {"gated": 3, "plain": 2, "linear": 1}
+"""How many weight matrices each kind of operator has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +33,9 @@ class Default:
     gated: tuple[float, ...]
     """Break-even density of ``gated_mlp`` for 1, 2, … tokens; more tokens than these run dense."""
 
+    plain: tuple[float, ...]
+    """The same of ``plain_mlp``."""
+
     linear: tuple[float, ...]
     """The same of ``sparse_linear``."""
 
@@ -38,27 +45,33 @@ class Default:
 # densities of linear above one token are estimates on the low side.
 DEFAULTS: dict[tuple[str, torch.dtype], Default] = {
     ("cpp", torch.bfloat16): Default(
-        min_bytes=1 << 20, gated=(1.0, 0.8), linear=(1.0, 1.0, 0.5, 0.3, 0.3, 0.2, 0.2, 0.2)
+        min_bytes=1 << 20, gated=(1.0, 0.8), plain=(1.0,), linear=(1.0, 1.0, 0.5, 0.3, 0.3, 0.2, 0.2, 0.2)
     ),
-    ("cpp", torch.float32): Default(min_bytes=4 << 20, gated=(1.0,) * 4, linear=(1.0,) * 8),
-    ("torch", torch.bfloat16): Default(min_bytes=16 << 20, gated=(1.0,), linear=(1.0,)),
-    ("torch", torch.float32): Default(min_bytes=16 << 20, gated=(1.0,), linear=(1.0,)),
+    ("cpp", torch.float32): Default(min_bytes=4 << 20, gated=(1.0,) * 4, plain=(1.0,), linear=(1.0,) * 8),
+    ("torch", torch.bfloat16): Default(min_bytes=16 << 20, gated=(1.0,), plain=(1.0,), linear=(1.0,)),
+    ("torch", torch.float32): Default(min_bytes=16 << 20, gated=(1.0,), plain=(1.0,), linear=(1.0,)),
 }
 
 
-def default(backend: str, dtype: torch.dtype, weight_bytes: int, gated: bool) -> tuple[float, ...]:
+def default(backend: str, dtype: torch.dtype, weight_bytes: int, kind: Kind) -> tuple[float, ...]:
     """The built-in break-even densities for 1, 2, … tokens; none where it is not worth it."""
     found = DEFAULTS.get((backend, dtype))
     if found is None or weight_bytes < found.min_bytes:
         return ()
-    return found.gated if gated else found.linear
+    return {"gated": found.gated, "plain": found.plain, "linear": found.linear}[kind]
 
 
 def measured(
-    backend: str, device: str, dtype: torch.dtype, hidden: int, neurons: int, gated: bool
+    backend: str,
+    device: str,
+    dtype: torch.dtype,
+    hidden: int,
+    neurons: int,
+    kind: Kind,
+    certified: bool = False,
 ) -> tuple[float, ...] | None:
     """The break-even densities for 1, 2, … tokens as measured on this machine; None if they were not."""
-    found = _entries().get(_key(backend, device, dtype, hidden, neurons, gated))
+    found = _entries().get(_key(backend, device, dtype, hidden, neurons, kind, certified))
     return None if found is None else tuple(found)
 
 
@@ -68,8 +81,9 @@ def store(
     dtype: torch.dtype,
     hidden: int,
     neurons: int,
-    gated: bool,
+    kind: Kind,
     density: tuple[float, ...],
+    certified: bool = False,
 ) -> Path:
     """Keep a measurement for this and later processes; returns the file.
 
@@ -78,7 +92,7 @@ def store(
 
     """
     path = _file()
-    entries = {**_read(path), _key(backend, device, dtype, hidden, neurons, gated): list(density)}
+    entries = {**_read(path), _key(backend, device, dtype, hidden, neurons, kind, certified): list(density)}
     text = json.dumps({"format_version": FORMAT_VERSION, "break_even": entries}, indent=1, sort_keys=True)
     write_atomically(path, text.encode())
     forget()
@@ -110,8 +124,10 @@ def _read(path: Path) -> dict[str, list[float]]:
         return {}
 
 
-def _key(backend: str, device: str, dtype: torch.dtype, hidden: int, neurons: int, gated: bool) -> str:
-    block = "gated" if gated else "linear"
+def _key(
+    backend: str, device: str, dtype: torch.dtype, hidden: int, neurons: int, kind: Kind, certified: bool
+) -> str:
+    block = f"{kind} certified" if certified else kind
     name = str(dtype).removeprefix("torch.")
     return f"{_machine(device)} {backend} {name} {hidden}x{neurons} {block}"
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from triton_ops import break_even, torch_path
+from triton_ops.break_even import MATRICES, Kind
 from triton_ops.cpu import path as cpp_path
 
 BACKENDS = ("auto", "dense", "torch", "cpp", "triton")
@@ -72,7 +73,7 @@ def autocasts(device: str) -> bool:
 
 
 def path(name: str) -> ModuleType:
-    """The module of a backend other than ``"dense"``: ``unusable``, ``gated_mlp``, ``sparse_linear``.
+    """The module of a backend other than ``"dense"``: ``unusable``, ``mlp``, ``sparse_linear``.
 
     Raises:
         RuntimeError: Triton is not installed.
@@ -87,15 +88,19 @@ def path(name: str) -> ModuleType:
     return {"torch": torch_path, "cpp": cpp_path}[name]
 
 
-def wants_sparse(x_tokens: int, weight: Tensor, *, gated: bool, density: float = 1.0) -> bool:
+def wants_sparse(
+    tokens: int, weight: Tensor, kind: Kind, *, certified: bool = False, density: float = 1.0
+) -> bool:
     """Whether an MLP should take the skipping operator now, or its stock dense forward.
 
     Args:
-        x_tokens: tokens in this call, over all leading dimensions.
-        weight: the gate or up projection ``[F, D]``; its device, dtype and shape count, not its values.
+        tokens: in this call, over all leading dimensions.
+        weight: the gate, or the up projection of a plain MLP, ``[F, D]``; its device, dtype and shape count, not its values.
             Under ``torch.compile`` its shape must be static, as that of a module's parameter is.
-        gated: whether the block has a gate (:func:`gated_mlp`) or is plain (:func:`sparse_linear`).
-        density: the largest share of neurons that may be active for a token, if that is known.
+        kind: the operator: ``"gated"`` (:func:`gated_mlp`), ``"plain"`` (:func:`plain_mlp`) or ``"linear"``
+            (:func:`sparse_linear`).
+        certified: whether the call would pass a certificate.
+        density: the share of neurons that are active for a token on average, if that is known.
 
     Returns:
         False if ``"dense"`` is forced, True if another backend is forced; else whether some backend has been
@@ -105,7 +110,7 @@ def wants_sparse(x_tokens: int, weight: Tensor, *, gated: bool, density: float =
     device, (neurons, hidden) = weight.device.type, weight.shape
     if autocasts(device):
         return False
-    return choose(x_tokens, device, weight.dtype, hidden, neurons, gated, density) != "dense"
+    return choose(tokens, device, weight.dtype, hidden, neurons, kind, certified, density) != "dense"
 
 
 def choose(
@@ -114,24 +119,25 @@ def choose(
     dtype: torch.dtype,
     hidden: int,
     neurons: int,
-    gated: bool,
+    kind: Kind,
+    certified: bool = False,
     density: float = 1.0,
 ) -> str:
     """The backend for these sizes: a forced one unseen, or the best that is available and worth it."""
     name = forced_backend()
     if name != "auto":
         return name
-    name, break_even = best(device, dtype, hidden, neurons, gated)
+    name, break_even = best(device, dtype, hidden, neurons, kind, certified)
     # break_even[i] belongs to i + 1 tokens.
     return name if 0 < tokens <= len(break_even) and density <= break_even[tokens - 1] else "dense"
 
 
 @torch.compiler.assume_constant_result
 def best(
-    device: str, dtype: torch.dtype, hidden: int, neurons: int, gated: bool
+    device: str, dtype: torch.dtype, hidden: int, neurons: int, kind: Kind, certified: bool = False
 ) -> tuple[str, tuple[float, ...]]:
     """The best available backend for these sizes and, for 1, 2, … tokens, the density up to which it wins."""
-    return _best(device, dtype, hidden, neurons, gated)
+    return _best(device, dtype, hidden, neurons, kind, certified)
 
 
 def forget() -> None:
@@ -141,20 +147,20 @@ def forget() -> None:
 
 @cache
 def _best(
-    device: str, dtype: torch.dtype, hidden: int, neurons: int, gated: bool
+    device: str, dtype: torch.dtype, hidden: int, neurons: int, kind: Kind, certified: bool = False
 ) -> tuple[str, tuple[float, ...]]:
-    weight_bytes = (3 if gated else 1) * hidden * neurons * dtype.itemsize
+    weight_bytes = MATRICES[kind] * hidden * neurons * dtype.itemsize
     for name in AUTOMATIC.get(device, ()):
-        limit = break_even.measured(name, device, dtype, hidden, neurons, gated)
+        limit = break_even.measured(name, device, dtype, hidden, neurons, kind, certified)
         if limit is None:
-            limit = break_even.default(name, dtype, weight_bytes, gated)
+            limit = break_even.default(name, dtype, weight_bytes, kind)
         # In this order: asking a path whether it is usable may build it, which small models never need.
         if limit and path(name).unusable(torch.device(device), dtype) is None:
             return name, limit
     return "dense", ()
 
 
-def select(tokens: int, weight: Tensor, *, gated: bool) -> ModuleType | None:
+def select(tokens: int, weight: Tensor, kind: Kind, certified: bool = False) -> ModuleType | None:
     """The path that the operator takes, None for dense. ``weight`` is ``[F, D]``.
 
     Raises:
@@ -162,7 +168,7 @@ def select(tokens: int, weight: Tensor, *, gated: bool) -> ModuleType | None:
 
     """
     neurons, hidden = weight.shape
-    name = choose(tokens, weight.device.type, weight.dtype, hidden, neurons, gated, density=0.0)
+    name = choose(tokens, weight.device.type, weight.dtype, hidden, neurons, kind, certified, density=0.0)
     if name == "dense":
         return None
     found = path(name)

@@ -1,7 +1,7 @@
 """The operators as ``torch.library`` custom operators: schema, fake, autograd, and the call of a backend.
 
-``torch.ops.hf_sparse.gated_mlp`` and ``torch.ops.hf_sparse.sparse_linear``; the functions here give them
-keyword arguments and defaults. Gradients are those of the dense formula, recomputed from the inputs.
+``torch.ops.hf_sparse.gated_mlp``, ``plain_mlp`` and ``sparse_linear``; the functions here give them keyword
+arguments and defaults. Gradients are those of the dense formula, recomputed from the inputs.
 """
 
 from __future__ import annotations
@@ -13,14 +13,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from triton_ops import dispatch, reference
+from triton_ops.certificate import Certificate
 from triton_ops.layout import is_neuron_major
+from triton_ops.mlp import MLP
 
 _LIB = torch.library.Library("hf_sparse", "DEF")
 # Strides carry the neuron-major layout, so a compiler must hand the operators the strides it was given.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 _LIB.define(
     "gated_mlp(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor? gate_bias, Tensor? up_bias, "
-    "Tensor? down_bias, str activation, float threshold) -> Tensor",
+    "Tensor? down_bias, Tensor? q, Tensor? bounds, str activation, float threshold) -> Tensor",
+    tags=_TAGS,
+)
+_LIB.define(
+    "plain_mlp(Tensor x, Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias, Tensor? q, Tensor? bounds, "
+    "str activation, float threshold) -> Tensor",
     tags=_TAGS,
 )
 _LIB.define("sparse_linear(Tensor h, Tensor weight, Tensor? bias) -> Tensor", tags=_TAGS)
@@ -37,6 +44,7 @@ def gated_mlp(
     *,
     activation: str,
     threshold: float = 0.0,
+    certificate: Certificate | None = None,
 ) -> Tensor:
     """The gated MLP ``down(act(gate(x)) * up(x))``, without touching what silent neurons own.
 
@@ -50,6 +58,8 @@ def gated_mlp(
         down_bias: ``[D]`` or None.
         activation: one of :data:`triton_ops.ACTIVATIONS`; see :func:`triton_ops.reference.activation`.
         threshold: of ``"shifted_relu"`` and ``"fatrelu"``, in units of the pre-activation.
+        certificate: of ``gate`` as it is now (:func:`certify`). Backends that can use it then read only the gate rows
+            of neurons that may be active. The result is the same, bit for bit.
 
     Returns:
         ``[..., D]``, the dtype of ``x``, contiguous.
@@ -64,8 +74,36 @@ def gated_mlp(
         return reference.gated_mlp(
             x, gate, up, down, gate_bias, up_bias, down_bias, activation=activation, threshold=threshold
         )
+    q, bounds = certificate or (None, None)
     return torch.ops.hf_sparse.gated_mlp.default(
-        x, gate, up, down, gate_bias, up_bias, down_bias, activation, threshold
+        x, gate, up, down, gate_bias, up_bias, down_bias, q, bounds, activation, threshold
+    )
+
+
+def plain_mlp(
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    *,
+    activation: str,
+    threshold: float = 0.0,
+    certificate: Certificate | None = None,
+) -> Tensor:
+    """The plain MLP ``down(act(up(x)))``, without touching the down weights of silent neurons.
+
+    Arguments, result and errors are those of :func:`gated_mlp` without a gate: ``up [F, D]`` decides which neurons
+    are active, ``certificate`` is that of ``up``, and ``"drelu"`` is not possible.
+    """
+    if dispatch.autocasts(x.device.type):
+        reference.check_activation(activation, threshold, gated=False)
+        return reference.plain_mlp(
+            x, up, down, up_bias, down_bias, activation=activation, threshold=threshold
+        )
+    q, bounds = certificate or (None, None)
+    return torch.ops.hf_sparse.plain_mlp.default(
+        x, up, down, up_bias, down_bias, q, bounds, activation, threshold
     )
 
 
@@ -90,37 +128,42 @@ def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     return torch.ops.hf_sparse.sparse_linear.default(h, weight, bias)
 
 
-def _check(name: str, value: Tensor | None, shape: tuple[int, ...], like: Tensor, what: str) -> None:
+def _check(
+    name: str,
+    value: Tensor | None,
+    shape: tuple[int, ...],
+    like: Tensor,
+    what: str,
+    dtype: torch.dtype | None = None,
+) -> None:
     if value is None:
         return
     if value.shape != shape:
         raise ValueError(f"{name} has shape {list(value.shape)}; expected {what} = {list(shape)}.")
-    if value.dtype != like.dtype:
+    if dtype is not None and value.dtype != dtype:
+        raise ValueError(f"{name} is {value.dtype}; expected {dtype}, as triton_ops.certify makes it.")
+    if dtype is None and value.dtype != like.dtype:
         raise ValueError(f"{name} is {value.dtype} and the input is {like.dtype}; convert one to the other.")
     if value.device != like.device:
         raise ValueError(f"{name} is on {value.device} and the input is on {like.device}; move one of them.")
 
 
-def _check_gated_mlp(
-    x: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    down: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    activation: str,
-    threshold: float,
-) -> None:
-    reference.check_activation(activation, threshold)
-    _check_input("x", x, gate, "gate")
-    neurons, hidden = gate.shape
-    _check("gate", gate, (neurons, x.shape[-1]), x, "[F, D]")
-    _check("up", up, (neurons, hidden), x, "[F, D]")
-    _check("down", down, (hidden, neurons), x, "[D, F]")
-    _check("gate_bias", gate_bias, (neurons,), x, "[F]")
-    _check("up_bias", up_bias, (neurons,), x, "[F]")
-    _check("down_bias", down_bias, (hidden,), x, "[D]")
+def _check_mlp(x: Tensor, mlp: MLP) -> None:
+    gated = mlp.up is not None
+    first, prefix = ("gate", "gate") if gated else ("up", "up")
+    reference.check_activation(mlp.activation, mlp.threshold, gated=gated)
+    _check_input("x", x, mlp.gate, first)
+    neurons, hidden = mlp.gate.shape
+    _check(first, mlp.gate, (neurons, x.shape[-1]), x, "[F, D]")
+    _check("up", mlp.up, (neurons, hidden), x, "[F, D]")
+    _check("down", mlp.down, (hidden, neurons), x, "[D, F]")
+    _check(f"{prefix}_bias", mlp.gate_bias, (neurons,), x, "[F]")
+    _check("up_bias", mlp.up_bias, (neurons,), x, "[F]")
+    _check("down_bias", mlp.down_bias, (hidden,), x, "[D]")
+    if mlp.certificate is not None:
+        rows, bounds = mlp.certificate
+        _check("certificate.rows", rows, (neurons, hidden), x, "[F, D]", torch.int8)
+        _check("certificate.bounds", bounds, (neurons, 3), x, "[F, 3]", torch.float32)
 
 
 def _check_sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -139,36 +182,70 @@ def _check_input(name: str, x: Tensor, weight: Tensor, weight_name: str) -> None
         raise ValueError(f"{name} is {x.dtype}; expected a floating dtype.")
 
 
-def _gated_mlp(
-    x: Tensor,
+def _mlp(x: Tensor, mlp: MLP) -> Tensor:
+    _check_mlp(x, mlp)
+    neurons, hidden = mlp.gate.shape
+    tokens = x.numel() // hidden if hidden else 0
+    certified = mlp.certificate is not None
+    path = dispatch.select(tokens, mlp.gate, "plain" if mlp.up is None else "gated", certified)
+    if path is None or not is_neuron_major(mlp.down) or not (tokens and neurons):
+        return _dense(x, mlp)
+    return path.mlp(x.reshape(tokens, hidden), mlp).view(x.shape)
+
+
+def _dense(x: Tensor, mlp: MLP) -> Tensor:
+    options: dict[str, Any] = {"activation": mlp.activation, "threshold": mlp.threshold}
+    if mlp.up is None:
+        return reference.plain_mlp(x, mlp.gate, mlp.down, mlp.gate_bias, mlp.down_bias, **options)
+    return reference.gated_mlp(
+        x, mlp.gate, mlp.up, mlp.down, mlp.gate_bias, mlp.up_bias, mlp.down_bias, **options
+    )
+
+
+def _gated_mlp(x: Tensor, *args: Any) -> Tensor:
+    return _mlp(x, _gated(*args))
+
+
+def _plain_mlp(x: Tensor, *args: Any) -> Tensor:
+    return _mlp(x, _plain(*args))
+
+
+def _gated(
     gate: Tensor,
     up: Tensor,
     down: Tensor,
     gate_bias: Tensor | None,
     up_bias: Tensor | None,
     down_bias: Tensor | None,
+    q: Tensor | None,
+    bounds: Tensor | None,
     activation: str,
     threshold: float,
-) -> Tensor:
-    _check_gated_mlp(x, gate, up, down, gate_bias, up_bias, down_bias, activation, threshold)
-    neurons, hidden = gate.shape
-    tokens = x.numel() // hidden if hidden else 0
-    path = dispatch.select(tokens, gate, gated=True)
-    if path is None or not is_neuron_major(down) or not (tokens and neurons):
-        return reference.gated_mlp(
-            x, gate, up, down, gate_bias, up_bias, down_bias, activation=activation, threshold=threshold
-        )
-    y = path.gated_mlp(
-        x.reshape(tokens, hidden), gate, up, down, gate_bias, up_bias, down_bias, activation, threshold
-    )
-    return y.view(x.shape)
+) -> MLP:
+    """The operator's arguments after x."""
+    certificate = None if q is None or bounds is None else Certificate(q, bounds)
+    return MLP(gate, up, down, gate_bias, up_bias, down_bias, activation, threshold, certificate)
+
+
+def _plain(
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    q: Tensor | None,
+    bounds: Tensor | None,
+    activation: str,
+    threshold: float,
+) -> MLP:
+    certificate = None if q is None or bounds is None else Certificate(q, bounds)
+    return MLP(up, None, down, up_bias, None, down_bias, activation, threshold, certificate)
 
 
 def _sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     _check_sparse_linear(h, weight, bias)
     hidden, neurons = weight.shape
     tokens = h.numel() // neurons if neurons else 0
-    path = dispatch.select(tokens, weight.t(), gated=False)
+    path = dispatch.select(tokens, weight.t(), "linear")
     if path is None or not is_neuron_major(weight) or not (tokens and hidden):
         return reference.sparse_linear(h, weight, bias)
     y = path.sparse_linear(h.reshape(tokens, neurons), weight, bias)
@@ -177,13 +254,19 @@ def _sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 for _device in ("CPU", "CUDA"):
     _LIB.impl("gated_mlp", _gated_mlp, _device)
+    _LIB.impl("plain_mlp", _plain_mlp, _device)
     _LIB.impl("sparse_linear", _sparse_linear, _device)
 
 
 @torch.library.register_fake("hf_sparse::gated_mlp", lib=_LIB)
-def _(*args: Any) -> Tensor:
-    _check_gated_mlp(*args)
-    x = args[0]
+def _(x: Tensor, *args: Any) -> Tensor:
+    _check_mlp(x, _gated(*args))
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("hf_sparse::plain_mlp", lib=_LIB)
+def _(x: Tensor, *args: Any) -> Tensor:
+    _check_mlp(x, _plain(*args))
     return x.new_empty(x.shape)
 
 
@@ -196,7 +279,7 @@ def _(*args: Any) -> Tensor:
 
 def _save_gated_mlp(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:7])
-    ctx.activation, ctx.threshold = inputs[7:]
+    ctx.activation, ctx.threshold = inputs[-2:]
 
 
 def _gated_mlp_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -218,8 +301,28 @@ def _gated_mlp_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         _rows(grad_p).sum(0) if need[4] else None,
         _rows(grad_u).sum(0) if need[5] else None,
         _rows(grad).sum(0) if need[6] else None,
-        None,
-        None,
+        *[None] * 4,
+    )
+
+
+def _save_plain_mlp(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.activation, ctx.threshold = inputs[-2:]
+
+
+def _plain_mlp_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, up, down, up_bias = ctx.saved_tensors
+    need = ctx.needs_input_grad
+    p = F.linear(x, up, up_bias)
+    grad_p = (grad @ down) * reference.activation_derivative(p, ctx.activation, ctx.threshold)
+    a = reference.activation(p, ctx.activation, ctx.threshold)
+    return (
+        grad_p @ up if need[0] else None,
+        _rows(grad_p).t() @ _rows(x) if need[1] else None,
+        _rows(grad).t() @ _rows(a) if need[2] else None,
+        _rows(grad_p).sum(0) if need[3] else None,
+        _rows(grad).sum(0) if need[4] else None,
+        *[None] * 4,
     )
 
 
@@ -244,6 +347,9 @@ def _rows(x: Tensor) -> Tensor:
 
 torch.library.register_autograd(
     "hf_sparse::gated_mlp", _gated_mlp_backward, setup_context=_save_gated_mlp, lib=_LIB
+)
+torch.library.register_autograd(
+    "hf_sparse::plain_mlp", _plain_mlp_backward, setup_context=_save_plain_mlp, lib=_LIB
 )
 torch.library.register_autograd(
     "hf_sparse::sparse_linear", _sparse_linear_backward, setup_context=_save_sparse_linear, lib=_LIB

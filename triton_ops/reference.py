@@ -19,8 +19,8 @@ THRESHOLDED = ("shifted_relu", "fatrelu")
 """The activations that read ``threshold``; for the others it must be 0."""
 
 
-def check_activation(kind: str, threshold: float) -> None:
-    """Raise ValueError if ``kind`` is unknown or ``threshold`` is out of its range."""
+def check_activation(kind: str, threshold: float, *, gated: bool = True) -> None:
+    """Raise ValueError if ``kind`` is unknown or not for this kind of MLP, or ``threshold`` out of its range."""
     if kind not in ACTIVATIONS:
         raise ValueError(f"activation={kind!r} is not known; choose one of {', '.join(ACTIVATIONS)}.")
     if threshold != 0 and kind not in THRESHOLDED:
@@ -28,6 +28,8 @@ def check_activation(kind: str, threshold: float) -> None:
             f"threshold={threshold} has no meaning for activation={kind!r}; leave it at 0 or use one of "
             f"{', '.join(THRESHOLDED)}."
         )
+    if kind == "drelu" and not gated:
+        raise ValueError("activation='drelu' needs a gate and an up projection; use 'relu' in a plain MLP.")
     if kind == "fatrelu" and not threshold >= 0:
         raise ValueError(f"threshold={threshold} is not valid for fatrelu; it is at least 0.")
 
@@ -109,6 +111,21 @@ def gated_mlp(
     u = F.linear(x, up, up_bias)
     h = _activation(F.linear(x, gate, gate_bias), activation, threshold)
     h = h * (torch.relu(u) if activation == "drelu" else u)
+    return sparse_linear(h, down, down_bias)
+
+
+def plain_mlp(
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    *,
+    activation: str,
+    threshold: float = 0.0,
+) -> Tensor:
+    """The plain MLP, ``down(act(up(x)))``, dense; arguments as in :func:`gated_mlp`, without a gate."""
+    h = _activation(F.linear(x, up, up_bias), activation, threshold)
     return sparse_linear(h, down, down_bias)
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from triton_ops import reference
+from triton_ops.mlp import MLP
 
 MAX_DENSITY = {torch.bfloat16: 0.4, torch.float16: 0.25, torch.float32: 0.25}
 """Share of active neurons above which gathering their up rows costs more than reading all of them."""
@@ -26,30 +27,25 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def gated_mlp(
-    x: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    down: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    activation: str,
-    threshold: float,
-) -> Tensor:
+def mlp(x: Tensor, mlp: MLP) -> Tensor:
     """``x [T, D]`` to ``[T, D]``; above ``MAX_DENSITY`` a token's up rows are all read."""
-    a = reference.activation(F.linear(x, gate, gate_bias), activation, threshold)
+    a = reference.activation(F.linear(x, mlp.gate, mlp.gate_bias), mlp.activation, mlp.threshold)
     rows = []
     for t in range(x.shape[0]):
         idx = a[t].nonzero().squeeze(1)
-        if idx.shape[0] > MAX_DENSITY[x.dtype] * a.shape[1]:
-            u = F.linear(x[t], up, up_bias).index_select(0, idx)
-        else:
-            bias = None if up_bias is None else up_bias.index_select(0, idx)
-            u = F.linear(x[t], up.index_select(0, idx), bias)
-        h = a[t].index_select(0, idx) * (torch.relu(u) if activation == "drelu" else u)
-        rows.append(_down(h, idx, down, down_bias))
-    return torch.stack(rows) if rows else x.new_empty(0, down.shape[0])
+        h = a[t].index_select(0, idx)
+        if mlp.up is not None:
+            u = _up(x[t], mlp.up, mlp.up_bias, idx)
+            h = h * (torch.relu(u) if mlp.activation == "drelu" else u)
+        rows.append(_down(h, idx, mlp.down, mlp.down_bias))
+    return torch.stack(rows) if rows else x.new_empty(0, mlp.down.shape[0])
+
+
+def _up(x: Tensor, up: Tensor, bias: Tensor | None, idx: Tensor) -> Tensor:
+    """The up projection of the neurons ``idx`` for one token ``[D]``."""
+    if idx.shape[0] > MAX_DENSITY[x.dtype] * up.shape[0]:
+        return F.linear(x, up, bias).index_select(0, idx)
+    return F.linear(x, up.index_select(0, idx), None if bias is None else bias.index_select(0, idx))
 
 
 def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

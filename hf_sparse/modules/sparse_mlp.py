@@ -156,7 +156,7 @@ class SparseGatedMLP(SparseMLP):
         gate, up, down = (self._linear(name, x) for name in (self._gate, self.roles.up, self.roles.down))
         if kind is None or gate is None or up is None or down is None:
             return self.dense(x)
-        if not triton_ops.wants_sparse(x.numel() // x.shape[-1], gate.weight, gated=True):
+        if not triton_ops.wants_sparse(x.numel() // x.shape[-1], gate.weight, "gated"):
             return self.dense(x)
         prepare_down(down)
         name, threshold = ("drelu", 0.0) if self.relu_up else kind
@@ -181,7 +181,7 @@ class SparsePlainMLP(SparseMLP):
         down = self._linear(self.roles.down, x)
         if self._kind() is None or down is None:
             return self.dense(x)
-        if not triton_ops.wants_sparse(x.numel() // x.shape[-1], down.weight.t(), gated=False):
+        if not triton_ops.wants_sparse(x.numel() // x.shape[-1], down.weight.t(), "linear"):
             return self.dense(x)
         prepare_down(down)
         return triton_ops.sparse_linear(act(up(x)), down.weight, down.bias)

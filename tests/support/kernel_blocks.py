@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from triton_ops import neuron_major_, reference
+from triton_ops import certify, neuron_major_, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 THRESHOLDS = {"shifted_relu": 0.25, "fatrelu": 0.5}
@@ -16,10 +16,10 @@ THRESHOLDS = {"shifted_relu": 0.25, "fatrelu": 0.5}
 
 @dataclass
 class Block:
-    """The arguments of ``gated_mlp``."""
+    """The arguments of ``gated_mlp``, or, with ``gate`` None, of ``plain_mlp``."""
 
     x: Tensor
-    gate: Tensor
+    gate: Tensor | None
     up: Tensor
     down: Tensor
     gate_bias: Tensor | None
@@ -27,13 +27,27 @@ class Block:
     down_bias: Tensor | None
     activation: str
     threshold: float
+    certified: bool = False
 
     def tensors(self) -> list[Tensor | None]:
+        """Those of the operator, in its order."""
+        if self.gate is None:
+            return [self.x, self.up, self.down, self.up_bias, self.down_bias]
         return [self.x, self.gate, self.up, self.down, self.gate_bias, self.up_bias, self.down_bias]
 
-    def run(self, operator: Callable[..., Tensor], dtype: torch.dtype | None = None) -> Tensor:
+    @property
+    def deciding(self) -> Tensor:
+        """The projection that decides which neurons are active."""
+        return self.up if self.gate is None else self.gate
+
+    def run(self, module: Any, dtype: torch.dtype | None = None) -> Tensor:
+        """The operator of this block in ``triton_ops`` or ``triton_ops.reference``, in ``dtype`` if given."""
+        operator = module.plain_mlp if self.gate is None else module.gated_mlp
         tensors = [t if t is None or dtype is None else t.to(dtype) for t in self.tensors()]
-        return operator(*tensors, activation=self.activation, threshold=self.threshold)
+        options = {"activation": self.activation, "threshold": self.threshold}
+        if self.certified and module is not reference:
+            options["certificate"] = certify(self.deciding)
+        return operator(*tensors, **options)
 
 
 def make_block(
@@ -43,7 +57,9 @@ def make_block(
     dtype: torch.dtype,
     activation: str = "relu",
     *,
+    gated: bool = True,
     bias: bool = False,
+    certified: bool = False,
     device: str = "cpu",
 ) -> Block:
     def rand(*shape: int, fan_in: int = 1) -> Tensor:
@@ -51,14 +67,15 @@ def make_block(
 
     return Block(
         x=rand(tokens, hidden),
-        gate=rand(neurons, hidden, fan_in=hidden),
+        gate=rand(neurons, hidden, fan_in=hidden) if gated else None,
         up=rand(neurons, hidden, fan_in=hidden),
         down=neuron_major_(rand(hidden, neurons, fan_in=neurons)),
-        gate_bias=rand(neurons) if bias else None,
+        gate_bias=rand(neurons) if bias and gated else None,
         up_bias=rand(neurons) if bias else None,
         down_bias=rand(hidden) if bias else None,
         activation=activation,
         threshold=THRESHOLDS.get(activation, 0.0),
+        certified=certified,
     )
 
 
@@ -70,8 +87,8 @@ def assert_as_exact_as_dense(y: Tensor, block: Block) -> None:
     pre-activation in float64 lies within rounding of the threshold: the function jumps there, and either side
     of the jump is a correct rounding of its argument.
     """
-    exact = block.run(reference.gated_mlp, torch.float64)
-    dense = block.run(reference.gated_mlp)
+    exact = block.run(reference, torch.float64)
+    dense = block.run(reference)
     assert y.dtype == dense.dtype
     assert y.shape == dense.shape
     assert y.is_contiguous()
@@ -89,12 +106,14 @@ def assert_as_exact_as_dense(y: Tensor, block: Block) -> None:
 
 
 def _jumps(block: Block, eps: float) -> Tensor:
-    x, gate, up, down, gate_bias, up_bias, _ = (None if t is None else t.double() for t in block.tensors())
-    assert x is not None
-    assert gate is not None
-    assert up is not None
-    assert down is not None
-    p = torch.nn.functional.linear(x, gate, gate_bias)
-    u = torch.nn.functional.linear(x, up, up_bias)
-    uncertain = (p - block.threshold).abs() <= 2 * eps * (x.abs() @ gate.abs().t() + 1)
-    return (uncertain * p * u).abs() @ down.abs().t()
+    x, down = block.x.double(), block.down.double()
+    deciding, up = block.deciding.double(), block.up.double()
+    bias = block.up_bias if block.gate is None else block.gate_bias
+    p = torch.nn.functional.linear(x, deciding, None if bias is None else bias.double())
+    uncertain = (p - block.threshold).abs() <= 2 * eps * (x.abs() @ deciding.abs().t() + 1)
+    worth = uncertain * p
+    if block.gate is not None:
+        worth = worth * torch.nn.functional.linear(
+            x, up, None if block.up_bias is None else block.up_bias.double()
+        )
+    return worth.abs() @ down.abs().t()

@@ -46,7 +46,7 @@ def test_gated_mlp(path, dtype, shape, activation):
     for bias in (False, True):
         block = make_block(*shape, dtype, activation, bias=bias)
         with triton_ops.backend(path):
-            assert_as_exact_as_dense(block.run(triton_ops.gated_mlp), block)
+            assert_as_exact_as_dense(block.run(triton_ops), block)
 
 
 @pytest.mark.usefixtures("poison")
@@ -81,7 +81,7 @@ def test_any_shape_in_the_compiled_kernel(tokens, hidden, neurons, activation, d
     torch.manual_seed(seed)
     block = make_block(tokens, hidden, neurons, dtype, activation, bias=bias)
     with triton_ops.backend("cpp"):
-        assert_as_exact_as_dense(block.run(triton_ops.gated_mlp), block)
+        assert_as_exact_as_dense(block.run(triton_ops), block)
 
 
 @pytest.mark.usefixtures("poison")
@@ -93,10 +93,10 @@ def test_all_silent_gives_the_bias_and_all_active_the_dense_result(path, dtype):
         torch.full((2, 300), -100.0).to(dtype).add_(torch.tensor([[0], [200]]))
     )
     with triton_ops.backend(path):
-        assert torch.equal(silent.run(triton_ops.gated_mlp), silent.down_bias.expand(2, -1))
-        assert_as_exact_as_dense(active.run(triton_ops.gated_mlp), active)
+        assert torch.equal(silent.run(triton_ops), silent.down_bias.expand(2, -1))
+        assert_as_exact_as_dense(active.run(triton_ops), active)
         silent.down_bias = None
-        assert torch.equal(silent.run(triton_ops.gated_mlp), torch.zeros(2, 40, dtype=dtype))
+        assert torch.equal(silent.run(triton_ops), torch.zeros(2, 40, dtype=dtype))
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -105,7 +105,7 @@ def test_leading_dimensions(path, shape):
     block = make_block(1, 40, 50, torch.float32)
     block.x = torch.randn(shape)
     with triton_ops.backend(path):
-        assert_as_exact_as_dense(block.run(triton_ops.gated_mlp), block)
+        assert_as_exact_as_dense(block.run(triton_ops), block)
         h = torch.relu(torch.randn(*shape[:-1], 50))
         y = triton_ops.sparse_linear(h, block.down)
     torch.testing.assert_close(y, reference.sparse_linear(h, block.down))
@@ -120,7 +120,7 @@ def test_strided_arguments(path, dtype):
     block.up = torch.randn(50, 80).to(dtype)[:, :40] * 40**-0.5  # rows further apart than they are long
     block.up_bias = torch.randn(100).to(dtype)[::2]
     with triton_ops.backend(path):
-        assert_as_exact_as_dense(block.run(triton_ops.gated_mlp), block)
+        assert_as_exact_as_dense(block.run(triton_ops), block)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -129,7 +129,7 @@ def test_down_as_a_linear_stores_it_is_still_right(path):
     block.down = block.down.contiguous()
     assert not triton_ops.is_neuron_major(block.down)
     with triton_ops.backend(path):
-        assert torch.equal(block.run(triton_ops.gated_mlp), block.run(reference.gated_mlp))
+        assert torch.equal(block.run(triton_ops), block.run(reference))
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -139,8 +139,8 @@ def test_nan_and_infinity_in_the_input_come_through(path, activation, bad):
     block = make_block(3, 40, 50, torch.float32, activation)
     block.x[1, 7] = bad
     with triton_ops.backend(path):
-        y = block.run(triton_ops.gated_mlp)
-    expected = block.run(reference.gated_mlp)
+        y = block.run(triton_ops)
+    expected = block.run(reference)
     assert not expected[1].isfinite().any()
     # Where dense is NaN through 0 * inf the skip path may be infinite, but never finite.
     assert not y[1].isfinite().any()
@@ -152,13 +152,13 @@ def test_nan_and_infinity_in_the_input_come_through(path, activation, bad):
 def test_weights_of_a_silent_neuron_are_not_read_even_if_they_are_nan(path):
     block = make_block(2, 40, 50, torch.float32)
     block.gate[3] = 0  # its pre-activation is 0: silent for every input
-    expected = block.run(reference.gated_mlp)
+    expected = block.run(reference)
     block.up[3] = math.nan
     block.down[:, 3] = math.inf
     with triton_ops.backend(path):
-        y = block.run(triton_ops.gated_mlp)
+        y = block.run(triton_ops)
     torch.testing.assert_close(y, expected)
-    assert block.run(reference.gated_mlp).isnan().any()  # the dense computation reads them
+    assert block.run(reference).isnan().any()  # the dense computation reads them
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -180,7 +180,7 @@ def test_compiled_kernel_gives_the_same_bits_on_any_number_of_threads(dtype):
             results = []
             for threads in (1, 2, 4, 2, 1):
                 torch.set_num_threads(threads)
-                results.append(block.run(triton_ops.gated_mlp))
+                results.append(block.run(triton_ops))
             assert all(torch.equal(y, results[0]) for y in results)
             # Nor do the other tokens of a call change a token's bits.
             for t in range(3):

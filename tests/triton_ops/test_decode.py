@@ -33,14 +33,14 @@ def _triton():
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gated_mlp_shapes(dtype, shape):
     block = make_block(*shape, dtype, bias=True, device=DEVICE)
-    assert_as_exact_as_dense(block.run(triton_ops.gated_mlp), block)
+    assert_as_exact_as_dense(block.run(triton_ops), block)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gated_mlp_activations(activation, dtype):
     block = make_block(2, 33, 70, dtype, activation, device=DEVICE)
-    assert_as_exact_as_dense(block.run(triton_ops.gated_mlp), block)
+    assert_as_exact_as_dense(block.run(triton_ops), block)
 
 
 @pytest.mark.usefixtures("poison")
@@ -58,7 +58,7 @@ def test_sparse_linear(dtype, shape):
 def test_all_silent_gives_the_bias():
     block = make_block(2, 40, 50, torch.float32, bias=True, device=DEVICE)
     block.gate_bias = torch.full_like(block.gate_bias, -100.0)
-    assert torch.equal(block.run(triton_ops.gated_mlp), block.down_bias.expand(2, -1))
+    assert torch.equal(block.run(triton_ops), block.down_bias.expand(2, -1))
 
 
 def test_strided_arguments():
@@ -67,14 +67,14 @@ def test_strided_arguments():
     block.gate = torch.randn(40, 50, device=DEVICE).t() * 40**-0.5
     block.up = torch.randn(50, 80, device=DEVICE)[:, :40] * 40**-0.5
     block.up_bias = torch.randn(100, device=DEVICE)[::2]
-    assert_as_exact_as_dense(block.run(triton_ops.gated_mlp), block)
+    assert_as_exact_as_dense(block.run(triton_ops), block)
 
 
 @pytest.mark.parametrize("activation", ["relu", "fatrelu", "drelu"])
 def test_nan_in_the_input_comes_through_for_its_token_alone(activation):
     block = make_block(3, 40, 50, torch.float32, activation, device=DEVICE)
     block.x[1, 7] = math.nan
-    y, expected = block.run(triton_ops.gated_mlp), block.run(reference.gated_mlp)
+    y, expected = block.run(triton_ops), block.run(reference)
     assert y[1].isnan().all()
     torch.testing.assert_close(y[[0, 2]], expected[[0, 2]])
 
@@ -82,10 +82,10 @@ def test_nan_in_the_input_comes_through_for_its_token_alone(activation):
 def test_weights_of_a_silent_neuron_are_not_read_even_if_they_are_nan():
     block = make_block(2, 40, 50, torch.float32, device=DEVICE)
     block.gate[3] = 0
-    expected = block.run(reference.gated_mlp)
+    expected = block.run(reference)
     block.up[3] = math.nan
     block.down[:, 3] = math.inf
-    torch.testing.assert_close(block.run(triton_ops.gated_mlp), expected)
+    torch.testing.assert_close(block.run(triton_ops), expected)
 
 
 def test_one_tokens_infinite_weight_does_not_reach_another_token():
@@ -97,17 +97,17 @@ def test_one_tokens_infinite_weight_does_not_reach_another_token():
 
 def test_same_bits_every_time():
     block = make_block(2, 40, 300, torch.float32, device=DEVICE)
-    assert torch.equal(block.run(triton_ops.gated_mlp), block.run(triton_ops.gated_mlp))
+    assert torch.equal(block.run(triton_ops), block.run(triton_ops))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
 def test_replay_of_a_cuda_graph_sees_new_inputs():
     block = make_block(1, 512, 1024, torch.bfloat16, device=DEVICE)
-    block.run(triton_ops.gated_mlp)
+    block.run(triton_ops)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = block.run(triton_ops.gated_mlp)
+        y = block.run(triton_ops)
     block.x.copy_(torch.randn(1, 512))
     graph.replay()
     assert_as_exact_as_dense(y, block)

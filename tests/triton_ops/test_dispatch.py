@@ -31,30 +31,30 @@ def weight(neurons: int = 2048, hidden: int = 2048, dtype: torch.dtype = torch.b
 
 @needs_compiler
 def test_auto_skips_for_one_token_of_a_large_block_and_is_dense_for_many():
-    assert triton_ops.wants_sparse(1, weight(), gated=True)
-    assert triton_ops.wants_sparse(1, weight(dtype=torch.float32), gated=False)
-    assert not triton_ops.wants_sparse(0, weight(), gated=True)
-    assert not triton_ops.wants_sparse(512, weight(), gated=True)
+    assert triton_ops.wants_sparse(1, weight(), "gated")
+    assert triton_ops.wants_sparse(1, weight(dtype=torch.float32), "linear")
+    assert not triton_ops.wants_sparse(0, weight(), "gated")
+    assert not triton_ops.wants_sparse(512, weight(), "gated")
 
 
 def test_auto_is_dense_for_small_blocks_other_dtypes_and_devices():
-    assert not triton_ops.wants_sparse(1, weight(172, 64), gated=True)
-    assert not triton_ops.wants_sparse(1, weight(dtype=torch.float64), gated=True)
-    assert not triton_ops.wants_sparse(1, weight().to("meta"), gated=True)
+    assert not triton_ops.wants_sparse(1, weight(172, 64), "gated")
+    assert not triton_ops.wants_sparse(1, weight(dtype=torch.float64), "gated")
+    assert not triton_ops.wants_sparse(1, weight().to("meta"), "gated")
 
 
 @needs_compiler
 def test_auto_is_dense_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
-        assert not triton_ops.wants_sparse(1, weight(dtype=torch.float32), gated=True)
+        assert not triton_ops.wants_sparse(1, weight(dtype=torch.float32), "gated")
 
 
 @needs_compiler
 def test_a_known_density_widens_the_choice():
     limit = break_even.default("cpp", torch.bfloat16, 1 << 30, True)
     tokens = next(i + 1 for i, d in enumerate(limit) if d < 1)
-    assert not triton_ops.wants_sparse(tokens, weight(), gated=True)
-    assert triton_ops.wants_sparse(tokens, weight(), gated=True, density=0.1)
+    assert not triton_ops.wants_sparse(tokens, weight(), "gated")
+    assert triton_ops.wants_sparse(tokens, weight(), "gated", density=0.1)
 
 
 @needs_compiler
@@ -62,9 +62,9 @@ def test_a_measurement_wins_over_the_default_in_this_process_and_the_next():
     big, shape = weight(), (2048, 2048, True)
     break_even.store("cpp", "cpu", torch.bfloat16, *shape, (0.3,))
     dispatch.forget()
-    assert not triton_ops.wants_sparse(1, big, gated=True)
-    assert triton_ops.wants_sparse(1, big, gated=True, density=0.2)
-    assert triton_ops.wants_sparse(1, big, gated=False)  # another kind of block was not measured
+    assert not triton_ops.wants_sparse(1, big, "gated")
+    assert triton_ops.wants_sparse(1, big, "gated", density=0.2)
+    assert triton_ops.wants_sparse(1, big, "linear")  # another kind of block was not measured
     break_even.forget()  # as a new process would find it
     assert break_even.measured("cpp", "cpu", torch.bfloat16, *shape) == (0.3,)
 
@@ -82,9 +82,9 @@ def test_a_damaged_or_newer_cache_file_counts_as_no_measurement(tmp_path, text):
 def test_forced_backends_answer_for_every_size():
     small = weight(4, 4)
     with triton_ops.backend("torch"):
-        assert triton_ops.wants_sparse(1000, small, gated=True)
+        assert triton_ops.wants_sparse(1000, small, "gated")
     with triton_ops.backend("dense"):
-        assert not triton_ops.wants_sparse(1, weight(), gated=True)
+        assert not triton_ops.wants_sparse(1, weight(), "gated")
 
 
 def test_blocks_nest_and_win_over_the_environment(monkeypatch):
@@ -118,7 +118,7 @@ def test_unknown_names_list_the_choices(monkeypatch):
         triton_ops.backend("cuda").__enter__()
     monkeypatch.setenv("HF_SPARSE_BACKEND", "fast")
     with pytest.raises(ValueError, match="HF_SPARSE_BACKEND='fast' is not a backend"):
-        triton_ops.wants_sparse(1, weight(), gated=True)
+        triton_ops.wants_sparse(1, weight(), "gated")
 
 
 def test_a_forced_backend_that_cannot_run_says_why():
@@ -127,12 +127,12 @@ def test_a_forced_backend_that_cannot_run_says_why():
         triton_ops.backend("cpp"),
         pytest.raises(RuntimeError, match=r"'cpp' was forced.*no kernel for torch.float64"),
     ):
-        block.run(triton_ops.gated_mlp)
+        block.run(triton_ops)
     with (
         triton_ops.backend("torch"),
         pytest.raises(RuntimeError, match="'torch' was forced but cannot run here"),
     ):
-        block.run(triton_ops.gated_mlp)
+        block.run(triton_ops)
 
 
 @pytest.mark.skipif(
@@ -141,10 +141,10 @@ def test_a_forced_backend_that_cannot_run_says_why():
 def test_triton_on_cpu_tensors_names_the_interpreter():
     block = make_block(1, 8, 12, torch.float32)
     with triton_ops.backend("triton"), pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
-        block.run(triton_ops.gated_mlp)
+        block.run(triton_ops)
 
 
 def test_forced_dense_is_the_reference_bit_for_bit():
     block = make_block(3, 40, 50, torch.bfloat16, "jsrelu", bias=True)
     with triton_ops.backend("dense"):
-        assert torch.equal(block.run(triton_ops.gated_mlp), block.run(reference.gated_mlp))
+        assert torch.equal(block.run(triton_ops), block.run(reference))

@@ -39,7 +39,7 @@ def test_gradients_are_those_of_the_reference(activation, shape):
     block = make_block(1, 8, 12, torch.float64, activation, bias=True)
     block.x = torch.randn(shape, dtype=torch.float64)
     inputs = [t.requires_grad_() for t in block.tensors()]
-    y, expected = block.run(triton_ops.gated_mlp), block.run(reference.gated_mlp)
+    y, expected = block.run(triton_ops), block.run(reference)
     direction = torch.randn_like(y)
     for ours, theirs in zip(
         torch.autograd.grad(y, inputs, direction),
@@ -73,8 +73,8 @@ def test_gradient_through_a_skipping_forward(backend):
     block = make_block(1, 16, 40, torch.float32)
     inputs = [t.requires_grad_() for t in block.tensors()[:4]]
     with triton_ops.backend(backend):
-        grads = torch.autograd.grad(block.run(triton_ops.gated_mlp).sum(), inputs)
-    expected = torch.autograd.grad(block.run(reference.gated_mlp).sum(), inputs)
+        grads = torch.autograd.grad(block.run(triton_ops).sum(), inputs)
+    expected = torch.autograd.grad(block.run(reference).sum(), inputs)
     for ours, theirs in zip(grads, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
 
@@ -91,7 +91,7 @@ class MLP(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         layers = (self.gate, self.up, self.down)
         args = (x, *(m.weight for m in layers), *(m.bias for m in layers))
-        if triton_ops.wants_sparse(x.numel() // x.shape[-1], self.gate.weight, gated=True):
+        if triton_ops.wants_sparse(x.numel() // x.shape[-1], self.gate.weight, "gated"):
             return triton_ops.gated_mlp(*args, activation="relu") * 1.5
         return reference.gated_mlp(*args, activation="relu") * 1.5
 
@@ -103,8 +103,8 @@ def test_compile_without_graph_breaks(dynamic):
     mlp = MLP(1024, 1024)
     compiled = torch.compile(mlp, fullgraph=True, dynamic=dynamic)
     with torch.no_grad():
-        assert triton_ops.wants_sparse(1, mlp.gate.weight, gated=True)
-        assert not triton_ops.wants_sparse(50, mlp.gate.weight, gated=True)
+        assert triton_ops.wants_sparse(1, mlp.gate.weight, "gated")
+        assert not triton_ops.wants_sparse(50, mlp.gate.weight, "gated")
         for tokens in (1, 50, 51):
             x = torch.randn(1, tokens, 1024)
             torch.testing.assert_close(compiled(x), mlp(x))
@@ -125,9 +125,9 @@ def test_compile_of_a_training_step():
 def test_under_autocast_the_operator_computes_as_autocast_does():
     block = make_block(2, 16, 40, torch.float32)
     with torch.autocast("cpu", torch.bfloat16), triton_ops.backend("cpp"):
-        y = block.run(triton_ops.gated_mlp)
+        y = block.run(triton_ops)
         assert y.dtype == torch.bfloat16
-        assert torch.equal(y, block.run(reference.gated_mlp))
+        assert torch.equal(y, block.run(reference))
         h = torch.relu(block.x @ block.gate.t())
         assert triton_ops.sparse_linear(h, block.down).dtype == torch.bfloat16
 
@@ -158,7 +158,7 @@ def test_errors_name_the_argument_the_value_and_what_was_expected(backend, chang
         # torch itself sends a call with a meta tensor to the fake implementation.
         error, message = ValueError, "down is on meta"
     with triton_ops.backend(backend), pytest.raises(error, match=message):
-        block.run(triton_ops.gated_mlp)
+        block.run(triton_ops)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_errors_of_sparse_linear(h, weight, bias, message):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_dtypes_without_a_kernel_run_dense_in_auto_mode(dtype):
     block = make_block(1, 16, 40, dtype)
-    assert torch.equal(block.run(triton_ops.gated_mlp), block.run(reference.gated_mlp))
+    assert torch.equal(block.run(triton_ops), block.run(reference))
 
 
 def test_meta_tensors_give_a_shape():

@@ -52,11 +52,11 @@ def test_a_measurement_is_printed_and_kept_for_the_dispatch(gated):
 
 def test_the_dispatch_follows_a_measurement_below_the_built_in_size():
     small = torch.empty(24, 16)
-    assert not triton_ops.wants_sparse(1, small, gated=True)
+    assert not triton_ops.wants_sparse(1, small, "gated")
     for name in ("cpp", "torch"):
         break_even.store(name, "cpu", torch.float32, 16, 24, True, (1.0,))
     dispatch.forget()
-    assert triton_ops.wants_sparse(1, small, gated=True)
+    assert triton_ops.wants_sparse(1, small, "gated")
 
 
 def test_nothing_to_measure_says_why():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from triton_ops.cpu import build
+from triton_ops.mlp import MLP
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ACTIVATIONS = ("relu", "relu2", "jsrelu", "shifted_relu", "fatrelu", "drelu")  # in the order of mlp.cpp
@@ -38,20 +39,11 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
     return library if isinstance(library, str) else None
 
 
-def gated_mlp(
-    x: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    down: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    activation: str,
-    threshold: float,
-) -> Tensor:
-    """``x [T, D]`` to ``[T, D]``; ``down [D, F]`` neuron-major."""
-    weights = (_rows(gate), _rows(up), down.t())
-    return _mlp(x, weights, (gate_bias, up_bias, down_bias), ACTIVATIONS.index(activation), threshold)
+def mlp(x: Tensor, mlp: MLP) -> Tensor:
+    """``x [T, D]`` to ``[T, D]``; ``mlp.down [D, F]`` neuron-major."""
+    weights = (_rows(mlp.gate), None if mlp.up is None else _rows(mlp.up), mlp.down.t())
+    biases = (mlp.gate_bias, mlp.up_bias, mlp.down_bias)
+    return _mlp(x, weights, biases, ACTIVATIONS.index(mlp.activation), mlp.threshold)
 
 
 def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,0 +1,93 @@
+"""Certified skip: proof, from one byte per weight, that a neuron is silent, so that its row need not be read.
+
+The deciding projection of an MLP (the gate, or the up projection of a plain MLP) is all that a skipping kernel
+reads of a silent neuron. A certificate keeps, for each row w of it,
+
+- ``q``: w rounded to int8, ``s`` its scale, so that w is near s q;
+- ``r``: an upper bound of ``‖w - s q‖₂``;
+- ``m``: an upper bound of ``‖w‖₂``.
+
+**The bound.** For an input x and any approximation ``z k`` of it, with k integer and e = x - z k,
+
+    w · x  =  s z (q · k)  +  s q · e  +  (w - s q) · x
+          <=  s z (q · k)  +  (m + r) ‖e‖₂  +  r ‖x‖₂
+
+by Cauchy and Schwarz, since ``‖s q‖ <= ‖w‖ + ‖w - s q‖``. The product ``q · k`` is exact in integers. A kernel
+that multiplies q with x itself in floating point has k = x, z = 1, e = 0 and one rounding error more.
+
+**Rounding.** What must not exceed the threshold is the pre-activation that the kernel *would compute*. Its dot
+product in float32, over at most n roundings on the way of one product into the sum, is off by at most
+``g ‖w‖ ‖x‖`` with ``g = n u / (1 - n u)``, ``u = 2**-24`` (Higham, Accuracy and Stability of Numerical Algorithms,
+theorem 3.1, and Cauchy-Schwarz), plus what underflow may take: no more than ``2**-120 D (1 + ‖w‖ + ‖x‖)``, also where
+subnormal numbers are flushed. No partial sum overflows if ``‖w‖ ‖x‖ < 2**126``; beyond that nothing is certified.
+
+**What follows.** Call B the sum of these terms, evaluated in float64 and rounded up. The computed dot product
+is at most B. Adding the bias, rounding to the dtype of the model and the test "p <= threshold" (for fatrelu
+"p < threshold") are monotone, so the same operations done to B decide: if B would be silent, so is the neuron. The
+result is therefore *the same bits*, not an approximation. Comparisons are written so that NaN certifies nothing;
+rows and inputs with NaN or infinity have r, m or ‖x‖ = infinity or NaN, and are computed in full.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CHUNK_ELEMENTS = 1 << 22  # of a weight that are in float64 at once
+
+
+class Certificate(NamedTuple):
+    """What :func:`certify` makes of a deciding projection ``[F, D]``."""
+
+    rows: Tensor
+    """q, int8 ``[F, D]``, contiguous, in [-127, 127]."""
+    bounds: Tensor
+    """s, r and m, float32 ``[F, 3]``, contiguous; r and m are rounded up, infinite for a row that is not finite."""
+
+
+@torch.no_grad()
+def certify(weight: Tensor) -> Certificate:
+    """The certificate of ``weight [F, D]``, any floating dtype, on its device; valid while weight is unchanged.
+
+    It costs one byte per weight and 12 per row.
+
+    Raises:
+        ValueError: ``weight`` is not two-dimensional or not floating.
+
+    """
+    if weight.ndim != 2 or not weight.is_floating_point():
+        raise ValueError(
+            f"weight is {weight.dtype} of shape {list(weight.shape)}; a projection is floating, [neurons, hidden]."
+        )
+    neurons, hidden = weight.shape
+    rows = torch.empty(neurons, hidden, dtype=torch.int8, device=weight.device)
+    bounds = torch.empty(neurons, 3, dtype=torch.float32, device=weight.device)
+    step = max(1, CHUNK_ELEMENTS // max(hidden, 1))
+    for begin in range(0, neurons, step):
+        part = slice(begin, begin + step)
+        rows[part], bounds[part] = _certify(weight[part].double())
+    return Certificate(rows, bounds)
+
+
+def _certify(w: Tensor) -> tuple[Tensor, Tensor]:
+    finite = w.isfinite().all(1, keepdim=True)
+    w = torch.where(finite, w, 0.0)
+    # As float32, which kernels read; a row of zeros, or one so small that the scale underflows, has s = 0, q = 0.
+    scale = (
+        (w.abs().amax(1, keepdim=True) / 127).float().double() if w.shape[1] else w.new_zeros(w.shape[0], 1)
+    )
+    finite &= scale.isfinite()
+    usable = finite & (scale > 0)
+    q = torch.where(usable, w / torch.where(usable, scale, 1.0), 0.0).round().clamp(-127, 127)
+    scale = torch.where(usable, scale, 0.0)
+    residual, norm = (v.norm(dim=1, keepdim=True) for v in (w - scale * q, w))
+    # Float64 has rounded the sums by parts in 1e12 at most; then up to the next float32.
+    r, m = (_round_up(torch.where(finite, v * (1 + 1e-9), torch.inf)) for v in (residual, norm))
+    return q.to(torch.int8), torch.cat([scale.float(), r, m], 1)
+
+
+def _round_up(v: Tensor) -> Tensor:
+    """Float64 to a float32 that is no smaller."""
+    return torch.nextafter(v.float(), torch.tensor(torch.inf, dtype=torch.float32, device=v.device))

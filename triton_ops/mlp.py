@@ -1,0 +1,35 @@
+"""What a backend is given: the weights of one MLP, gated or plain."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from triton_ops.certificate import Certificate
+
+
+class MLP(NamedTuple):
+    """One MLP block; T tokens, D hidden size, F neurons.
+
+    ``gate`` is the *deciding* projection: the gate of a gated MLP, or the up projection of a plain one, whose ``up``
+    is None and whose h is ``act(gate(x))``.
+    """
+
+    gate: Tensor
+    """``[F, D]``."""
+    up: Tensor | None
+    """``[F, D]``, None in a plain MLP."""
+    down: Tensor
+    """``[D, F]``, neuron-major (:func:`triton_ops.neuron_major_`)."""
+    gate_bias: Tensor | None
+    """``[F]``."""
+    up_bias: Tensor | None
+    """``[F]``."""
+    down_bias: Tensor | None
+    """``[D]``."""
+    activation: str
+    """One of :data:`triton_ops.ACTIVATIONS`; ``"drelu"`` only if gated."""
+    threshold: float
+    certificate: Certificate | None = None
+    """Of ``gate``; backends use it for one token."""
