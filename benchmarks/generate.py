@@ -1,16 +1,21 @@
 """Greedy ``generate()`` of a randomly initialised Llama-3.2-1B: skipping against dense, end to end.
 
-    python benchmarks/generate.py
+    python benchmarks/generate.py --certify
     python benchmarks/generate.py --new_tokens 64 --repeats 9
+    python benchmarks/generate.py --batch 4
 
-Three models share every weight but the down projections, which skipping stores neuron by neuron: the
-unpatched SiLU model, the patched one run dense, and the patched one run as the package chooses. Each layer
-gets the FATReLU threshold that silences the wanted share of its neurons on a random prompt.
+The models share every weight but the down projections, which skipping stores neuron by neuron: the unpatched
+SiLU model, the patched one run dense, the patched one run as the package chooses and, with ``--certify``, the
+same with certified skip. Each layer gets the FATReLU threshold that silences the wanted share of its neurons
+on random prompts.
 
 Random weights do not change what a step costs, which depends on shapes and sparsity alone. They do make the
 logits of 128256 tokens nearly equal, so that in bfloat16 greedy tokens soon differ by rounding. Therefore,
-before any timing, the logits of both forms are compared with those of the same model in float32: skipping
-must not be further off than dense. With ``--dtype float32`` the tokens are equal.
+before any timing, the logits of all forms are compared with those of the same model in float32: skipping must
+not be further off than dense. With ``--dtype float32`` the tokens are equal.
+
+On a GPU a step of eager ``generate()`` waits for the host, and not for memory; ``--static_cache`` lets
+transformers compile it.
 """
 
 from __future__ import annotations
@@ -18,27 +23,32 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
+import harness
 import torch
-from harness import interleaved, provenance, save, table
+from blocks import DTYPES, Shape, quantile
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_sparse
+import triton_ops
 from hf_sparse.adapters import find_blocks
 
+SKIPPING = ("patched, sparse", "patched, certified")
 
-def build(layers: int, dtype: torch.dtype) -> LlamaForCausalLM:
-    """The shape of Llama-3.2-1B, with random weights."""
+
+def build(args: argparse.Namespace) -> LlamaForCausalLM:
+    """The shape of Llama-3.2-1B unless told otherwise, with random weights."""
+    hidden = args.shape.hidden
     config = LlamaConfig(
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
+        hidden_size=hidden,
+        intermediate_size=args.shape.neurons,
+        num_hidden_layers=args.layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=max(hidden // 256, 1),
         head_dim=64,
-        vocab_size=128256,
+        vocab_size=args.vocab,
         tie_word_embeddings=True,
         max_position_embeddings=131072,
         bos_token_id=None,
@@ -46,9 +56,10 @@ def build(layers: int, dtype: torch.dtype) -> LlamaForCausalLM:
         pad_token_id=0,
     )
     default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+    torch.set_default_dtype(getattr(torch, args.dtype))
     try:
-        return LlamaForCausalLM(config).eval()
+        with torch.device(args.device):
+            return LlamaForCausalLM(config).eval()
     finally:
         torch.set_default_dtype(default)
 
@@ -65,7 +76,7 @@ def thresholds(model: LlamaForCausalLM, prompt: Tensor, sparsity: float) -> tupl
         hooks = [
             block.gate_linear.register_forward_hook(
                 lambda _m, _i, out, name=block.name: found.__setitem__(
-                    name, max(torch.quantile(out.float().flatten(), sparsity).item(), 0.0)
+                    name, max(quantile(out, sparsity), 0.0)
                 )
             )
             for block in blocks
@@ -108,11 +119,13 @@ def logits(model: nn.Module, tokens: Tensor, first: int, backend: str) -> Tensor
     return torch.cat(steps, 1)
 
 
-def check_logits(dense: nn.Module, sparse: nn.Module, tokens: Tensor, first: int) -> tuple[float, float]:
-    """Root mean square errors of dense and sparse logits against float32, in standard deviations.
+def check_logits(
+    dense: nn.Module, sparse: dict[str, nn.Module], tokens: Tensor, first: int, backend: str
+) -> dict[str, float]:
+    """Root mean square errors of the logits against float32, in standard deviations, dense first.
 
     Raises:
-        SystemExit: sparse is clearly worse.
+        SystemExit: one of ``sparse`` is clearly worse than dense.
 
     """
     tokens = tokens[:, : first + 8]
@@ -121,110 +134,135 @@ def check_logits(dense: nn.Module, sparse: nn.Module, tokens: Tensor, first: int
     def error(model: nn.Module, backend: str) -> float:
         return ((logits(model, tokens, first, backend) - exact).square().mean().sqrt() / exact.std()).item()
 
-    dense_error, sparse_error = error(dense, "dense"), error(sparse, "auto")
-    if not sparse_error <= 1.5 * dense_error + 1e-4:
-        raise SystemExit(
-            f"wrong result, no timing: logits off by {sparse_error:.3g}, dense {dense_error:.3g}"
-        )
-    return dense_error, sparse_error
+    errors = {"patched, dense": error(dense, "dense")}
+    for name, model in sparse.items():
+        errors[name] = error(model, backend)
+        if not errors[name] <= 1.5 * errors["patched, dense"] + 1e-4:
+            raise SystemExit(f"wrong result, no timing: {name}: logits off by {errors}")
+    return errors
+
+
+def models(args: argparse.Namespace, prompt: Tensor) -> dict[str, LlamaForCausalLM]:
+    """The competitors by name; they share what memory they can."""
+    stock = build(args)
+    threshold = thresholds(stock, prompt, args.sparsity)
+
+    def copied(model: LlamaForCausalLM, own: str | None = None) -> LlamaForCausalLM:
+        # A memo of parameters makes deepcopy share them.
+        shared = {id(p): p for name, p in model.named_parameters() if own is None or own not in name}
+        return copy.deepcopy(model, shared)
+
+    dense = copied(stock)
+    sparse = copied(stock, own="down_proj")  # for a layout of its own
+    certified = copied(sparse) if args.certify else None
+    config = {"activation": "fatrelu", "threshold": threshold}
+    hf_sparse.patch(dense, hf_sparse.SparsityConfig(**config))
+    hf_sparse.patch(sparse, hf_sparse.SparsityConfig(**config))
+    found = {"patched, dense": dense, "stock SiLU": stock, "patched, sparse": sparse}
+    if certified is not None:
+        hf_sparse.patch(certified, hf_sparse.SparsityConfig(**config, certify=True))
+        found["patched, certified"] = certified
+    return found
+
+
+def generation(
+    model: LlamaForCausalLM, prompt: Tensor, backend: str, args: argparse.Namespace
+) -> Callable[[], Tensor]:
+    """The call that is timed."""
+    options = {"cache_implementation": "static"} if args.static_cache else {}
+
+    def call() -> Tensor:
+        with torch.inference_mode(), hf_sparse.backend(backend):
+            return model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=args.new_tokens,
+                min_new_tokens=args.new_tokens,
+                do_sample=False,
+                **options,
+            )
+
+    return call
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = harness.parser(__doc__, repeats=5)
+    parser.add_argument(
+        "--shape", type=Shape.of, default=Shape.of("llama-3.2-1b"), help="of the MLPs, or like 128x192"
     )
+    parser.add_argument("--vocab", type=int, default=128256)
     parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--sparsity", type=float, default=0.9, help="share of silent neurons")
+    parser.add_argument("--batch", type=int, default=1, help="prompts at once")
     parser.add_argument("--prompt_tokens", type=int, default=16)
     parser.add_argument("--new_tokens", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, help="default: all cores")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/generate.json")
+    parser.add_argument("--certify", action="store_true", help="one competitor more: certified skip")
+    parser.add_argument("--static_cache", action="store_true")
+    parser.add_argument("--backend", choices=triton_ops.BACKENDS, default="auto", help="of the sparse models")
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    conditions = provenance()
-    print(", ".join(f"{k} {v}" for k, v in conditions.items() if v is not None), flush=True)
+    conditions = harness.begin(args)
 
-    stock = build(args.layers, getattr(torch, args.dtype))
-    prompt = torch.randint(1, stock.config.vocab_size, (1, args.prompt_tokens))
-    config = hf_sparse.SparsityConfig(
-        activation="fatrelu", threshold=thresholds(stock, prompt, args.sparsity)
-    )
-    # A memo of parameters makes deepcopy share them; the down projections get a layout of their own.
-    shared = dict(stock.named_parameters())
-    dense = copy.deepcopy(stock, {id(p): p for p in shared.values()})
-    sparse = copy.deepcopy(stock, {id(p): p for name, p in shared.items() if "down_proj" not in name})
-    hf_sparse.patch(dense, config)
-    hf_sparse.patch(sparse, config)
-
-    def generate(model: LlamaForCausalLM, backend: str) -> Callable[[], Tensor]:
-        def call() -> Tensor:
-            with torch.inference_mode(), hf_sparse.backend(backend):
-                return model.generate(
-                    prompt,
-                    attention_mask=torch.ones_like(prompt),
-                    max_new_tokens=args.new_tokens,
-                    min_new_tokens=args.new_tokens,
-                    do_sample=False,
-                )
-
-        return call
-
-    names = {
-        "stock SiLU": (stock, "dense"),
-        "patched, dense": (dense, "dense"),
-        "patched, sparse": (sparse, "auto"),
+    prompt = torch.randint(1, args.vocab, (args.batch, args.prompt_tokens), device=args.device)
+    found = models(args, prompt)
+    backends = {name: args.backend if name in SKIPPING else "dense" for name in found}
+    runs = {
+        name: harness.Run([generation(model, prompt, backends[name], args)], args.device, graph=False)
+        for name, model in found.items()
     }
-    calls = {name: [generate(*spec)] for name, spec in names.items()}
-    # The gate before any number, and the warm-up: both forms of the patched model say the same.
-    tokens = {name: call[0]() for name, call in calls.items()}
-    expected, actual = tokens["patched, dense"], tokens["patched, sparse"]
-    same = int((expected == actual)[0].int().cumprod(0).sum()) - args.prompt_tokens
-    dense_error, sparse_error = check_logits(dense, sparse, expected, args.prompt_tokens)
-    silent = silent_share(dense, actual, args.prompt_tokens)
-    times, _ = interleaved(calls, args.repeats)
+    # The gate before any number, and the warm-up.
+    tokens = {name: run.outputs()[0] for name, run in runs.items()}
+    expected = tokens["patched, dense"]
+    sparse = {name: model for name, model in found.items() if name in SKIPPING}
+    errors = check_logits(found["patched, dense"], sparse, expected, args.prompt_tokens, args.backend)
+    silent = silent_share(found["patched, dense"], tokens["patched, sparse"], args.prompt_tokens)
+    times, ratios = harness.interleaved(runs, args.repeats)
 
     rows = []
     for name, timing in times.items():
+        same = (tokens[name] == expected)[:, args.prompt_tokens :].int().cumprod(1).sum(1)
         rows.append(
             {
                 "model": name,
                 "generate": timing,
-                "tokens_per_s": round(args.new_tokens / timing.median_ms * 1e3, 2),
-                "speedup": round(times["patched, dense"].median_ms / timing.median_ms, 3),
+                "tokens_per_s": round(args.batch * args.new_tokens / timing.median_ms * 1e3, 2),
+                "speedup": round(ratios[name].median, 3),
+                "speedup_quartiles": [round(ratios[name].low, 3), round(ratios[name].high, 3)],
                 "sparsity": round(silent, 4) if name != "stock SiLU" else 0.0,
+                "batch": args.batch,
                 "prompt_tokens": args.prompt_tokens,
                 "new_tokens": args.new_tokens,
+                "hidden": args.shape.hidden,
+                "neurons": args.shape.neurons,
                 "layers": args.layers,
                 "dtype": args.dtype,
-                "same_greedy_tokens_as_dense": same if name == "patched, sparse" else None,
-                "logit_error": {"patched, dense": dense_error, "patched, sparse": sparse_error}.get(name),
+                "same_greedy_tokens_as_dense": same.tolist() if name in SKIPPING else None,
+                "same_tokens_as_uncertified": (
+                    torch.equal(tokens[name], tokens["patched, sparse"]) if "certified" in name else None
+                ),
+                "logit_error": errors.get(name),
             }
         )
-    print(_table(rows))
-    print(
-        f"{silent:.1%} silent while decoding; the first {same} of {args.new_tokens} greedy tokens are equal;"
-    )
-    print(f"logits off float32 by {dense_error:.4f} (dense) and {sparse_error:.4f} (sparse) deviations")
-    print("written to", save("generate", conditions, rows, args.out))
+    print(harness.table([cells(row) for row in rows]))
+    if args.certify:
+        equal = "the same" if rows[-1]["same_tokens_as_uncertified"] else "OTHER"
+        print(f"certified gives {equal} tokens as uncertified")
+    print(f"{silent:.1%} silent while decoding, {args.batch} at once, {args.new_tokens} new tokens")
+    harness.save(args.out, conditions, rows)
+    print("written to", args.out)
 
 
-def _table(rows: list[dict[str, object]]) -> str:
-    head = ["model", "seconds", "quartiles", "tokens/s", "speedup"]
-    body = [
-        [
-            str(row["model"]),
-            f"{row['generate'].median_ms / 1e3:.2f}",
-            f"{row['generate'].low_ms / 1e3:.2f}-{row['generate'].high_ms / 1e3:.2f}",
-            f"{row['tokens_per_s']:.2f}",
-            f"{row['speedup']:.2f}x",
-        ]
-        for row in rows
-    ]
-    return table([head, *body])
+def cells(row: dict[str, Any]) -> dict[str, str]:
+    timing, same, error = row["generate"], row["same_greedy_tokens_as_dense"], row["logit_error"]
+    return {
+        "model": row["model"],
+        "seconds": f"{timing.median_ms / 1e3:.2f}",
+        "quartiles": f"{timing.low_ms / 1e3:.2f}-{timing.high_ms / 1e3:.2f}",
+        "tokens/s": f"{row['tokens_per_s']:.2f}",
+        "speedup": f"{row['speedup']:.2f}x",
+        "first equal tokens": "" if same is None else str(min(same)),
+        "logits off float32": "" if error is None else f"{error:.4f}",
+    }
 
 
 if __name__ == "__main__":

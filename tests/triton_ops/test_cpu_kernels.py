@@ -18,7 +18,7 @@ PATHS = [
     "torch",
     CPP,
 ]
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # tokens, hidden, neurons: ones, primes, tails of every vector width, more than one block and group of neurons
 SHAPES = [
     (1, 1, 1),

@@ -23,6 +23,7 @@ from pathlib import Path
 from triton_ops.cache import cache_dir, write_atomically
 
 SOURCE = Path(__file__).with_name("mlp.cpp")
+SOURCES = (SOURCE, *sorted(SOURCE.parent.glob("*.h")))
 COMPILE = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp")
 # torch has loaded its OpenMP runtime for all to see. Leaving ours to be found there keeps one thread pool in
 # the process; a runtime that does not satisfy this compiler's symbols is linked in the second attempt.
@@ -70,7 +71,7 @@ def compiler() -> list[str]:
 def _load() -> ctypes.CDLL:
     command = compiler()
     version = _run([*command, "--version"])
-    key = "\0".join([SOURCE.read_text(), version, *command, *COMPILE, _cpu()])
+    key = "\0".join([*(s.read_text() for s in SOURCES), version, *command, *COMPILE, _cpu()])
     name = f"mlp-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
     folder = cache_dir() / "cpu"
     error: Exception | None = None

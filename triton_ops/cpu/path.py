@@ -13,7 +13,7 @@ from torch import Tensor
 from triton_ops.cpu import build
 from triton_ops.mlp import MLP
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = ("relu", "relu2", "jsrelu", "shifted_relu", "fatrelu", "drelu")  # in the order of mlp.cpp
 
 
@@ -41,53 +41,43 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def mlp(x: Tensor, mlp: MLP) -> Tensor:
     """``x [T, D]`` to ``[T, D]``; ``mlp.down [D, F]`` neuron-major."""
-    weights = (_rows(mlp.gate), None if mlp.up is None else _rows(mlp.up), mlp.down.t())
-    biases = (mlp.gate_bias, mlp.up_bias, mlp.down_bias)
-    return _mlp(x, weights, biases, ACTIVATIONS.index(mlp.activation), mlp.threshold)
+    return _call(x, mlp, ACTIVATIONS.index(mlp.activation))
 
 
 def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``h [T, F]`` to ``[T, D]``; ``weight [D, F]`` neuron-major."""
-    return _mlp(h, (None, None, weight.t()), (None, None, bias), 0, 0.0)
+    return _call(h, MLP(None, None, weight, None, None, bias, "", 0.0), 0)  # type: ignore[arg-type]
 
 
-def _mlp(
-    x: Tensor,
-    weights: tuple[Tensor | None, Tensor | None, Tensor],
-    biases: tuple[Tensor | None, Tensor | None, Tensor | None],
-    kind: int,
-    threshold: float,
-) -> Tensor:
-    gate, up, down = weights
+def _call(x: Tensor, mlp: MLP, kind: int) -> Tensor:
+    x, down = x.contiguous(), mlp.down.t()
+    gate, up = (None if w is None else _rows(w) for w in (mlp.gate, mlp.up))
+    biases = [None if b is None else b.contiguous() for b in (mlp.gate_bias, mlp.up_bias, mlp.down_bias)]
+    certificate = mlp.certificate if x.shape[0] == 1 else None
     neurons, hidden = down.shape
-    x = x.contiguous()
-    held = [None if b is None else b.contiguous() for b in biases]
     y = x.new_empty(x.shape[0], hidden)
     call, max_tokens = _kernel()
     threads = 1 if _forked else torch.get_num_threads()
-    for begin in range(0, x.shape[0], max_tokens):
-        part, out = x[begin : begin + max_tokens], y[begin : begin + max_tokens]
-        tokens = part.shape[0]
-        scratch = torch.empty(_scratch(tokens, hidden, neurons), dtype=torch.float32)
-        call(
-            DTYPES[x.dtype],
-            part.data_ptr(),
-            _pointer(gate),
-            _pointer(up),
-            down.data_ptr(),
-            *map(_pointer, held),
-            out.data_ptr(),
-            scratch.data_ptr(),
-            tokens,
-            hidden,
-            neurons,
-            0 if gate is None else gate.stride(0),
-            0 if up is None else up.stride(0),
-            down.stride(0),
-            kind,
-            threshold,
-            threads,
-        )
+    for part, out in zip(x.split(max_tokens), y.split(max_tokens), strict=True):
+
+        def run(scratch: int | None, part: Tensor = part, out: Tensor = out) -> int:
+            return call(
+                DTYPES[x.dtype],
+                part.data_ptr(),
+                *map(_pointer, (gate, up, down, *biases, *(certificate or (None, None)))),
+                out.data_ptr(),
+                scratch,
+                part.shape[0],
+                hidden,
+                neurons,
+                *(0 if w is None else w.stride(0) for w in (gate, up, down)),
+                kind,
+                mlp.threshold,
+                threads,
+            )
+
+        scratch = torch.empty(run(None), dtype=torch.uint8)
+        run(scratch.data_ptr())
     return y
 
 
@@ -106,22 +96,13 @@ def _kernel() -> tuple[Any, int]:
     assert not isinstance(library, str), library  # unusable() has been asked
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     library.hfs_max_tokens.restype = size
-    library.hfs_mlp.restype = None
+    library.hfs_mlp.restype = size
     library.hfs_mlp.argtypes = [
         ctypes.c_int,
-        *[pointer] * 9,
+        *[pointer] * 11,
         *[size] * 6,
         ctypes.c_int,
         ctypes.c_float,
         ctypes.c_int,
     ]
     return library.hfs_mlp, library.hfs_max_tokens()
-
-
-@cache
-def _scratch(tokens: int, hidden: int, neurons: int) -> int:
-    library = build.library()
-    assert not isinstance(library, str), library
-    library.hfs_scratch.argtypes = [ctypes.c_int64] * 3
-    library.hfs_scratch.restype = ctypes.c_int64
-    return library.hfs_scratch(tokens, hidden, neurons)

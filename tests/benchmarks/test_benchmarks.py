@@ -1,0 +1,153 @@
+"""Every benchmark runs end to end at a tiny size, writes what it promises, and times no wrong result."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+# fmt: off
+CONDITIONS = {
+    "command", "date", "device", "cpu", "gpu", "cores", "threads", "load_before", "torch", "triton",
+    "transformers",
+}
+ROW = {
+    "shape", "dtype", "layers_cycled", "cycled_mib", "tokens", "sparsity", "backend", "dense", "sparse",
+    "speedup", "speedup_quartiles", "byte_limit", "limit_share", "gb_per_s", "read_gb_per_s",
+    "bandwidth_share",
+}
+# fmt: on
+MLP = ("--layers", "2", "--dtypes", "bfloat16")
+TORCH = (*MLP, "--backends", "torch")
+
+
+def run(script: str, out: Path, *options: str, device: str = "cpu") -> dict[str, Any]:
+    """Run a benchmark as a user does; returns what it wrote."""
+    command = [sys.executable, str(BENCHMARKS / f"{script}.py"), "--device", device, "--threads", "1"]
+    done = subprocess.run(
+        [*command, "--repeats", "2", "--out", str(out), *options], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    written = json.loads(out.read_text())
+    assert written["benchmark"] == script
+    assert written["provenance"].keys() >= CONDITIONS
+    assert written["provenance"]["command"].startswith(f"python benchmarks/{script}.py")
+    assert str(out.parent) not in out.read_text()
+    assert written["results"]
+    return written
+
+
+@pytest.fixture
+def harness() -> Any:
+    spec = importlib.util.spec_from_file_location("benchmark_harness", BENCHMARKS / "harness.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_mlp_decode(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    shapes = ("--shapes", "64x96", "64x96-plain", "--sparsity", "0", "90")
+    rows = run("mlp_decode", tmp_path / "r.json", *TORCH, *shapes, "--plot")["results"]
+    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+    assert [(row["shape"], row["gated"]) for row in rows[::2]] == [("64x96", True), ("64x96-plain", False)]
+    for row in rows:
+        assert row.keys() >= ROW
+        density, matrices = 1 - row["sparsity"], 2 if row["gated"] else 1
+        assert row["byte_limit"] == pytest.approx((matrices + 1) / (1 + matrices * density), abs=2e-3)
+    assert [round(row["sparsity"], 1) for row in rows] == [0, 0.9] * 2
+
+
+def test_mlp_batch(tmp_path: Path) -> None:
+    sizes = ("--shapes", "64x512", "--tokens", "1", "8", "--union", "8:30")
+    rows = run("mlp_batch", tmp_path / "r.json", *TORCH, *sizes)["results"]
+    assert all(row.keys() >= ROW | {"inputs", "correlation", "union"} for row in rows)
+    assert [(row["inputs"], row["tokens"]) for row in rows] == [
+        ("independent", 1),
+        ("independent", 8),
+        ("correlated 8:30", 1),
+        ("correlated 8:30", 8),
+    ]
+    assert rows[1]["union"] == pytest.approx(0.57, abs=0.05)
+    assert rows[3]["union"] == pytest.approx(0.30, abs=0.08)
+
+
+def test_mlp_certified(tmp_path: Path) -> None:
+    sizes = ("--shapes", "64x512", "--sparsity", "90")
+    plain, certified = run("mlp_certified", tmp_path / "r.json", *TORCH, *sizes)["results"]
+    assert (plain["certified"], certified["certified"]) == (False, True)
+    assert certified.keys() >= ROW | {"surviving"}
+    assert 1 - certified["sparsity"] <= certified["surviving"] < 0.5
+    density, surviving = 1 - certified["sparsity"], certified["surviving"]
+    assert certified["byte_limit"] == pytest.approx(3 / (0.5 + surviving + 2 * density), abs=2e-3)
+
+
+def test_mlp_certified_on_the_weights_of_a_model(tmp_path: Path, assets: Path) -> None:
+    sizes = ("--weights", str(assets / "stories260K"), "--sparsity", "90")
+    rows = run("mlp_certified", tmp_path / "r.json", *TORCH, *sizes)["results"]
+    assert {row["shape"] for row in rows} == {"stories260K"}
+
+
+def test_generate(tmp_path: Path) -> None:
+    sizes = ("--shape", "128x192", "--vocab", "256", "--layers", "2", "--new_tokens", "3", "--batch", "2")
+    options = ("--dtype", "float32", "--backend", "torch", "--certify")
+    rows = {row["model"]: row for row in run("generate", tmp_path / "r.json", *sizes, *options)["results"]}
+    assert list(rows) == ["patched, dense", "stock SiLU", "patched, sparse", "patched, certified"]
+    assert rows["patched, certified"]["same_tokens_as_uncertified"]
+    for name in ("patched, sparse", "patched, certified"):
+        assert rows[name]["same_greedy_tokens_as_dense"] == [3, 3]
+        assert rows[name]["batch"] == 2
+        assert 0.8 < rows[name]["sparsity"] < 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("script", ["mlp_decode", "mlp_batch", "mlp_certified"])
+def test_on_a_gpu(tmp_path: Path, script: str) -> None:
+    written = run(script, tmp_path / "r.json", *MLP, "--shapes", "256x512", "--sparsity", "90", device="cuda")
+    assert written["provenance"]["gpu"]
+    assert {row["backend"] for row in written["results"]} == {"triton"}
+
+
+def test_the_gate_refuses_a_wrong_result(harness: Any) -> None:
+    exact = torch.randn(1, 64, dtype=torch.float64)
+    dense = exact.float()
+    harness.check(dense.clone(), dense, exact, "right")
+    wrong = dense.clone()
+    wrong[0, 3] += 1e-3
+    with pytest.raises(SystemExit, match="wrong result, no timing: off by a bit"):
+        harness.check(wrong, dense, exact, "off by a bit")
+    wrong[0, 3] = float("nan")
+    with pytest.raises(SystemExit, match="wrong result"):
+        harness.check(wrong, dense, exact, "nan")
+    with pytest.raises(SystemExit, match="not identical"):
+        harness.check_equal(dense + 1e-6, dense, "other bits")
+
+
+def test_competitors_take_turns_and_the_ratio_is_of_one_turn(harness: Any) -> None:
+    order: list[str] = []
+
+    class Fixed:
+        def __init__(self, name: str, seconds: list[float]) -> None:
+            self.name, self.left = name, iter(seconds)
+
+        def seconds(self) -> float:
+            order.append(self.name)
+            return next(self.left)
+
+    # The first turn warms up; in the last the machine was busy for both.
+    runs = {"dense": Fixed("dense", [9, 2, 2, 20]), "sparse": Fixed("sparse", [9, 1, 1, 10])}
+    times, ratios = harness.interleaved(runs, 3)
+    assert order == ["dense", "sparse"] * 4
+    assert times["dense"].median_ms == 2000
+    assert (ratios["sparse"].low, ratios["sparse"].median, ratios["sparse"].high) == (2, 2, 2)

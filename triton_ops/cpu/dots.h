@@ -1,0 +1,143 @@
+// Dot products of weight rows with the inputs of a few tokens. In one dot product the order of additions depends on
+// D alone, never on how many rows or tokens are worked on at once.
+#pragma once
+
+#include "vector.h"
+
+namespace {
+
+constexpr int64_t kMaxTokens = 32;
+constexpr int kAhead = 4;                      // rows worked on at most; every list has as many more pointers
+constexpr int kTile = kManyRegisters ? 4 : 2;  // tokens worked on at once
+
+// How rows and inputs are multiplied: as float vectors.
+template <class W>
+struct Product {
+  typedef float In;                               // what inputs are stored as
+  static constexpr int kSums = 2;                 // vectors of sums per dot product
+  struct Pair {
+    Vec a, b;
+  };
+  static Pair row(const typename W::Type* p) {
+    Pair v;
+    W::load(p, v.a, v.b);
+    return v;
+  }
+  static Pair input(const float* p) {
+    Pair v;
+    Float32::load(p, v.a, v.b);
+    return v;
+  }
+  static void add(Vec* sums, const Pair& w, const Pair& x) {
+    sums[0] += w.a * x.a;
+    sums[1] += w.b * x.b;
+  }
+  static float total(const Vec* sums) { return sum(sums[0] + sums[1]); }
+
+  // x in the order in which row() delivers weights, with zeros up to padded(D).
+  static void prepare(const typename W::Type* x, float* out, int64_t D) {
+    typename W::Type tail[kStep] = {};
+    for (int64_t i = 0; i < D; i += kStep) {
+      if (i + kStep > D) std::memcpy(tail, x + i, (D - i) * sizeof tail[0]);
+      Pair v = row(i + kStep > D ? tail : x + i);
+      Float32::store(out + i, v.a, v.b);
+    }
+  }
+};
+
+#if defined(__AVX512BF16__)
+// bfloat16 products two by two, exact, summed in float32: twice the rate. It takes subnormal numbers as zero.
+template <>
+struct Product<BFloat16> {
+  typedef uint16_t In;
+  static constexpr int kSums = 1;
+  typedef __m512bh Pair;
+  static Pair row(const uint16_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  static Pair input(const uint16_t* p) { return row(p); }
+  static void add(Vec* sums, const Pair& w, const Pair& x) {
+    sums[0] = (Vec)_mm512_dpbf16_ps((__m512)sums[0], w, x);
+  }
+  static float total(const Vec* sums) { return sum(sums[0]); }
+  static void prepare(const uint16_t* x, uint16_t* out, int64_t D) {
+    std::memcpy(out, x, D * 2);
+    std::memset(out + D, 0, (padded(D) - D) * 2);
+  }
+};
+#endif
+
+// An upper bound of the roundings that one product goes through on its way into the sum of D products; see
+// triton_ops/certificate.py. Generously: two for every step of the loop, and the tree of the last sum.
+inline int64_t roundings(int64_t D) { return 4 * (padded(D) / kStep) + 16; }
+
+// out[r * N + t] = rows[r] . x[t]. Fetch: the next R rows are asked for on the way.
+template <class W, int R, int N, bool Fetch>
+void dots(const typename W::Type* const* rows, const typename Product<W>::In* const* x, int64_t D, float* out) {
+  typedef Product<W> P;
+  Vec sums[R][N][P::kSums] = {};
+  typename P::Pair in[N];
+  int64_t i = 0;
+  for (; i + kStep <= D; i += kStep) {
+    for (int t = 0; t < N; ++t) in[t] = P::input(x[t] + i);
+    for (int r = 0; r < R; ++r) {
+      const typename P::Pair w = P::row(rows[r] + i);
+      if (Fetch) fetch(rows[r + R] + i, kStep * sizeof(typename W::Type));
+      for (int t = 0; t < N; ++t) P::add(sums[r][t], w, in[t]);
+    }
+  }
+  if (i < D) {
+    for (int t = 0; t < N; ++t) in[t] = P::input(x[t] + i);
+    for (int r = 0; r < R; ++r) {
+      typename W::Type tail[kStep] = {};
+      std::memcpy(tail, rows[r] + i, (D - i) * sizeof tail[0]);
+      const typename P::Pair w = P::row(tail);
+      for (int t = 0; t < N; ++t) P::add(sums[r][t], w, in[t]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int t = 0; t < N; ++t) out[r * N + t] = P::total(sums[r][t]);
+}
+
+// R rows with the T inputs x[0], x[1], …, tile by tile; the result of row r and input t goes to
+// out[r * stride + column[t]]. Fetch: the next R rows are asked for on the way.
+template <class W, int R>
+void dots_inputs(const typename W::Type* const* rows, const typename Product<W>::In* const* x,
+                 const int32_t* column, int64_t T, int64_t D, float* out, int64_t stride, bool fetch) {
+  float tile[R * kTile];
+  for (int64_t t = 0, n; t < T; t += n) {
+    n = T - t < kTile ? T - t : kTile;
+    auto run = [&](auto count) {
+      constexpr int N = decltype(count)::value;
+      if (t == 0 && fetch)
+        dots<W, R, N, true>(rows, x, D, tile);
+      else
+        dots<W, R, N, false>(rows, x + t, D, tile);
+      for (int r = 0; r < R; ++r)
+        for (int j = 0; j < N; ++j) out[r * stride + column[t + j]] = tile[r * N + j];
+    };
+    switch (n) {
+      case 1: run(std::integral_constant<int, 1>{}); break;
+      case 2: run(std::integral_constant<int, 2>{}); break;
+      case 3: run(std::integral_constant<int, kTile < 3 ? 1 : 3>{}); break;
+      default: run(std::integral_constant<int, kTile>{}); break;
+    }
+  }
+}
+
+// out[r * stride + column[t]] = rows[r] . x[t] for n rows; rows[n] … rows[n + kAhead - 1] are needed next.
+// Adjacent: the rows lie one after the other in memory. Then one by one is the fastest way to read them; rows that lie
+// apart are faster to read four at once, because the hardware prefetcher starts anew with each.
+template <class W>
+void all_dots(const typename W::Type* const* rows, int64_t n, const typename Product<W>::In* const* x,
+              const int32_t* column, int64_t T, int64_t D, float* out, int64_t stride, bool adjacent) {
+  int64_t r = 0;
+  // With one tile only, time is reading, and hardware prefetchers alone do better.
+  const bool fetch = T > 2;
+  if (!adjacent || T > 2) {
+    if (Product<W>::kSums == 1 || T <= 2)  // else the sums of four rows do not fit the registers
+      for (; r + 4 <= n; r += 4) dots_inputs<W, 4>(rows + r, x, column, T, D, out + r * stride, stride, fetch);
+    for (; r + 2 <= n; r += 2) dots_inputs<W, 2>(rows + r, x, column, T, D, out + r * stride, stride, fetch);
+  }
+  for (; r < n; ++r) dots_inputs<W, 1>(rows + r, x, column, T, D, out + r * stride, stride, fetch);
+}
+
+}  // namespace

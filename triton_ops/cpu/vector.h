@@ -1,0 +1,175 @@
+// Vectors of the machine, and the dtypes of the weights as pairs of float vectors.
+//
+// Portable: GCC and Clang vector extensions, as wide as the target has them; intrinsics only where a conversion
+// has no other fast form.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kBytes = 64;
+#elif defined(__AVX__)
+constexpr int kBytes = 32;
+#else
+constexpr int kBytes = 16;
+#endif
+constexpr int kLanes = kBytes / 4;
+constexpr int64_t kStep = 2 * kLanes;  // elements that one load() turns into two float vectors
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr bool kManyRegisters = true;  // 32 vectors; else 16
+#else
+constexpr bool kManyRegisters = false;
+#endif
+
+typedef float Vec __attribute__((vector_size(kBytes)));
+typedef uint32_t Bits __attribute__((vector_size(kBytes)));
+typedef int32_t Mask __attribute__((vector_size(kBytes)));
+// Rows of odd length start at any element, hence the relaxed alignment.
+typedef float VecLoose __attribute__((vector_size(kBytes), aligned(4), may_alias));
+typedef uint32_t BitsLoose __attribute__((vector_size(kBytes), aligned(2), may_alias));
+
+inline float as_float(uint32_t u) {
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+
+inline uint32_t as_bits(float f) {
+  uint32_t u;
+  std::memcpy(&u, &f, 4);
+  return u;
+}
+
+// A hardware prefetcher stops at the end of a page, which is about one row: rows to come are asked for by hand,
+// a fifth faster on one core.
+template <class Type>
+void fetch(const Type* p, int64_t bytes) {
+  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(reinterpret_cast<const char*>(p) + b);
+}
+
+struct Float32 {
+  typedef float Type;
+  static void load(const float* p, Vec& a, Vec& b) {
+    a = *reinterpret_cast<const VecLoose*>(p);
+    b = *reinterpret_cast<const VecLoose*>(p + kLanes);
+  }
+  static void store(float* p, Vec a, Vec b) {
+    *reinterpret_cast<VecLoose*>(p) = a;
+    *reinterpret_cast<VecLoose*>(p + kLanes) = b;
+  }
+  static float widen(float v) { return v; }
+  static float narrow(float v) { return v; }
+};
+
+// Two neighbouring bfloat16 share a 32-bit lane: the even elements become vector a, the odd ones b.
+struct BFloat16 {
+  typedef uint16_t Type;
+  static void load(const uint16_t* p, Vec& a, Vec& b) {
+    const Bits v = *reinterpret_cast<const BitsLoose*>(p);
+    a = reinterpret_cast<Vec>(v << 16);
+    b = reinterpret_cast<Vec>(v & 0xffff0000u);
+  }
+  static Bits round(Vec v) {  // to nearest even, in the upper half of each lane; NaN stays NaN
+    const Bits u = reinterpret_cast<Bits>(v);
+    const Bits nearest = u + 0x7fffu + ((u >> 16) & 1u);
+    const Mask is_nan = v != v;
+    return reinterpret_cast<Bits>(is_nan ? reinterpret_cast<Mask>(u | 0x400000u)
+                                         : reinterpret_cast<Mask>(nearest)) & 0xffff0000u;
+  }
+  static void store(uint16_t* p, Vec a, Vec b) {
+    *reinterpret_cast<BitsLoose*>(p) = (round(a) >> 16) | round(b);
+  }
+  static float widen(uint16_t v) { return as_float(uint32_t(v) << 16); }
+  static uint16_t narrow(float f) {
+    const uint32_t u = as_bits(f);
+    if (f != f) return uint16_t((u | 0x400000u) >> 16);
+    return uint16_t((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+  }
+};
+
+struct Float16 {
+  typedef uint16_t Type;
+#if defined(__AVX512F__)
+  static void load(const uint16_t* p, Vec& a, Vec& b) {
+    a = (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+    b = (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(p + kLanes)));
+  }
+  static void store(uint16_t* p, Vec a, Vec b) {
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)a, _MM_FROUND_TO_NEAREST_INT));
+    _mm256_storeu_si256((__m256i*)(p + kLanes), _mm512_cvtps_ph((__m512)b, _MM_FROUND_TO_NEAREST_INT));
+  }
+#elif defined(__F16C__)
+  static void load(const uint16_t* p, Vec& a, Vec& b) {
+    a = (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+    b = (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + kLanes)));
+  }
+  static void store(uint16_t* p, Vec a, Vec b) {
+    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)a, _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128((__m128i*)(p + kLanes), _mm256_cvtps_ph((__m256)b, _MM_FROUND_TO_NEAREST_INT));
+  }
+#else
+  static void load(const uint16_t* p, Vec& a, Vec& b) {
+    for (int i = 0; i < kLanes; ++i) a[i] = widen(p[i]), b[i] = widen(p[kLanes + i]);
+  }
+  static void store(uint16_t* p, Vec a, Vec b) {
+    for (int i = 0; i < kLanes; ++i) p[i] = narrow(a[i]), p[kLanes + i] = narrow(b[i]);
+  }
+#endif
+#if defined(__F16C__)
+  static float widen(uint16_t v) { return _cvtsh_ss(v); }
+  static uint16_t narrow(float f) { return _cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT); }
+#elif defined(__aarch64__)
+  static float widen(uint16_t v) {
+    __fp16 h;
+    std::memcpy(&h, &v, 2);
+    return h;
+  }
+  static uint16_t narrow(float f) {
+    const __fp16 h = f;
+    uint16_t v;
+    std::memcpy(&v, &h, 2);
+    return v;
+  }
+#else
+  static float widen(uint16_t v) {
+    const uint32_t sign = uint32_t(v & 0x8000u) << 16, rest = v & 0x7fffu;
+    if (rest >= 0x7c00u) return as_float(sign | 0x7f800000u | (rest & 0x3ffu) << 13);  // infinity, NaN
+    const float magnitude = rest < 0x400u ? float(rest) * 0x1p-24f : as_float((rest << 13) + 0x38000000u);
+    return as_float(sign | as_bits(magnitude));
+  }
+  static uint16_t narrow(float f) {
+    const uint32_t u = as_bits(f), sign = (u >> 16) & 0x8000u, rest = u & 0x7fffffffu;
+    if (f != f) return uint16_t(sign | 0x7e00u | ((rest >> 13) & 0x3ffu));
+    if (rest >= 0x477ff000u) return uint16_t(sign | 0x7c00u);  // 65520 and more round to infinity
+    if (rest < 0x38800000u)  // subnormal: the addition rounds to a multiple of 2**-24, to nearest even
+      return uint16_t(sign | (as_bits(as_float(rest) + 0.5f) - as_bits(0.5f)));
+    return uint16_t(sign | ((rest - 0x38000000u + 0xfffu + ((rest >> 13) & 1u)) >> 13));
+  }
+#endif
+};
+
+// The dense computation rounds every pre-activation and every h to the dtype of the model; doing the same
+// here makes both select the same neurons.
+template <class W>
+float rounded(float v) {
+  return W::widen(W::narrow(v));
+}
+
+inline float sum(Vec v) {
+  float s[kLanes];
+  std::memcpy(s, &v, sizeof v);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) s[i] += s[i + width];
+  return s[0];
+}
+
+inline int64_t padded(int64_t D) { return (D + kStep - 1) / kStep * kStep; }
+
+}  // namespace
