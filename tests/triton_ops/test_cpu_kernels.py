@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +19,7 @@ from kernel_blocks import assert_as_exact_as_dense, make_block
 
 import triton_ops
 from triton_ops import ACTIVATIONS, reference
+from triton_ops.cpu import build
 
 PATHS = [
     "torch",
@@ -29,6 +36,8 @@ SHAPES = [
     (5, 33, 129),
     (8, 95, 1000),
     (9, 31, 300),
+    (17, 65, 200),
+    (33, 40, 1100),
     (1, 1000, 257),
 ]
 
@@ -53,6 +62,18 @@ def test_gated_mlp(path, dtype, shape, activation):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=_id)
 @pytest.mark.parametrize("shape", SHAPES, ids=_id)
+@pytest.mark.parametrize("activation", [a for a in ACTIVATIONS if a != "drelu"])
+def test_plain_mlp(path, dtype, shape, activation):
+    for bias in (False, True):
+        block = make_block(*shape, dtype, activation, gated=False, bias=bias)
+        with triton_ops.backend(path):
+            assert_as_exact_as_dense(block.run(triton_ops), block)
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=_id)
+@pytest.mark.parametrize("shape", SHAPES, ids=_id)
 def test_sparse_linear(path, dtype, shape):
     tokens, hidden, neurons = shape
     h = torch.relu(torch.randn(tokens, neurons) - 0.5).to(dtype)
@@ -69,17 +90,20 @@ def test_sparse_linear(path, dtype, shape):
 @needs_compiler
 @settings(max_examples=60, deadline=None)
 @given(
-    tokens=st.integers(0, 17),
+    tokens=st.integers(0, 33),
     hidden=st.integers(1, 140),
-    neurons=st.integers(1, 400),
+    neurons=st.integers(1, 700),
     activation=st.sampled_from(ACTIVATIONS),
     dtype=st.sampled_from(DTYPES),
     bias=st.booleans(),
+    shift=st.sampled_from([0.0, -1.0, 2.0]),
     seed=st.integers(0, 2**31),
 )
-def test_any_shape_in_the_compiled_kernel(tokens, hidden, neurons, activation, dtype, bias, seed):
+def test_any_shape_in_the_compiled_kernel(tokens, hidden, neurons, activation, dtype, bias, shift, seed):
     torch.manual_seed(seed)
     block = make_block(tokens, hidden, neurons, dtype, activation, bias=bias)
+    if activation == "shifted_relu":
+        block.threshold = shift  # half, most or few of the neurons are active: other ways through the kernel
     with triton_ops.backend("cpp"):
         assert_as_exact_as_dense(block.run(triton_ops), block)
 
@@ -173,19 +197,19 @@ def test_one_tokens_infinite_weight_does_not_reach_another_token(path):
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES, ids=_id)
 def test_compiled_kernel_gives_the_same_bits_on_any_number_of_threads(dtype):
-    block = make_block(3, 129, 3000, dtype, bias=True)
+    block = make_block(33, 129, 3000, dtype, bias=True)
     before = torch.get_num_threads()
     try:
         with triton_ops.backend("cpp"):
             results = []
-            for threads in (1, 2, 4, 2, 1):
+            for threads in (1, 2, 3, 4, 5, 6, 7, 8, 1):
                 torch.set_num_threads(threads)
                 results.append(block.run(triton_ops))
             assert all(torch.equal(y, results[0]) for y in results)
             # Nor do the other tokens of a call change a token's bits.
-            for t in range(3):
-                one = triton_ops.gated_mlp(block.x[t : t + 1], *block.tensors()[1:], activation="relu")
-                assert torch.equal(one[0], results[0][t])
+            for begin, end in ((0, 1), (5, 7), (9, 12), (3, 8), (1, 10), (2, 20)):
+                some = triton_ops.gated_mlp(block.x[begin:end], *block.tensors()[1:], activation="relu")
+                assert torch.equal(some, results[0][begin:end])
     finally:
         torch.set_num_threads(before)
 
@@ -195,3 +219,55 @@ def test_kernel_and_package_number_the_activations_alike():
     from triton_ops.cpu import path
 
     assert path.ACTIVATIONS == ACTIVATIONS
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "without",
+    [
+        "-mno-avx512f",
+        "-mno-avx512bf16",
+        "-mno-avx512vnni",
+        "-mno-avx512bw",
+        "-mno-avx2",
+        "-mno-f16c -mno-avx",
+    ],
+)
+def test_machines_with_fewer_instructions(without, tmp_path):
+    """The same tests, compiled for a smaller processor; on one that is no x86, the compiler refuses these."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("instruction sets of x86")
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [
+            *(
+                sys.executable,
+                "-m",
+                "pytest",
+                "-q",
+                "-x",
+                "-p",
+                "no:cacheprovider",
+                "-k",
+                TESTS_OF_INSTRUCTIONS,
+            ),
+            *(here / "test_cpu_kernels.py", here / "test_certificate.py"),
+        ],
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "CXX": f"{shlex.join(build.compiler())} {without}",
+            "HF_SPARSE_CACHE": str(tmp_path),
+        },
+        cwd=here.parents[1],
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout
+    assert " skipped" not in done.stdout
+
+
+TESTS_OF_INSTRUCTIONS = (
+    "any_shape or nan_and_infinity or same_bits or extreme or overflow or along_the_residual"
+)
