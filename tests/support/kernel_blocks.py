@@ -87,10 +87,10 @@ def assert_as_exact_as_dense(y: Tensor, block: Block) -> None:
     """The promise of the skip path: an error against float64 of at most twice that of the dense computation.
 
     Three allowances. One rounding of the largest output to its dtype and a few in float32: in a small block
-    the dense error can happen to be next to nothing. Where there are only a few outputs it often is, and there
-    one float32 rounding of the sum of the absolute terms is allowed as well. For fatrelu, what the neurons are
-    worth whose pre-activation in float64 lies within rounding of the threshold: the function jumps there, and
-    either side of the jump is a correct rounding of its argument.
+    the dense error can happen to be next to nothing. Where there are only a few outputs it often is, and
+    there one float32 rounding of the sum of the absolute terms is allowed as well. For fatrelu, what the
+    neurons are worth whose pre-activation in float64 lies within rounding of the threshold: the function
+    jumps there, and either side of the jump is a correct rounding of its argument.
     """
     exact = block.run(reference, torch.float64)
     dense = block.run(reference)
