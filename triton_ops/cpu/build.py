@@ -104,7 +104,8 @@ def _run(command: list[str]) -> str:
         raise BuildError(f"`{shlex.join(command)}` did not run: {error}.") from error
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines()
-        said = next((line for line in lines if "error" in line), lines[-1] if lines else "no output")
+        telling = (line for line in lines if "error" in line or "cannot find" in line)
+        said = next(telling, lines[-1] if lines else "no output")
         raise BuildError(f"`{shlex.join(command)}` failed with status {done.returncode}: {said.strip()}.")
     return done.stdout
 
