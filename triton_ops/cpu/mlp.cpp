@@ -9,7 +9,8 @@
 //
 // Deterministic: F is cut into fixed groups (independent of the numbers of threads and tokens); threads take whole
 // groups in any order, each group sums its neurons in order into its own partial output, and partial outputs are
-// added in order. Nor does the sum of a token depend on which other tokens are in the call.
+// added in order. Nor does the sum of a token depend on which other tokens are in the call, as long as they are few
+// (kUnionTokens).
 
 #include <atomic>
 #include <type_traits>
@@ -45,6 +46,41 @@ float activated(float p, int kind, float threshold) {
     case kJSRelu: return p + rounded<W>(0.5f * rounded<W>(p * p));
     case kShifted: return p - threshold;
     default: return p;
+  }
+}
+
+// The activated gate of one neuron for T tokens from its dot products; whether any is active. Without branches on the
+// values, which no processor could predict.
+template <class W, int Kind>
+bool activate(const float* products, float bias, float threshold, int64_t T, float* h) {
+  int32_t any = 0;
+  for (int64_t t = 0; t < T; ++t) {
+    const float p = rounded<W>(products[t] + bias), value = rounded<W>(activated<W>(p, Kind, threshold));
+    const bool on = !silent(p, Kind, threshold);
+    h[t] = on ? value : 0.0f;
+    any |= on;
+  }
+  return any;
+}
+
+template <class W>
+bool activate(const float* products, float bias, int kind, float threshold, int64_t T, float* h) {
+  switch (kind) {
+    case kRelu2: return activate<W, kRelu2>(products, bias, threshold, T, h);
+    case kJSRelu: return activate<W, kJSRelu>(products, bias, threshold, T, h);
+    case kShifted: return activate<W, kShifted>(products, bias, threshold, T, h);
+    case kFat: return activate<W, kFat>(products, bias, threshold, T, h);
+    default: return activate<W, kRelu>(products, bias, threshold, T, h);
+  }
+}
+
+// h *= up for one neuron and T tokens, where h is not zero; products elsewhere may be anything.
+template <class W>
+void multiply(const float* products, float bias, bool relu_up, int64_t T, float* h) {
+  for (int64_t t = 0; t < T; ++t) {
+    const float v = rounded<W>(products[t] + bias), value = rounded<W>(h[t] * v);
+    const bool off = (h[t] == 0.0f) | (relu_up & (v <= 0.0f));
+    h[t] = off ? 0.0f : value;
   }
 }
 
@@ -121,14 +157,7 @@ struct Job {
     for (int64_t j = 0; j < count; ++j) {
       const int64_t i = index[j];
       const float b = bias(gate_bias, begin + i);
-      bool any = false;
-      for (int64_t t = 0; t < T; ++t) {
-        const float p = rounded<W>(products[j * T + t] + b);
-        const bool on = !silent(p, kind, threshold);
-        h[i * T + t] = on ? rounded<W>(activated<W>(p, kind, threshold)) : 0.0f;
-        any |= on;
-      }
-      if (any) index[active++] = int32_t(i);
+      if (activate<W>(products + j * T, b, kind, threshold, T, h + i * T)) index[active++] = int32_t(i);
     }
     if (up) times_up(begin, index, active, h);
   }
@@ -155,15 +184,8 @@ struct Job {
           if (h[index[j] * T + t] != 0.0f) own[tokens] = input[t], columns[tokens++] = int32_t(t);
         dots_inputs<W, 1>(rows + j, own, columns, tokens, D, products + j * T, T, true);
       }
-    for (int64_t j = 0; j < count; ++j) {
-      const float b = bias(up_bias, begin + index[j]);
-      for (int64_t t = 0; t < T; ++t) {
-        float& a = h[index[j] * T + t];
-        if (a == 0.0f) continue;
-        const float v = rounded<W>(products[j * T + t] + b);
-        a = kind == kDRelu && v <= 0.0f ? 0.0f : rounded<W>(a * v);
-      }
-    }
+    for (int64_t j = 0; j < count; ++j)
+      multiply<W>(products + j * T, bias(up_bias, begin + index[j]), kind == kDRelu, T, h + index[j] * T);
   }
 
   void given_block(int64_t begin, int64_t n, float* h) const {
@@ -171,23 +193,66 @@ struct Job {
       for (int64_t t = 0; t < T; ++t) h[i * T + t] = W::widen(x[t * F + begin + i]);
   }
 
-  // Adds a block's neurons to the partial outputs of group g. Token by token: the second token that needs a row
-  // finds it in the cache.
+  // Adds a block's neurons to the partial outputs of group g.
   void add_block(int64_t g, int64_t begin, int64_t n, const float* h) const {
-    const Type* rows[kMaxBlock];
-    float own[kMaxBlock];
+    int64_t pairs = 0, tiled = 0;
+    for (int64_t i = 0; i < n * T; ++i) pairs += h[i] != 0.0f;
+    if (Tile<W>::kExists && T > kUnionTokens && 3 * pairs > n * T) tiled = T / 4 * 4;
     const int64_t step = T > kChunkTokens ? kChunk : D;
-    int32_t* const any = written + g * T;
-    int32_t fresh[kMaxTokens];
-    for (int64_t t = 0; t < T; ++t) fresh[t] = !any[t];
     for (int64_t first = 0; first < D; first += step) {
       const int64_t last = first + step < D ? first + step : D;
-      for (int64_t t = 0; t < T; ++t) {
-        int64_t count = 0;
-        for (int64_t i = 0; i < n; ++i)
-          if (h[i * T + t] != 0.0f) own[count] = h[i * T + t], rows[count++] = down + (begin + i) * down_stride;
-        add_rows<W>(partial + (g * T + t) * D, rows, own, count, first, last, fresh[t]);
-        any[t] |= count > 0;
+      if constexpr (Tile<W>::kExists)
+        for (int64_t t = 0; t < tiled; t += kTileTokens) {
+          if (tiled - t >= kTileTokens)
+            add_tokens<kTileTokens>(g, t, begin, n, h, first, last);
+          else
+            add_tokens<kTileTokens / 2>(g, t, begin, n, h, first, last);
+        }
+      for (int64_t t = tiled; t < T; ++t) add_token(g, t, begin, n, h, first, last, !written[g * T + t]);
+    }
+    for (int64_t t = 0; t < T; ++t) {
+      int32_t& any = written[g * T + t];
+      any |= t < tiled;
+      for (int64_t i = 0; i < n && !any; ++i) any = h[i * T + t] != 0.0f;
+    }
+  }
+
+  // Columns first … last - 1 of one token. The second token that needs a row finds it in the cache.
+  void add_token(int64_t g, int64_t t, int64_t begin, int64_t n, const float* h, int64_t first, int64_t last,
+                 bool fresh) const {
+    const Type* rows[kMaxBlock];
+    float own[kMaxBlock];
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; ++i)
+      if (h[i * T + t] != 0.0f) own[count] = h[i * T + t], rows[count++] = down + (begin + i) * down_stride;
+    float* const out = partial + (g * T + t) * D;
+    add_rows<W>(out, rows, own, count, first, last, fresh);
+  }
+
+  // The same of N tokens that want most of the block, which from then on count as written.
+  template <int N>
+  void add_tokens(int64_t g, int64_t t, int64_t begin, int64_t n, const float* h, int64_t first,
+                  int64_t last) const {
+    for (int j = 0; j < N; ++j) {
+      if (!written[g * T + t + j])
+        std::memset(partial + (g * T + t + j) * D + first, 0, (last - first) * sizeof(float));
+    }
+    for (int64_t at = 0; at < n; at += kTileRows) {
+      const Type *rows[kTileRows], *next[kTileRows];
+      const int64_t count = n - at < kTileRows ? n - at : kTileRows, even = count / 2 * 2;
+      for (int64_t r = 0; r < count; ++r) {
+        const int64_t f = begin + at + r, ahead = f + kTileRows;
+        rows[r] = down + f * down_stride;
+        next[r] = down + (ahead < F ? ahead : F - 1) * down_stride;
+      }
+      float* const out = partial + (g * T + t) * D;
+      int64_t i = first;
+      for (; i + kStep <= last; i += kStep)
+        if (!add_tile<N>(out, D, rows, t ? nullptr : next, h + at * T + t, T, even, i))
+          for (int j = 0; j < N; ++j) add_token(g, t + j, begin + at, even, h + at * T, i, i + kStep, false);
+      for (int j = 0; j < N; ++j) {
+        if (i < last) add_token(g, t + j, begin + at, even, h + at * T, i, last, false);
+        if (even < count) add_token(g, t + j, begin + at + even, 1, h + (at + even) * T, first, last, false);
       }
     }
   }
