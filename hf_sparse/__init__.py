@@ -6,12 +6,14 @@ from hf_sparse.errors import PatchError
 from hf_sparse.hooks import install, uninstall
 from hf_sparse.measure import SparsityReport, measure
 from hf_sparse.patching import inspect, patch, prepare, set_mix, unpatch
+from hf_sparse.tuning import TuneReport, tune
 from triton_ops import backend
 
 __all__ = [
     "PatchError",
     "SparsityConfig",
     "SparsityReport",
+    "TuneReport",
     "__version__",
     "backend",
     "inspect",
@@ -20,6 +22,7 @@ __all__ = [
     "patch",
     "prepare",
     "set_mix",
+    "tune",
     "uninstall",
     "unpatch",
 ]

@@ -1,4 +1,4 @@
-"""The command ``hf-sparse``: patch, finetune, measure, generate, quickstart. Thin over the same functions."""
+"""The command ``hf-sparse``: patch, finetune, measure, tune, generate, quickstart; thin over functions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_patch(commands)
     _add_finetune(commands)
     _add_measure(commands)
+    _add_tune(commands)
     _add_generate(commands)
     _add_quickstart(commands)
     return parser
@@ -95,6 +96,11 @@ def _add_patch(commands: Any) -> None:
     parser.add_argument("--shift", type=float, default=0.0, metavar="B", help="of shifted_relu")
     parser.add_argument("--layers", type=int, nargs="+", metavar="I", help="blocks to patch; default: all")
     parser.add_argument(
+        "--certify",
+        action="store_true",
+        help="decode with a certificate of one byte per gate weight: the same result, fewer bytes read",
+    )
+    parser.add_argument(
         "--output", type=Path, metavar="DIR", help="where to save; without it nothing is saved"
     )
 
@@ -107,6 +113,7 @@ def _patch(arguments: argparse.Namespace, _: list[str]) -> int:
         threshold=arguments.threshold,
         shift=arguments.shift,
         layers=None if arguments.layers is None else tuple(arguments.layers),
+        certify=arguments.certify,
     )
     if arguments.output is not None:
         _require_empty(arguments.output)
@@ -161,27 +168,8 @@ def _add_measure(commands: Any) -> None:
         "hf-sparse measure ./llama-relu --dataset allenai/c4 --max-tokens 100000 --plot sparsity.png",
     )
     parser.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--dataset",
-        metavar="ID",
-        default=EMBEDDED,
-        help="the validation split, or all where there is none, of a Hub data set or of a local file or "
-        "folder (json, jsonl, parquet, txt); default: held-out documentation of the running Python",
-    )
-    source.add_argument("--text-file", metavar="FILE", type=Path, help="a text file, all of it")
-    parser.add_argument("--dataset-config", metavar="NAME", help="configuration of the data set, such as en")
-    parser.add_argument("--text-field", metavar="NAME", default="text", help="its column; default: text")
-    parser.add_argument(
-        "--sequence-length",
-        type=int,
-        metavar="N",
-        help="tokens per window; default: the context, at most 1024",
-    )
-    parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="windows at once; default: 4")
-    parser.add_argument(
-        "--max-tokens", type=int, default=32_768, metavar="N", help="stop after as many; default: 32768"
-    )
+    _add_text(parser, "default: held-out documentation of the running Python", 32_768)
+    parser.set_defaults(dataset=EMBEDDED)
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the report as JSON")
     parser.add_argument(
         "--plot", metavar="FILE", type=Path, help="also draw sparsity by layer (png, svg, pdf)"
@@ -191,17 +179,10 @@ def _add_measure(commands: Any) -> None:
 def _measure(arguments: argparse.Namespace, _: list[str]) -> int:
     from hf_sparse.measure import measure
 
-    texts: Iterable[str]
-    if arguments.text_file is not None:
-        texts = file_texts(arguments.text_file)
-    else:
-        texts = evaluation_texts(
-            arguments.dataset, config=arguments.dataset_config, text_field=arguments.text_field
-        )
     model, tokenizer = _load(arguments.model)
     report = measure(
         model,
-        texts,
+        _texts(arguments),
         tokenizer=tokenizer,
         sequence_length=arguments.sequence_length,
         batch_size=arguments.batch_size,
@@ -213,6 +194,40 @@ def _measure(arguments: argparse.Namespace, _: list[str]) -> int:
         report.to_json(arguments.json)
     if arguments.plot:
         report.plot(arguments.plot)
+    return 0
+
+
+# ---- tune
+
+
+def _add_tune(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "tune",
+        _tune,
+        "Measure on this machine when skipping is no slower than dense, and keep it for later runs.",
+        "hf-sparse tune ./llama-relu --dataset allenai/c4",
+    )
+    parser.add_argument("model", metavar="MODEL", help="a patched model: a Hub id or a local folder")
+    _add_text(parser, "default: none, and the table is for layers of unknown density", 4096)
+    parser.add_argument("--force", action="store_true", help="measure again what was measured before")
+
+
+def _tune(arguments: argparse.Namespace, _: list[str]) -> int:
+    import hf_sparse
+
+    model, tokenizer = _load(arguments.model)
+    report = hf_sparse.tune(
+        model,
+        _texts(arguments),
+        tokenizer=tokenizer,
+        sequence_length=arguments.sequence_length,
+        batch_size=arguments.batch_size,
+        max_tokens=arguments.max_tokens,
+        force=arguments.force,
+        progress=sys.stderr.isatty(),
+    )
+    print(report)
     return 0
 
 
@@ -314,6 +329,36 @@ def _quickstart(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 
 # ---- shared
+
+
+def _add_text(parser: argparse.ArgumentParser, default: str, max_tokens: int) -> None:
+    """The options that choose a text and say how it goes through the model."""
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--dataset",
+        metavar="ID",
+        help="the validation split, or all where there is none, of a Hub data set or of a local file or "
+        f"folder (json, jsonl, parquet, txt); {default}",
+    )
+    source.add_argument("--text-file", metavar="FILE", type=Path, help="a text file, all of it")
+    parser.add_argument("--dataset-config", metavar="NAME", help="configuration of the data set, such as en")
+    parser.add_argument("--text-field", metavar="NAME", default="text", help="its column; default: text")
+    length = "tokens per window; default: the context, at most 1024"
+    parser.add_argument("--sequence-length", type=int, metavar="N", help=length)
+    parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="windows at once; default: 4")
+    most = f"stop after as many; default: {max_tokens}"
+    parser.add_argument("--max-tokens", type=int, default=max_tokens, metavar="N", help=most)
+
+
+def _texts(arguments: argparse.Namespace) -> Any:
+    """The text that the options of :func:`_add_text` chose, None if they chose none."""
+    if arguments.text_file is not None:
+        return file_texts(arguments.text_file)
+    if arguments.dataset is None:
+        return None
+    return evaluation_texts(
+        arguments.dataset, config=arguments.dataset_config, text_field=arguments.text_field
+    )
 
 
 def _load(name: str) -> tuple[Any, Any]:

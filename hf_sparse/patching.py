@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from hf_sparse import record as records
-from hf_sparse.activations import build_activation
+from hf_sparse.activations import build_activation, kernel_kind
 from hf_sparse.adapters import Block, Skipped, find_blocks
 from hf_sparse.config import ACTIVATIONS, SparsityConfig
 from hf_sparse.errors import PatchError
@@ -45,7 +45,7 @@ def patch(
 
     """
     config = _as_config(config, fields)
-    base = _transformers_model(model)
+    base = transformers_model(model)
     blocks, skipped = find_blocks(base)
     chosen = _choose(base, blocks, skipped, config)
     field, original = _stock_activation(base, blocks)
@@ -69,7 +69,7 @@ def unpatch(model: nn.Module) -> PatchReport:
         PatchError: the model is not patched.
 
     """
-    base = _transformers_model(model)
+    base = transformers_model(model)
     record = records.read(base.config)
     if record is None:
         raise PatchError(f"this {type(base).__name__} is not patched: its config has no hf_sparse block.")
@@ -82,7 +82,7 @@ def unpatch(model: nn.Module) -> PatchReport:
 
 def inspect(model: nn.Module) -> PatchReport:
     """What :func:`patch` would change, or, on a patched model, what is patched. Changes nothing."""
-    base = _transformers_model(model)
+    base = transformers_model(model)
     blocks, skipped = find_blocks(base)
     record = records.read(base.config)
     if record is None:
@@ -103,7 +103,7 @@ def set_mix(model: nn.Module, k: float) -> None:
         ValueError: ``k`` is outside [0, 1].
 
     """
-    base = _transformers_model(model)
+    base = transformers_model(model)
     record = records.read(base.config)
     if record is None:
         raise PatchError(f"set_mix needs a patched model; this {type(base).__name__} is not patched.")
@@ -146,15 +146,16 @@ def patch_from_config(model: PreTrainedModel) -> None:
 
 
 def prepare(model: nn.Module) -> None:
-    """Store the down projections of a patched model neuron-major now, as skipping needs them.
+    """Get a patched model ready to skip: down projections neuron-major, and certificates with ``certify``.
 
     Otherwise the first call that skips does it, block by block. Call it before ``torch.compile``: a compiled
-    graph cannot change its own weights, and runs dense on the stock layout.
+    graph can do neither, and runs dense on the stock layout and without certificates. Call it, too, after
+    changing weights in place through ``.data``: that is the one change that a certificate does not notice.
 
     Raises:
         PatchError: the model is not patched.
     """
-    base = _transformers_model(model)
+    base = transformers_model(model)
     sparse = [module for module in base.modules() if isinstance(module, SparseMLP)]
     if not sparse:
         raise PatchError(f"prepare needs a patched model; this {type(base).__name__} is not patched.")
@@ -180,7 +181,13 @@ def _as_config(config: Any, given: dict[str, Any]) -> SparsityConfig:
     return config
 
 
-def _transformers_model(model: nn.Module) -> PreTrainedModel:
+def transformers_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model that ``model`` is, or that PEFT wrapped.
+
+    Raises:
+        PatchError: there is none.
+
+    """
     unwrap = getattr(model, "get_base_model", None)  # PEFT
     base = unwrap() if callable(unwrap) else model
     if not isinstance(base, PreTrainedModel):
@@ -231,6 +238,14 @@ def _choose(
                 f'activation="drelu" computes the block itself, but {block.name} also has '
                 f'{", ".join(sorted(extra))}; use "relu".'
             )
+        if config.certify and config.activation == "original":
+            original = getattr(block.module, "original_activation", block.activation)
+            if kernel_kind(original) is None:
+                raise PatchError(
+                    f'certify=True with activation="original" needs a model that is sparse as it comes, but '
+                    f"{block.name} has {type(original).__name__}, which is never exactly zero; choose "
+                    'another activation, such as "relu", or leave certify off.'
+                )
         if "forward" in vars(block.module) and not hasattr(block.module, "_hf_hook"):
             raise PatchError(
                 f"the forward of {block.name} was replaced by another tool (Liger's use_liger_kernel does "
@@ -245,9 +260,9 @@ def _sparse_block(block: Block, config: SparsityConfig, index: int) -> SparseMLP
     sparse: SparseMLP
     if block.kind == "gated":
         relu_up = config.activation == "drelu"
-        sparse = SparseGatedMLP(stock, block.roles, activation, relu_up=relu_up)
+        sparse = SparseGatedMLP(stock, block.roles, activation, certify=config.certify, relu_up=relu_up)
     else:
-        sparse = SparsePlainMLP(stock, block.roles, activation)
+        sparse = SparsePlainMLP(stock, block.roles, activation, certify=config.certify)
     sparse.set_mix(config.mix)
     return sparse
 

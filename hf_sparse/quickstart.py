@@ -276,7 +276,7 @@ def _decode_speeds(models: list[Any], context: int, tokens: int, repeats: int = 
 def _skips(block: Block) -> bool:
     """Whether the block skips silent neurons when it decodes one token here."""
     up: Any = block.up_linear
-    return triton_ops.wants_sparse(1, up.weight, "gated" if block.kind == "gated" else "linear")
+    return triton_ops.wants_sparse(1, up.weight, block.kind)
 
 
 def _continue(model: Any, tokenizer: Any, prompt: str, tokens: int = 48) -> str:

@@ -52,4 +52,6 @@ def _activation(config: SparsityConfig) -> str:
         details.append(f"shift {config.shift:g}")
     if config.mix != 1:
         details.append(f"mixed in at {config.mix:g}")
+    if config.certify:
+        details.append("certified")
     return config.activation + (f" ({', '.join(details)})" if details else "")

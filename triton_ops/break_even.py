@@ -1,6 +1,8 @@
 """Up to which density skipping beats dense: conservative defaults, and what :mod:`triton_ops.tune` measured.
 
 Density is the share of active neurons. A break-even of 1.0 says that skipping is never slower than dense.
+That of a certified call says up to which density the certificate is worth its bytes: no slower than dense,
+nor than skipping without it.
 """
 
 from __future__ import annotations
@@ -39,25 +41,43 @@ class Default:
     linear: tuple[float, ...]
     """The same of ``sparse_linear``."""
 
+    certified: tuple[float, ...] = ()
+    """Density up to which a certificate makes an MLP faster still, for 1 token; none: no use for one."""
 
-# Conservative, from one two-core AVX-512 machine at the shape of Llama-3.2-1B; `python -m triton_ops.tune`
-# measures yours. In float32 the gated limit above one token rests on runs with one thread. The bfloat16
-# densities of linear above one token are estimates on the low side.
+
+# Conservative, from one two-core AVX-512 machine at the shape of Llama-3.2-1B, the lower of one and two
+# threads; `python -m triton_ops.tune` measures yours. The bfloat16 densities of linear above two tokens are
+# estimates on the low side. A certificate is one byte per weight and leaves more rows to read than are
+# active; it pays while those are fewer than about half of a 2-byte gate.
 DEFAULTS: dict[tuple[str, torch.dtype], Default] = {
     ("cpp", torch.bfloat16): Default(
-        min_bytes=1 << 20, gated=(1.0, 0.8), plain=(1.0,), linear=(1.0, 1.0, 0.5, 0.3, 0.3, 0.2, 0.2, 0.2)
+        min_bytes=1 << 20,
+        gated=(1.0, 1.0, 0.5, 0.5),
+        plain=(1.0, 1.0, 0.5, 0.5),
+        linear=(1.0, 1.0, 0.5, 0.3, 0.3, 0.2, 0.2, 0.2),
+        certified=(0.2,),
     ),
-    ("cpp", torch.float32): Default(min_bytes=4 << 20, gated=(1.0,) * 4, plain=(1.0,), linear=(1.0,) * 8),
+    # Dense float16 decodes close to the speed of memory.
+    ("cpp", torch.float16): Default(
+        min_bytes=4 << 20, gated=(0.75, 1.0, 1.0, 1.0), plain=(1.0,) * 4, linear=(1.0,) * 4, certified=(0.2,)
+    ),
+    ("cpp", torch.float32): Default(
+        min_bytes=4 << 20, gated=(1.0,) * 4, plain=(1.0,) * 4, linear=(1.0,) * 8, certified=(0.3,)
+    ),
     ("torch", torch.bfloat16): Default(min_bytes=16 << 20, gated=(1.0,), plain=(1.0,), linear=(1.0,)),
     ("torch", torch.float32): Default(min_bytes=16 << 20, gated=(1.0,), plain=(1.0,), linear=(1.0,)),
 }
 
 
-def default(backend: str, dtype: torch.dtype, weight_bytes: int, kind: Kind) -> tuple[float, ...]:
+def default(
+    backend: str, dtype: torch.dtype, weight_bytes: int, kind: Kind, certified: bool = False
+) -> tuple[float, ...]:
     """The built-in break-even densities for 1, 2, … tokens; none where it is not worth it."""
     found = DEFAULTS.get((backend, dtype))
     if found is None or weight_bytes < found.min_bytes:
         return ()
+    if certified:
+        return found.certified
     return {"gated": found.gated, "plain": found.plain, "linear": found.linear}[kind]
 
 

@@ -71,6 +71,18 @@ def certify(weight: Tensor) -> Certificate:
     return Certificate(rows, bounds)
 
 
+def weight_stamp(weight: Tensor) -> tuple[int, int]:
+    """The version counter and the address of ``weight``: one of them changes when the weight does.
+
+    Not seen are changes in place through ``weight.data``, for which torch counts no version.
+
+    Raises:
+        RuntimeError: ``weight`` is an inference tensor, which has no version counter.
+
+    """
+    return weight._version, weight.data_ptr()
+
+
 def _certify(w: Tensor) -> tuple[Tensor, Tensor]:
     finite = w.isfinite().all(1, keepdim=True)
     w = torch.where(finite, w, 0.0)

@@ -1,11 +1,19 @@
-"""Triton kernels for few tokens: silent neurons are masked out of the loads, nothing is compacted.
+"""The Triton backend, and its kernel for one token; :mod:`triton_ops.batch` has the one for several.
 
-Three launches on a static grid: h (gate, activation test, up rows of active neurons), the down product into
-partial outputs, their sum in fixed order. There are no atomics, no host synchronisation and no sizes that
-depend on data, so the result is deterministic and can be captured in a CUDA graph.
+Three launches on a static grid: h (gate, activation test, up rows of active neurons), and the two of
+:mod:`triton_ops.triton_down`. There are no atomics, no host synchronisation and no sizes that depend on data,
+so the result is deterministic and can be captured in a CUDA graph.
 
-Shapes: T tokens, D hidden size, F neurons, S splits of the neurons. Weights are neuron-major: one row of D
-elements per neuron.
+The boundary is at two tokens. One token needs no more than a product and a sum per weight. For several,
+tensor cores pad to 16 and are still idle most of the time, since memory is the limit, and their loads are
+pipelined; the same on ordinary cores would need tiles of tokens, rows and columns, whose layouts are
+converted through shared memory.
+
+With a certificate (:mod:`triton_ops.certificate`), a program first reads its neurons as int8 and goes on with
+those that are not proven silent. What it then computes of a neuron is the same code with the same tiles, so
+the same bits.
+
+Shapes: D hidden size, F neurons. Weights are neuron-major: one row of D elements per neuron.
 """
 
 # The parameters of a kernel are pointers, scalars and constexprs of Triton's own.
@@ -18,38 +26,127 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_TOKENS = 8
+from triton_ops import batch, triton_launch
+from triton_ops.mlp import MLP
+from triton_ops.triton_down import down, interpreted, pick
+from triton_ops.triton_numerics import ACTIVATIONS, DRELU, activate, add_bias, is_silent, round_to
+
+FOLD = tl.constexpr(16)  # int8 elements in one load of a lane
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-ACTIVATIONS = ("relu", "relu2", "jsrelu", "shifted_relu", "fatrelu", "drelu")
-
-RELU2, JSRELU, SHIFTED, FAT, DRELU = (tl.constexpr(i) for i in range(1, 6))  # their places in ACTIVATIONS
 
 
 @triton.jit
-def _round(v, dtype: tl.constexpr):
-    # Where the dense computation rounds to the dtype of the model, so that both select the same neurons.
-    # Spelt out for bfloat16, because Triton's interpreter truncates.
-    if dtype == tl.bfloat16:
-        bits = v.to(tl.int32, bitcast=True)
-        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-        return tl.where(v != v, v, nearest.to(tl.float32, bitcast=True))
-    else:  # noqa: RET505 (a constexpr branch must stay one)
-        return v.to(dtype).to(tl.float32)
-
-
-@triton.jit
-def _dot_rows(
-    x_ptr, rows_ptr, row_mask, D, T, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    # [BLOCK_T, BLOCK_F]: tokens times the rows that start at rows_ptr [BLOCK_F]; masked rows are not read.
-    t = tl.arange(0, BLOCK_T)
-    acc = tl.zeros([BLOCK_T, BLOCK_F], tl.float32)
+def _dot_rows(x_ptr, rows_ptr, mask, D, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr):
+    # [BLOCK_F]: x times the rows that start at rows_ptr [BLOCK_F]; masked rows are not read.
+    acc = tl.zeros([BLOCK_F, BLOCK_D], tl.float32)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        x = tl.load(x_ptr + t[:, None] * D + d[None, :], mask=(t < T)[:, None] & (d < D)[None, :], other=0.0)
-        w = tl.load(rows_ptr[:, None] + d[None, :], mask=row_mask[:, None] & (d < D)[None, :], other=0.0)
-        acc += tl.sum(x.to(tl.float32)[:, None, :] * w.to(tl.float32)[None, :, :], axis=2)
-    return acc
+        in_d = d < D
+        w = tl.load(
+            rows_ptr[:, None] + d[None, :],
+            mask=mask[:, None] & in_d[None, :],
+            other=0.0,
+            eviction_policy="evict_first",
+        )
+        x = tl.load(x_ptr + d, mask=in_d, other=0.0, eviction_policy="evict_last")
+        # Explicitly fused: the compiler may fuse in one variant of the kernel and not in another.
+        acc = tl.fma(w.to(tl.float32), x.to(tl.float32)[None, :], acc)
+    return tl.sum(acc, axis=1)
+
+
+@triton.jit
+def _neurons(
+    x_ptr,
+    gate_ptr,
+    up_ptr,
+    gate_bias_ptr,
+    up_bias_ptr,
+    h_ptr,
+    f,
+    mask,
+    D,
+    gate_stride,
+    up_stride,
+    threshold,
+    KIND: tl.constexpr,
+    GATED: tl.constexpr,
+    GATE_BIAS: tl.constexpr,
+    UP_BIAS: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # Writes h of the neurons f [BLOCK_F].
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    p = _dot_rows(x_ptr, gate_ptr + f * gate_stride, mask, D, BLOCK_F, BLOCK_D)
+    p = add_bias(p, gate_bias_ptr, f, mask, GATE_BIAS, dtype)
+    active = mask & (is_silent(p, threshold, KIND, dtype) == 0)
+    h = activate(p, threshold, KIND, dtype)
+    if GATED:
+        u = tl.zeros([BLOCK_F], tl.float32)
+        if tl.max(active.to(tl.int32), axis=0) > 0:
+            u = _dot_rows(x_ptr, up_ptr + f * up_stride, active, D, BLOCK_F, BLOCK_D)
+        u = add_bias(u, up_bias_ptr, f, active, UP_BIAS, dtype)
+        if KIND == DRELU:
+            active = active & ((u <= 0.0) == 0)
+        h = round_to(h * u, dtype)
+    tl.store(h_ptr + f, tl.where(active, h, 0.0).to(dtype), mask=mask)
+
+
+@triton.jit
+def _upper_bound(
+    x_ptr,
+    q_ptr,
+    bounds_ptr,
+    f,
+    in_f,
+    D,
+    gate_error,
+    own_error,
+    underflow,
+    OWNED: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+):
+    # B of triton_ops.certificate, with k = x, z = 1, e = 0: no less than what _dot_rows computes for the
+    # neurons f [OWNED]; infinity or NaN where that cannot be said. u is 2**-24, g stands for gate_error, o
+    # for own_error.
+    acc = tl.zeros([OWNED, BLOCK_Q // FOLD], tl.float32)
+    squares = tl.zeros([BLOCK_Q // FOLD], tl.float32)
+    for start in range(0, D, BLOCK_Q):
+        d = start + tl.arange(0, BLOCK_Q)
+        in_d = d < D
+        q = tl.load(
+            q_ptr + f[:, None] * D + d[None, :],
+            mask=in_f[:, None] & in_d[None, :],
+            other=0,
+            eviction_policy="evict_first",
+        )
+        x = tl.load(x_ptr + d, mask=in_d, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        # The FOLD products of a lane are added at once: registers are for loads under way, not for partial
+        # sums.
+        acc += tl.sum(tl.reshape(q.to(tl.float32) * x[None, :], [OWNED, BLOCK_Q // FOLD, FOLD]), axis=2)
+        squares += tl.sum(tl.reshape(x * x, [BLOCK_Q // FOLD, FOLD]), axis=1)
+    qx = tl.sum(acc, axis=1)
+    square = tl.sum(squares, axis=0)
+    s = tl.load(bounds_ptr + f * 3, mask=in_f, other=0.0)
+    r = tl.load(bounds_ptr + f * 3 + 1, mask=in_f, other=float("inf"))
+    m = tl.load(bounds_ptr + f * 3 + 2, mask=in_f, other=float("inf"))
+
+    # An upper bound of the norm of x. The computed square is at least (1 - o) times the true one, less what
+    # underflow takes, under 2**-125 per element; underflow / 16 is twice that. 1 / (1 - o) <= 1 + 2 o. The
+    # last factor is for the roundings of this line, four, and the square root, good to 2**-22. Overflow gives
+    # infinity.
+    norm = tl.sqrt((square + underflow * 0.0625) * (1.0 + 2.0 * own_error)) * (1.0 + 2.0**-19)
+    # So that _dot_rows cannot overflow. Neither can qx, at most 127 sqrt(D) ‖x‖, as ‖x‖ < 2**64 if it is
+    # finite.
+    norm = tl.where(m * norm < 2.0**125, norm, float("inf"))
+
+    # w·x <= s (q·x) + r ‖x‖; q·x is computed to o ‖q‖ ‖x‖, where s ‖q‖ <= m + r; the gate's product to g m
+    # ‖x‖. All terms are positive, so each of the seven operations loses at most a factor 1 - u: 1 + 2**-18 is
+    # ample.
+    spread = (r + own_error * (m + r) + gate_error * m) * norm * (1.0 + 2.0**-18)
+    # s times qx is rounded once, the sum below once: 2 u of their size, where 2**-21 is 8 u.
+    middle = s * qx
+    return middle + (tl.abs(middle) * 2.0**-21 + spread + underflow * (1.0 + m + norm))
 
 
 @triton.jit
@@ -59,113 +156,89 @@ def _hidden_kernel(
     up_ptr,
     gate_bias_ptr,
     up_bias_ptr,
+    q_ptr,
+    bounds_ptr,
     h_ptr,
-    T,
     D,
     F,
     gate_stride,
     up_stride,
     threshold,
+    gate_error,
+    own_error,
+    underflow,
     KIND: tl.constexpr,
+    GATED: tl.constexpr,
     GATE_BIAS: tl.constexpr,
     UP_BIAS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    CERTIFIED: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    OWNED: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
 ):
-    # h_TF of one block of neurons.
+    # h_F of OWNED neurons.
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    f = tl.program_id(0).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
-    t = tl.arange(0, BLOCK_T)
+    first = tl.program_id(0).to(tl.int64) * OWNED
+    f = first + tl.arange(0, OWNED)
     in_f = f < F
-    valid = (t < T)[:, None] & in_f[None, :]
-    p = _dot_rows(x_ptr, gate_ptr + f * gate_stride, in_f, D, T, BLOCK_T, BLOCK_F, BLOCK_D)
-    if GATE_BIAS:
-        p += tl.load(gate_bias_ptr + f, mask=in_f, other=0.0).to(tl.float32)[None, :]
-    p = _round(p, dtype)
-    # Written so that NaN counts as active.
-    if KIND == FAT:
-        silent = p < threshold
+    if CERTIFIED:
+        bound = _upper_bound(
+            x_ptr, q_ptr, bounds_ptr, f, in_f, D, gate_error, own_error, underflow, OWNED, BLOCK_Q
+        )
+        # From here the operations of _neurons, all monotone: if the bound is silent, so is what it bounds.
+        bound = add_bias(bound, gate_bias_ptr, f, in_f, GATE_BIAS, dtype)
+        silent = is_silent(bound, threshold, KIND, dtype)
+        tl.store(h_ptr + f, tl.zeros([OWNED], tl.float32).to(dtype), mask=in_f & silent)
+        open = in_f & (silent == 0)
+        count = tl.sum(open.to(tl.int32), axis=0)
+        for start in range(0, count, BLOCK_F):
+            _neurons(
+                x_ptr,
+                gate_ptr,
+                up_ptr,
+                gate_bias_ptr,
+                up_bias_ptr,
+                h_ptr,
+                first + pick(open, start, BLOCK_F, OWNED),
+                start + tl.arange(0, BLOCK_F) < count,
+                D,
+                gate_stride,
+                up_stride,
+                threshold,
+                KIND,
+                GATED,
+                GATE_BIAS,
+                UP_BIAS,
+                BLOCK_F,
+                BLOCK_D,
+            )
     else:
-        silent = p <= threshold
-    active = valid & (silent == 0)
-    if KIND == RELU2:
-        a = p * p
-    elif KIND == JSRELU:
-        a = p + 0.5 * _round(p * p, dtype)
-    elif KIND == SHIFTED:
-        a = p - threshold
-    else:
-        a = p
-    a = _round(a, dtype)
-    wanted = tl.max(active.to(tl.int32), axis=0) > 0
-    u = _dot_rows(x_ptr, up_ptr + f * up_stride, wanted, D, T, BLOCK_T, BLOCK_F, BLOCK_D)
-    if UP_BIAS:
-        u += tl.load(up_bias_ptr + f, mask=wanted, other=0.0).to(tl.float32)[None, :]
-    u = _round(u, dtype)
-    if KIND == DRELU:
-        active = active & ((u <= 0.0) == 0)
-    h = tl.where(active, _round(a * u, dtype), 0.0)
-    tl.store(h_ptr + t[:, None] * F + f[None, :], h, mask=valid)
-
-
-@triton.jit
-def _down_kernel(
-    h_ptr,
-    down_ptr,
-    partial_ptr,
-    T,
-    D,
-    F,
-    down_stride,
-    split_size,
-    BLOCK_T: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    # partial_STD of one block of columns and one split of the neurons.
-    split = tl.program_id(1)
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    t = tl.arange(0, BLOCK_T)
-    in_d = d < D
-    acc = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-    for start in range(0, split_size, BLOCK_F):
-        within = start + tl.arange(0, BLOCK_F)
-        f = split.to(tl.int64) * split_size + within
-        in_f = (f < F) & (within < split_size)
-        h = tl.load(h_ptr + t[:, None] * F + f[None, :], mask=(t < T)[:, None] & in_f[None, :], other=0.0)
-        h = h.to(tl.float32)
-        wanted = tl.max((h != 0.0).to(tl.int32), axis=0) > 0
-        w = tl.load(
-            down_ptr + f[:, None] * down_stride + d[None, :],
-            mask=wanted[:, None] & in_d[None, :],
-            other=0.0,
-        ).to(tl.float32)
-        # A row that another token wants must not turn 0 * inf into NaN here.
-        acc += tl.sum(tl.where(h[:, :, None] != 0.0, h[:, :, None] * w[None, :, :], 0.0), axis=1)
-    out = partial_ptr + (split.to(tl.int64) * T + t[:, None]) * D + d[None, :]
-    tl.store(out, acc, mask=(t < T)[:, None] & in_d[None, :])
-
-
-@triton.jit
-def _reduce_kernel(
-    partial_ptr, bias_ptr, y_ptr, T, D, SPLITS: tl.constexpr, BIAS: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    # y_TD of one token and one block of columns, in y's dtype.
-    t = tl.program_id(1)
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    acc = tl.zeros([BLOCK_D], tl.float32)
-    for s in range(SPLITS):
-        acc += tl.load(partial_ptr + (tl.full([], s, tl.int64) * T + t) * D + d, mask=d < D, other=0.0)
-    if BIAS:
-        acc += tl.load(bias_ptr + d, mask=d < D, other=0.0).to(tl.float32)
-    dtype: tl.constexpr = y_ptr.dtype.element_ty
-    tl.store(y_ptr + t.to(tl.int64) * D + d, _round(acc, dtype).to(dtype), mask=d < D)
+        _neurons(
+            x_ptr,
+            gate_ptr,
+            up_ptr,
+            gate_bias_ptr,
+            up_bias_ptr,
+            h_ptr,
+            f,
+            in_f,
+            D,
+            gate_stride,
+            up_stride,
+            threshold,
+            KIND,
+            GATED,
+            GATE_BIAS,
+            UP_BIAS,
+            BLOCK_F,
+            BLOCK_D,
+        )
 
 
 def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this path cannot run on ``device`` with ``dtype``; None if it can."""
-    if device.type == "cpu" and isinstance(_down_kernel, triton.JITFunction):
+    if device.type == "cpu" and not interpreted():
         return (
             "Triton compiles for GPUs and the tensors are on the CPU "
             "(TRITON_INTERPRET=1, set before Python starts, runs the kernels in its interpreter)"
@@ -175,89 +248,79 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
     return None if dtype in DTYPES else f"it has no kernel for {dtype}"
 
 
-def gated_mlp(
-    x: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    down: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    activation: str,
-    threshold: float,
-) -> Tensor:
-    """``x [T, D]`` to ``[T, D]``; ``down [D, F]`` neuron-major."""
-    gate, up = (w if w.stride(1) == 1 else w.contiguous() for w in (gate, up))
-    neurons, hidden = gate.shape
-    parts = []
-    for part in x.contiguous().split(MAX_TOKENS):
-        tokens = part.shape[0]
-        block_t = triton.next_power_of_2(tokens)
-        block_d = min(max(1024 // block_t, 16), max(triton.next_power_of_2(hidden), 16))
-        h = torch.empty(tokens, neurons, dtype=torch.float32, device=x.device)
-        _hidden_kernel[(triton.cdiv(neurons, 8),)](
-            part,
-            gate,
-            up,
-            gate_bias if gate_bias is None else gate_bias.contiguous(),
-            up_bias if up_bias is None else up_bias.contiguous(),
-            h,
-            tokens,
-            hidden,
-            neurons,
-            gate.stride(0),
-            up.stride(0),
-            # As in a dense comparison, the threshold counts in the dtype of the model.
-            torch.tensor(threshold, dtype=x.dtype).item(),
-            KIND=ACTIVATIONS.index(activation),
-            GATE_BIAS=gate_bias is not None,
-            UP_BIAS=up_bias is not None,
-            BLOCK_T=block_t,
-            BLOCK_F=8,
-            BLOCK_D=block_d,
+def mlp(x: Tensor, mlp: MLP) -> Tensor:
+    """The block of ``mlp`` for ``x [T, D]``, T at least 1, of any strides; returns ``[T, D]``, contiguous.
+
+    The certificate counts for one token; with several the union of active neurons is too large for it to pay.
+    ``mlp.down`` is neuron-major. A gate or up projection whose rows are not contiguous is copied at every
+    call.
+    """
+    with torch.cuda.device_of(x):
+        block = mlp._replace(
+            gate=_with_rows(mlp.gate),
+            up=None if mlp.up is None else _with_rows(mlp.up),
+            gate_bias=_contiguous(mlp.gate_bias),
+            up_bias=_contiguous(mlp.up_bias),
         )
-        parts.append(_down(h, down, down_bias, x.dtype))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+        h = (_hidden if x.shape[0] == 1 else batch.hidden)(x.contiguous(), block)
+        return down(h, mlp.down, _contiguous(mlp.down_bias))
 
 
 def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``h [T, F]`` to ``[T, D]``; ``weight [D, F]`` neuron-major."""
-    parts = [_down(part, weight, bias, h.dtype) for part in h.contiguous().split(MAX_TOKENS)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    """``h [T, F]`` to ``[T, D]``, T at least 1; ``weight [D, F]`` neuron-major."""
+    with torch.cuda.device_of(h):
+        return down(h.contiguous(), weight, _contiguous(bias))
 
 
-def _down(h: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    tokens, neurons = h.shape
-    hidden = weight.shape[0]
-    block_t = triton.next_power_of_2(tokens)
-    block_f = 16
-    block_d = min(max(512 // block_t, 64), max(triton.next_power_of_2(hidden), 16))
-    splits = max(1, min(64, neurons // 128))
-    split_size = triton.cdiv(neurons, splits)
-    partial = torch.empty(splits, tokens, hidden, dtype=torch.float32, device=h.device)
-    y = torch.empty(tokens, hidden, dtype=dtype, device=h.device)
-    grid = (triton.cdiv(hidden, block_d), splits)
-    _down_kernel[grid](
+def _hidden(x: Tensor, mlp: MLP) -> Tensor:
+    """The hidden layer ``[1, F]``, dtype of ``x``, of one contiguous token ``x [1, D]``."""
+    neurons, hidden = mlp.gate.shape
+    certified = mlp.certificate is not None
+    q, bounds = (None, None) if mlp.certificate is None else (t.contiguous() for t in mlp.certificate)
+    tile = triton_launch.hidden_one(hidden, x.dtype, certified=certified)
+    h = torch.empty(1, neurons, dtype=x.dtype, device=x.device)
+    _hidden_kernel[(triton.cdiv(neurons, tile.OWNED),)](
+        x,
+        mlp.gate,
+        mlp.up,
+        mlp.gate_bias,
+        mlp.up_bias,
+        q,
+        bounds,
         h,
-        weight,
-        partial,
-        tokens,
         hidden,
         neurons,
-        weight.stride(1),
-        split_size,
-        BLOCK_T=block_t,
-        BLOCK_F=block_f,
-        BLOCK_D=block_d,
+        mlp.gate.stride(0),
+        0 if mlp.up is None else mlp.up.stride(0),
+        mlp.threshold,
+        _relative_error(hidden, tile.BLOCK_D),
+        _relative_error(hidden, tile.BLOCK_Q),
+        # Underflow, as the certificate's docstring has it; a factor 1 + ‖w‖ + ‖x‖ is still to come.
+        hidden * 2.0**-120,
+        KIND=ACTIVATIONS.index(mlp.activation),
+        GATED=mlp.up is not None,
+        GATE_BIAS=mlp.gate_bias is not None,
+        UP_BIAS=mlp.up_bias is not None,
+        CERTIFIED=certified,
+        **tile._asdict(),
     )
-    _reduce_kernel[(grid[0], tokens)](
-        partial,
-        bias if bias is None else bias.contiguous(),
-        y,
-        tokens,
-        hidden,
-        SPLITS=splits,
-        BIAS=bias is not None,
-        BLOCK_D=block_d,
-    )
-    return y
+    return h
+
+
+def _relative_error(hidden: int, width: int) -> float:
+    """The g of the certificate's docstring for a dot product of ``hidden`` elements in tiles of ``width``.
+
+    A product meets one rounding of its own if it is not fused, one per tile in its lane, and fewer than
+    ``width`` when the lanes are added, in whatever order that is. Rounded up, for it becomes a float32.
+    """
+    roundings = 1 + triton.cdiv(hidden, width) + width
+    error = roundings * 2.0**-24
+    return error / (1 - error) * (1 + 2.0**-20)
+
+
+def _with_rows(weight: Tensor) -> Tensor:
+    return weight if weight.stride(1) == 1 else weight.contiguous()
+
+
+def _contiguous(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.contiguous()

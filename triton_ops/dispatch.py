@@ -27,6 +27,8 @@ BACKENDS = ("auto", "dense", "torch", "cpp", "triton")
 # By device, the best first. On GPUs a cuBLAS product is hard to beat without a CUDA graph, so there Triton is
 # chosen only where a measurement says so.
 AUTOMATIC = {"cpu": ("cpp", "torch"), "cuda": ("triton",)}
+CERTIFYING = ("cpp", "triton")
+"""The backends that make use of a certificate."""
 ENVIRONMENT = "HF_SPARSE_BACKEND"
 
 _forced: ContextVar[str | None] = ContextVar("hf_sparse_backend", default=None)
@@ -95,16 +97,17 @@ def wants_sparse(
 
     Args:
         tokens: in this call, over all leading dimensions.
-        weight: the gate, or the up projection of a plain MLP, ``[F, D]``; its device, dtype and shape count, not its values.
-            Under ``torch.compile`` its shape must be static, as that of a module's parameter is.
+        weight: the gate, or the up projection of a plain MLP, ``[F, D]``; its device, dtype and shape count,
+            not its values. Under ``torch.compile`` its shape must be static, as a module's parameter has it.
         kind: the operator: ``"gated"`` (:func:`gated_mlp`), ``"plain"`` (:func:`plain_mlp`) or ``"linear"``
             (:func:`sparse_linear`).
-        certified: whether the call would pass a certificate.
+        certified: ask whether to pass a certificate.
         density: the share of neurons that are active for a token on average, if that is known.
 
     Returns:
         False if ``"dense"`` is forced, True if another backend is forced; else whether some backend has been
-        measured to be no slower than dense here. False under autocast, which the operators leave to torch.
+        measured to be no slower than dense here (``certified``: nor than skipping without the certificate).
+        False under autocast, which the operators leave to torch.
 
     """
     device, (neurons, hidden) = weight.device.type, weight.shape
@@ -127,9 +130,10 @@ def choose(
     name = forced_backend()
     if name != "auto":
         return name
-    name, break_even = best(device, dtype, hidden, neurons, kind, certified)
-    # break_even[i] belongs to i + 1 tokens.
-    return name if 0 < tokens <= len(break_even) and density <= break_even[tokens - 1] else "dense"
+    name, limits = best(device, dtype, hidden, neurons, kind, certified)
+    # limits[i] belongs to i + 1 tokens; 0 means that skipping never wins there.
+    wins = 0 < tokens <= len(limits) and limits[tokens - 1] > 0 and density <= limits[tokens - 1]
+    return name if wins else "dense"
 
 
 @torch.compiler.assume_constant_result
@@ -151,12 +155,14 @@ def _best(
 ) -> tuple[str, tuple[float, ...]]:
     weight_bytes = MATRICES[kind] * hidden * neurons * dtype.itemsize
     for name in AUTOMATIC.get(device, ()):
-        limit = break_even.measured(name, device, dtype, hidden, neurons, kind, certified)
-        if limit is None:
-            limit = break_even.default(name, dtype, weight_bytes, kind)
-        # In this order: asking a path whether it is usable may build it, which small models never need.
-        if limit and path(name).unusable(torch.device(device), dtype) is None:
-            return name, limit
+        limits = break_even.measured(name, device, dtype, hidden, neurons, kind, certified)
+        measured = limits is not None
+        if limits is None:
+            limits = break_even.default(name, dtype, weight_bytes, kind, certified)
+        # In this order: asking a path whether it is usable may build it, which small models never need. A
+        # measurement counts also when it says "never": no other backend has been measured to do better.
+        if (limits or measured) and path(name).unusable(torch.device(device), dtype) is None:
+            return name, limits
     return "dense", ()
 
 
@@ -168,7 +174,10 @@ def select(tokens: int, weight: Tensor, kind: Kind, certified: bool = False) -> 
 
     """
     neurons, hidden = weight.shape
-    name = choose(tokens, weight.device.type, weight.dtype, hidden, neurons, kind, certified, density=0.0)
+    sizes = tokens, weight.device.type, weight.dtype, hidden, neurons, kind
+    name = choose(*sizes, certified, density=0.0)
+    if name == "dense" and certified:  # a certificate may be given where it is of no use
+        name = choose(*sizes, density=0.0)
     if name == "dense":
         return None
     found = path(name)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from triton_ops import dispatch, reference
-from triton_ops.certificate import Certificate
+from triton_ops.certificate import Certificate, weight_stamp
 from triton_ops.layout import is_neuron_major
 from triton_ops.mlp import MLP
 
@@ -22,12 +22,12 @@ _LIB = torch.library.Library("hf_sparse", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 _LIB.define(
     "gated_mlp(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor? gate_bias, Tensor? up_bias, "
-    "Tensor? down_bias, Tensor? q, Tensor? bounds, str activation, float threshold) -> Tensor",
+    "Tensor? down_bias, Tensor? q, Tensor? bounds, int[]? stamp, str activation, float threshold) -> Tensor",
     tags=_TAGS,
 )
 _LIB.define(
     "plain_mlp(Tensor x, Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias, Tensor? q, Tensor? bounds, "
-    "str activation, float threshold) -> Tensor",
+    "int[]? stamp, str activation, float threshold) -> Tensor",
     tags=_TAGS,
 )
 _LIB.define("sparse_linear(Tensor h, Tensor weight, Tensor? bias) -> Tensor", tags=_TAGS)
@@ -45,6 +45,7 @@ def gated_mlp(
     activation: str,
     threshold: float = 0.0,
     certificate: Certificate | None = None,
+    stamp: tuple[int, int] | None = None,
 ) -> Tensor:
     """The gated MLP ``down(act(gate(x)) * up(x))``, without touching what silent neurons own.
 
@@ -60,6 +61,8 @@ def gated_mlp(
         threshold: of ``"shifted_relu"`` and ``"fatrelu"``, in units of the pre-activation.
         certificate: of ``gate`` as it is now (:func:`certify`). Backends that can use it then read only the gate rows
             of neurons that may be active. The result is the same, bit for bit.
+        stamp: :func:`triton_ops.certificate.weight_stamp` of ``gate`` when it was certified. If it is another
+            one when the operator runs, also in a compiled graph, the certificate is out of date and ignored.
 
     Returns:
         ``[..., D]``, the dtype of ``x``, contiguous.
@@ -76,7 +79,7 @@ def gated_mlp(
         )
     q, bounds = certificate or (None, None)
     return torch.ops.hf_sparse.gated_mlp.default(
-        x, gate, up, down, gate_bias, up_bias, down_bias, q, bounds, activation, threshold
+        x, gate, up, down, gate_bias, up_bias, down_bias, q, bounds, stamp, activation, threshold
     )
 
 
@@ -90,6 +93,7 @@ def plain_mlp(
     activation: str,
     threshold: float = 0.0,
     certificate: Certificate | None = None,
+    stamp: tuple[int, int] | None = None,
 ) -> Tensor:
     """The plain MLP ``down(act(up(x)))``, without touching the down weights of silent neurons.
 
@@ -103,7 +107,7 @@ def plain_mlp(
         )
     q, bounds = certificate or (None, None)
     return torch.ops.hf_sparse.plain_mlp.default(
-        x, up, down, up_bias, down_bias, q, bounds, activation, threshold
+        x, up, down, up_bias, down_bias, q, bounds, stamp, activation, threshold
     )
 
 
@@ -182,8 +186,10 @@ def _check_input(name: str, x: Tensor, weight: Tensor, weight_name: str) -> None
         raise ValueError(f"{name} is {x.dtype}; expected a floating dtype.")
 
 
-def _mlp(x: Tensor, mlp: MLP) -> Tensor:
+def _mlp(x: Tensor, mlp: MLP, stamp: list[int] | None) -> Tensor:
     _check_mlp(x, mlp)
+    if mlp.certificate is not None and stamp is not None and tuple(stamp) != weight_stamp(mlp.gate):
+        mlp = mlp._replace(certificate=None)
     neurons, hidden = mlp.gate.shape
     tokens = x.numel() // hidden if hidden else 0
     certified = mlp.certificate is not None
@@ -203,11 +209,11 @@ def _dense(x: Tensor, mlp: MLP) -> Tensor:
 
 
 def _gated_mlp(x: Tensor, *args: Any) -> Tensor:
-    return _mlp(x, _gated(*args))
+    return _mlp(x, _gated(*args), args[8])
 
 
 def _plain_mlp(x: Tensor, *args: Any) -> Tensor:
-    return _mlp(x, _plain(*args))
+    return _mlp(x, _plain(*args), args[6])
 
 
 def _gated(
@@ -219,6 +225,7 @@ def _gated(
     down_bias: Tensor | None,
     q: Tensor | None,
     bounds: Tensor | None,
+    stamp: list[int] | None,
     activation: str,
     threshold: float,
 ) -> MLP:
@@ -234,6 +241,7 @@ def _plain(
     down_bias: Tensor | None,
     q: Tensor | None,
     bounds: Tensor | None,
+    stamp: list[int] | None,
     activation: str,
     threshold: float,
 ) -> MLP:
@@ -301,7 +309,7 @@ def _gated_mlp_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         _rows(grad_p).sum(0) if need[4] else None,
         _rows(grad_u).sum(0) if need[5] else None,
         _rows(grad).sum(0) if need[6] else None,
-        *[None] * 4,
+        *[None] * 5,
     )
 
 
@@ -322,7 +330,7 @@ def _plain_mlp_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         _rows(grad).t() @ _rows(a) if need[2] else None,
         _rows(grad_p).sum(0) if need[3] else None,
         _rows(grad).sum(0) if need[4] else None,
-        *[None] * 4,
+        *[None] * 5,
     )
 
 

@@ -1,25 +1,33 @@
 """Measures, on this machine, up to which density skipping beats dense, and keeps it for the dispatch.
 
 ``python -m triton_ops.tune --hidden 2048 --neurons 8192 --dtype bfloat16`` prints a table and stores the
-result; :func:`measure` does the same from Python.
+result; :func:`measure` does the same from Python, and ``hf_sparse.tune`` for all layers of a model.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from triton_ops import break_even, dispatch, reference
+from triton_ops.break_even import MATRICES, Kind
+from triton_ops.certificate import Certificate, certify
 from triton_ops.layout import neuron_major_
-from triton_ops.ops import gated_mlp, sparse_linear
+from triton_ops.ops import gated_mlp, plain_mlp, sparse_linear
 
+TOKENS = (1, 2, 4, 8, 16, 32)
 DENSITIES = (1.0, 0.75, 0.5, 0.3, 0.2, 0.1, 0.05)
-COLD_BYTES = 128 << 20  # weights that calls cycle through, more than a cache holds
+NO_SLOWER = 0.97
+"""Skipping that takes up to ``1 / 0.97`` of the time of dense counts as no slower: clocks tell no better."""
+HOPELESS = 3.0  # times the dense time: measured twice and no more
+COLD_BYTES = 128 << 20  # of weights that calls cycle through, more than a cache holds …
+COLD_DECIDING_BYTES = 64 << 20  # … and of those that every call reads, however sparse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,38 +38,60 @@ class Measurement:
     hidden: int
     neurons: int
     dtype: torch.dtype
-    gated: bool
+    kind: Kind
+    certified: bool = False
     dense_ms: dict[int, float]
     """By tokens."""
     sparse_ms: dict[int, dict[float, float]]
-    """By tokens, then by density of independent tokens."""
+    """By tokens, then by density of independent tokens; with the certificate if ``certified``."""
+    uncertified_ms: dict[int, dict[float, float]] = field(default_factory=dict)
+    """If ``certified``: skipping without the certificate, which it must not be slower than either."""
 
     @property
-    def density(self) -> tuple[float, ...]:
-        """For 1, 2, … tokens, the largest density at which, and below which, skipping was no slower."""
+    def break_even(self) -> tuple[float, ...]:
+        """For 1, 2, … tokens, the largest density at which, and below which, skipping was no slower.
+
+        0 where it never was. A count between two measured ones has the smaller of their break-evens; above
+        the last one nothing was measured, and there is none.
+        """
+        counts = sorted(self.dense_ms)
+        measured = {tokens: self._break_even(tokens) for tokens in counts}
         found = []
-        for tokens, dense in self.dense_ms.items():
-            best = 0.0
-            for density, sparse in sorted(self.sparse_ms[tokens].items()):
-                if sparse > dense:
-                    break
-                best = density
-            if best == 0.0:
-                break
-            found.append(best)
+        for tokens in range(1, counts[-1] + 1):
+            below = max((n for n in counts if n <= tokens), default=None)
+            above = min(n for n in counts if n >= tokens)
+            found.append(0.0 if below is None else min(measured[below], measured[above]))
+        while found and found[-1] == 0:
+            found.pop()
         return tuple(found)
 
+    def _break_even(self, tokens: int) -> float:
+        best = 0.0
+        for density in sorted(self.sparse_ms[tokens]):
+            if self.ratio(tokens, density) < NO_SLOWER:
+                break
+            best = density
+        return best
+
+    def ratio(self, tokens: int, density: float) -> float:
+        """How many times faster than its rival: dense or, if ``certified``, the faster of the other two."""
+        rival = self.dense_ms[tokens]
+        if self.certified:
+            rival = min(rival, self.uncertified_ms[tokens][density])
+        return rival / self.sparse_ms[tokens][density]
+
     def __str__(self) -> str:
-        name = str(self.dtype).removeprefix("torch.")
+        name, densities = str(self.dtype).removeprefix("torch."), sorted(self.sparse_ms[min(self.dense_ms)])
+        what = {"gated": "gated MLP", "plain": "plain MLP", "linear": "linear"}[self.kind]
+        rival = "the faster of dense and uncertified / certified" if self.certified else "dense / sparse"
         lines = [
-            f"{self.backend}, {name}, {self.hidden} x {self.neurons}, "
-            f"{'gated MLP' if self.gated else 'linear'}; dense / sparse time by density",
-            "tokens  dense ms " + "".join(f"{d:>8.0%}" for d in DENSITIES) + "  break-even",
+            f"{self.backend}, {name}, {self.hidden} x {self.neurons}, {what}; {rival} time by density",
+            "tokens  dense ms " + "".join(f"{d:>8.0%}" for d in reversed(densities)) + "  break-even",
         ]
-        for i, (tokens, dense) in enumerate(self.dense_ms.items()):
-            ratios = "".join(f"{dense / self.sparse_ms[tokens][d]:>8.2f}" for d in DENSITIES)
-            limit = f"{self.density[i]:.0%}" if i < len(self.density) else "dense"
-            lines.append(f"{tokens:>6}  {dense:>8.3f} {ratios}  {limit:>10}")
+        for tokens, dense in self.dense_ms.items():
+            ratios = "".join(f"{self.ratio(tokens, d):>8.2f}" for d in reversed(densities))
+            limit = self._break_even(tokens)
+            lines.append(f"{tokens:>6}  {dense:>8.3f} {ratios}  {f'{limit:.0%}' if limit else 'never':>10}")
         return "\n".join(lines)
 
 
@@ -70,11 +100,12 @@ def measure(
     neurons: int,
     dtype: torch.dtype,
     *,
-    gated: bool = True,
+    kind: Kind = "gated",
+    certified: bool = False,
     device: str = "cpu",
     backend: str | None = None,
-    max_tokens: int = 4,
-    repeats: int = 5,
+    tokens: Sequence[int] = TOKENS,
+    repeats: int = 7,
     save: bool = True,
 ) -> Measurement:
     """Time dense and skipping at a block's shape with random weights, cycling past the cache.
@@ -83,53 +114,71 @@ def measure(
         hidden: D.
         neurons: F.
         dtype: of weights and activations.
-        gated: :func:`gated_mlp` or :func:`sparse_linear`.
+        kind: ``"gated"`` (:func:`gated_mlp`), ``"plain"`` (:func:`plain_mlp`) or ``"linear"``
+            (:func:`sparse_linear`).
+        certified: measure what a certificate adds, for one token; ``tokens`` is not read.
         device: ``"cpu"`` or ``"cuda"``.
         backend: ``"cpp"``, ``"torch"`` or ``"triton"``; None takes the best that can run.
-        max_tokens: measure 1 … this many tokens.
+        tokens: the numbers of tokens to measure, of at least 1.
         repeats: times that each point is measured; the median counts.
         save: keep the result in the cache folder, where the dispatch of this and later processes finds it.
 
     Raises:
-        RuntimeError: no backend can run with this dtype on this device.
+        ValueError: ``tokens`` is empty or has a number below 1; a certificate for ``"linear"``.
+        RuntimeError: no backend can run with this dtype on this device, or has a use for a certificate.
         OSError: ``save`` and the cache folder cannot be written.
 
     """
-    name = backend or _available(device, dtype)
-    bytes_per_block = (3 if gated else 1) * hidden * neurons * dtype.itemsize
-    blocks = [
-        _block(hidden, neurons, dtype, gated, device)
-        for _ in range(min(64, max(1, COLD_BYTES // bytes_per_block)))
-    ]
+    counts = (1,) if certified else tuple(sorted(set(tokens)))
+    if not counts or counts[0] < 1:
+        raise ValueError(f"tokens={tuple(tokens)} is not a sequence of numbers of at least 1.")
+    if certified and kind == "linear":
+        raise ValueError("certified=True has no meaning for kind='linear', whose input says what is silent.")
+    name = backend or available(device, dtype)
+    if certified and name not in dispatch.CERTIFYING:
+        raise RuntimeError(f"backend {name!r} has no use for a certificate; {_names()} have.")
+    blocks = _blocks(hidden, neurons, dtype, kind, certified, device)
     dense_ms: dict[int, float] = {}
     sparse_ms: dict[int, dict[float, float]] = {}
-    with torch.no_grad():
-        for tokens in range(1, max_tokens + 1):
-            calls: dict[object, list[Callable[[], Tensor]]] = {"dense": []}
-            for weights in blocks:
+    uncertified_ms: dict[int, dict[float, float]] = {}
+    with torch.inference_mode():
+        for count in counts:
+            calls: dict[Any, list[Callable[[], Tensor]]] = {"dense": []}
+            for block in blocks:
+                calls["dense"].append(block.dense(count))
                 for density in DENSITIES:
-                    dense, sparse = _calls(weights, tokens, density, name)
-                    calls.setdefault(density, []).append(sparse)
-                calls["dense"].append(dense)
+                    for pass_it in (False, True) if certified else (False,):
+                        call = block.sparse(count, density, name, pass_it)
+                        calls.setdefault((density, pass_it), []).append(call)
             times = _interleaved(calls, repeats, device)
-            dense_ms[tokens] = times["dense"]
-            sparse_ms[tokens] = {density: times[density] for density in DENSITIES}
+            dense_ms[count] = times["dense"]
+            sparse_ms[count] = {density: times[density, certified] for density in DENSITIES}
+            if certified:
+                uncertified_ms[count] = {density: times[density, False] for density in DENSITIES}
     result = Measurement(
         backend=name,
         hidden=hidden,
         neurons=neurons,
         dtype=dtype,
-        gated=gated,
+        kind=kind,
+        certified=certified,
         dense_ms=dense_ms,
         sparse_ms=sparse_ms,
+        uncertified_ms=uncertified_ms,
     )
     if save:
-        break_even.store(name, device, dtype, hidden, neurons, gated, result.density)
+        break_even.store(name, device, dtype, hidden, neurons, kind, result.break_even, certified)
         dispatch.forget()
     return result
 
 
-def _available(device: str, dtype: torch.dtype) -> str:
+def available(device: str, dtype: torch.dtype) -> str:
+    """The backend that automatic choice would take for tensors of ``dtype`` on ``device``.
+
+    Raises:
+        RuntimeError: none can run; the message says why.
+
+    """
     reasons = []
     for name in dispatch.AUTOMATIC.get(device, ()):
         reason = dispatch.path(name).unusable(torch.device(device), dtype)
@@ -139,53 +188,88 @@ def _available(device: str, dtype: torch.dtype) -> str:
     raise RuntimeError(f"nothing to measure for {dtype} on {device}: {'; '.join(reasons) or 'no backend'}.")
 
 
-def _block(hidden: int, neurons: int, dtype: torch.dtype, gated: bool, device: str) -> tuple[Tensor, ...]:
-    """Gate, up, down as a linear stores it, down neuron-major; without gate and up for a linear."""
+def _names() -> str:
+    return " and ".join(dispatch.CERTIFYING)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Block:
+    """Weights of one MLP, and calls of it."""
+
+    up: tuple[Tensor, ...]
+    """Gate and up ``[F, D]``, or up alone, or none in a linear."""
+    down: Tensor
+    """``[D, F]`` as a linear stores it."""
+    rows: Tensor
+    """The same, neuron-major."""
+    certificate: Certificate | None
+
+    def copy(self) -> _Block:
+        """The same values elsewhere in memory."""
+        certificate = self.certificate and Certificate(*(t.clone() for t in self.certificate))
+        up, down = tuple(t.clone() for t in self.up), self.down.clone()
+        return _Block(up=up, down=down, rows=self.rows.clone(), certificate=certificate)
+
+    def dense(self, tokens: int) -> Callable[[], Tensor]:
+        """The dense call, which takes as long at every density."""
+        x = self._input(tokens)
+        if not self.up:
+            return lambda: reference.sparse_linear(x, self.down)
+        run: Any = reference.gated_mlp if len(self.up) == 2 else reference.plain_mlp
+        return lambda: run(x, *self.up, self.down, activation="shifted_relu", threshold=0.5)
+
+    def sparse(self, tokens: int, density: float, backend: str, certified: bool) -> Callable[[], Tensor]:
+        """The skipping call with this share of active neurons, drawn for each token on its own."""
+        x = self._input(tokens)
+        if not self.up:
+            h = x.masked_fill(torch.rand_like(x, dtype=torch.float32) >= density, 0)
+            return _with(backend, lambda: sparse_linear(h, self.rows))
+        p = (x @ self.up[0].t()).float().flatten().sort().values
+        shift = p[min(int((1 - density) * p.numel()), p.numel() - 1)].item() if density < 1 else -1e4
+        run: Any = gated_mlp if len(self.up) == 2 else plain_mlp
+        options: dict[str, Any] = {"activation": "shifted_relu", "threshold": shift}
+        if certified:
+            options["certificate"] = self.certificate
+        return _with(backend, lambda: run(x, *self.up, self.rows, **options))
+
+    def _input(self, tokens: int) -> Tensor:
+        width = self.up[0].shape[1] if self.up else self.down.shape[1]
+        return torch.randn(tokens, width, device=self.down.device).to(self.down.dtype)
+
+
+def _with(backend: str, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def call() -> Tensor:
+        with dispatch.backend(backend):
+            return run()
+
+    return call
+
+
+def _blocks(
+    hidden: int, neurons: int, dtype: torch.dtype, kind: Kind, certified: bool, device: str
+) -> list[_Block]:
+    """As many blocks with random weights as it takes to leave the cache between two uses of one."""
 
     def rand(rows: int, columns: int) -> Tensor:
         return (torch.randn(rows, columns, device=device) * columns**-0.5).to(dtype)
 
+    up = tuple(rand(neurons, hidden) for _ in range(MATRICES[kind] - 1))
     down = rand(hidden, neurons)
-    gate_up = (rand(neurons, hidden), rand(neurons, hidden)) if gated else ()
-    return (*gate_up, down, neuron_major_(down.clone()))
+    certificate = certify(up[0]) if certified else None
+    first = _Block(up=up, down=down, rows=neuron_major_(down.clone()), certificate=certificate)
+    matrix = hidden * neurons * dtype.itemsize
+    deciding = hidden * neurons if certified else matrix
+    count = max(-(-COLD_BYTES // (MATRICES[kind] * matrix)), -(-COLD_DECIDING_BYTES // deciding))
+    return [first, *(first.copy() for _ in range(min(count, 64) - 1))]
 
 
-def _calls(
-    weights: tuple[Tensor, ...], tokens: int, density: float, backend: str
-) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-    """The dense and the sparse call of one block with this share of active neurons."""
-    *gate_up, down, rows = weights
-    if not gate_up:
-        h = torch.randn(tokens, down.shape[1], device=down.device)
-        h = h.masked_fill(torch.rand_like(h) >= density, 0).to(down.dtype)
-
-        def sparse_h() -> Tensor:
-            with dispatch.backend(backend):
-                return sparse_linear(h, rows)
-
-        return lambda: reference.sparse_linear(h, down), sparse_h
-    gate, up = gate_up
-    x = torch.randn(tokens, gate.shape[1], device=gate.device).to(gate.dtype)
-    p = (x @ gate.t()).float().flatten().sort().values
-    shift = p[min(int((1 - density) * p.numel()), p.numel() - 1)].item() if density < 1 else -1e4
-
-    def sparse() -> Tensor:
-        with dispatch.backend(backend):
-            return gated_mlp(x, gate, up, rows, activation="shifted_relu", threshold=shift)
-
-    def dense() -> Tensor:
-        return reference.gated_mlp(x, gate, up, down, activation="shifted_relu", threshold=shift)
-
-    return dense, sparse
-
-
-def _interleaved(
-    calls: dict[object, list[Callable[[], Tensor]]], repeats: int, device: str
-) -> dict[object, float]:
+def _interleaved(calls: dict[Any, list[Callable[[], Tensor]]], repeats: int, device: str) -> dict[Any, float]:
     """Median milliseconds per call, the competitors taking turns so that drift hits all alike."""
-    times: dict[object, list[float]] = {key: [] for key in calls}
+    times: dict[Any, list[float]] = {key: [] for key in calls}
     for repeat in range(repeats + 1):
         for key, functions in calls.items():
+            if repeat > 1 and times[key][0] > HOPELESS * times["dense"][0]:
+                continue
             start = _now(device)
             for function in functions:
                 function()
@@ -206,22 +290,24 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, required=True, help="size D of the residual stream")
     parser.add_argument("--neurons", type=int, required=True, help="intermediate size F")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--linear", action="store_true", help="the skip-zero linear instead of the gated MLP")
+    parser.add_argument("--kind", default="gated", choices=list(MATRICES), help="operator; default: gated")
+    parser.add_argument("--certified", action="store_true", help="what a certificate adds, for one token")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument(
         "--backend", choices=["cpp", "torch", "triton"], help="default: the best that can run"
     )
-    parser.add_argument("--max_tokens", type=int, default=4)
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="numbers of tokens to measure")
     parser.add_argument("--dry_run", action="store_true", help="print, but do not store the break-even")
     args = parser.parse_args()
     result = measure(
         args.hidden,
         args.neurons,
         getattr(torch, args.dtype),
-        gated=not args.linear,
+        kind=args.kind,
+        certified=args.certified,
         device=args.device,
         backend=args.backend,
-        max_tokens=args.max_tokens,
+        tokens=args.tokens,
         save=not args.dry_run,
     )
     print(result)

@@ -7,16 +7,19 @@ forward of the stock class itself, so an unchanged activation gives bit-identica
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 import triton_ops
 from hf_sparse.activations import MixedActivation, kernel_kind
+from hf_sparse.modules.certified import HeldCertificate
 from hf_sparse.modules.hooked import carry_device_hook
 from hf_sparse.modules.roles import Roles
 from triton_ops import dispatch
+from triton_ops.break_even import Kind
 
 # What belongs to one module object and is not taken over from the stock block.
 _NOT_SHARED = ("_modules", "forward", "_old_forward", "_hf_hook")
@@ -29,18 +32,26 @@ class SparseMLP(nn.Module):
         stock: the block to stand in for; it is not changed.
         roles: names of its children by part.
         activation: takes the place of the stock activation, ``[..., F] -> [..., F]``.
+        certify: decode single tokens with a certificate, as ``SparsityConfig.certify`` says.
 
     """
 
     roles: Roles
+    density: float | None
+    """Mean share of active neurons per token, as :func:`hf_sparse.tune` measured it; None if it did not."""
 
-    def __init__(self, stock: nn.Module, roles: Roles, activation: nn.Module) -> None:
+    def __init__(
+        self, stock: nn.Module, roles: Roles, activation: nn.Module, *, certify: bool = False
+    ) -> None:
         super().__init__()
         # Sizes, flags, hooks and whatever else the stock forward reads from self.
         self.__dict__.update({k: v for k, v in vars(stock).items() if k not in _NOT_SHARED})
         self._modules = {**stock._modules, roles.act: activation}
         self.roles = roles
         self._stock = (stock,)  # in a tuple, so that it is not registered as a child
+        self.certify = certify
+        self.density = None
+        self._held: HeldCertificate | None = None
         carry_device_hook(stock, self)
 
     @property
@@ -71,6 +82,7 @@ class SparseMLP(nn.Module):
 
     def restore(self) -> nn.Module:
         """The stock block with its own activation and this block's linear layers as they are now."""
+        self._held = None
         (stock,) = self._stock
         down = self._child(self.roles.down)
         if type(down) is nn.Linear and triton_ops.is_neuron_major(down.weight):
@@ -100,18 +112,79 @@ class SparseMLP(nn.Module):
         return cast(nn.Module, self._modules[name])
 
     def prepare(self) -> None:
-        """Store the down projection neuron-major now; the first call that skips does it otherwise."""
-        down = self._child(self.roles.down)
-        if self._kind() is not None and type(down) is nn.Linear and type(down.weight) is nn.Parameter:
+        """Store the down projection neuron-major and certify anew; else the first call that skips does so."""
+        self._held = None
+        if self.kernel() is None:
+            return
+        if (down := self.readable(self.roles.down)) is not None:
             triton_ops.neuron_major_(down.weight)
+        if (first := self.readable(self.deciding)) is not None:
+            self._certificate(1, first.weight)
 
-    def _kind(self) -> tuple[str, float] | None:
+    def train(self, mode: bool = True) -> SparseMLP:
+        """Training mode runs dense and changes the weights: a certificate is of no use there."""
+        if mode:
+            self._held = None
+        return super().train(mode)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Module):
+            # PEFT puts its layer in the place of one of ours, and ours back after changing its weight through
+            # .data, which counts no version.
+            self.__dict__["_held"] = None
+        super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SparseMLP:
+        self._held = None  # .to(), .half(), ... put new values into the weight, uncounted
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_held": None}  # a copy or a pickle has weights of its own
+
+    @property
+    def deciding(self) -> str:
+        """The name of the projection whose sign decides which neurons are active."""
+        return self.roles.gate or self.roles.up
+
+    def _wants(self, tokens: int, weight: Tensor, kind: Kind) -> bool:
+        density = 1.0 if self.density is None else self.density
+        return triton_ops.wants_sparse(tokens, weight, kind, density=density)
+
+    def _certificate(self, tokens: int, weight: Tensor) -> HeldCertificate | None:
+        """The certificate to decode with, made if need be; None where it is not wanted, or cannot be had.
+
+        ``weight [F, D]`` is that of the deciding projection. To ask for certificates is to say that the model
+        is sparse; where the density was measured, that decides.
+        """
+        density = 0.0 if self.density is None else self.density
+        if not self.certify or tokens != 1:
+            return None
+        if not triton_ops.wants_sparse(1, weight, self.roles.kind, certified=True, density=density):
+            return None
+        # A graph can neither make a certificate nor ask a weight for its version; there the operator does.
+        if not torch.compiler.is_compiling() and not (self._held and self._held.holds_for(weight)):
+            self._held = HeldCertificate.make(weight)
+        return self._held
+
+    def kernel(self) -> tuple[str, float] | None:
         """What the kernels call the activation; None if it must be called as a module."""
         act = self.activation
         hooked = act._forward_hooks or act._forward_pre_hooks or "forward" in vars(act)
         return None if hooked else kernel_kind(act)
 
     def _linear(self, name: str, x: Tensor) -> nn.Linear | None:
+        """The child ``name`` if its weight may be read directly for ``x``, None if it must be called."""
+        linear = self.readable(name)
+        if (
+            linear is not None
+            and linear.weight.dtype == x.dtype
+            and linear.weight.device == x.device
+            and not dispatch.autocasts(x.device.type)
+        ):
+            return linear
+        return None
+
+    def readable(self, name: str) -> nn.Linear | None:
         """The child ``name`` if its weight may be read directly, None if it must be called as a module.
 
         LoRA, quantised, offloaded, tensor-parallel and hooked layers all fail one of these tests, which is
@@ -121,11 +194,8 @@ class SparseMLP(nn.Module):
         if (
             type(linear) is nn.Linear
             and type(linear.weight) is nn.Parameter
-            and linear.weight.dtype == x.dtype
-            and linear.weight.device == x.device
             and "forward" not in vars(linear)
             and not (linear._forward_hooks or linear._forward_pre_hooks)
-            and not dispatch.autocasts(x.device.type)
         ):
             return linear
         return None
@@ -135,28 +205,35 @@ class SparseGatedMLP(SparseMLP):
     """``down(act(gate(x)) * up(x))``; with ``relu_up`` also ``relu`` on the up projection (dReLU)."""
 
     def __init__(
-        self, stock: nn.Module, roles: Roles, activation: nn.Module, *, relu_up: bool = False
+        self,
+        stock: nn.Module,
+        roles: Roles,
+        activation: nn.Module,
+        *,
+        certify: bool = False,
+        relu_up: bool = False,
     ) -> None:
-        super().__init__(stock, roles, activation)
+        super().__init__(stock, roles, activation, certify=certify)
         self.relu_up = relu_up
-        self._gate = cast(str, roles.gate)
 
     def dense(self, x: Tensor) -> Tensor:
         """The stock computation; with ``relu_up`` the same calls with one ReLU more."""
         if not self.relu_up:
             return super().dense(x)
-        gate, up, down = (self._child(name) for name in (self._gate, self.roles.up, self.roles.down))
+        gate, up, down = (self._child(name) for name in (self.deciding, self.roles.up, self.roles.down))
         u = up(x)
         k = self.mix
         u = torch.relu(u) if k == 1 else (1 - k) * u + k * torch.relu(u)
         return down(self.activation(gate(x)) * u)
 
     def _skip_silent(self, x: Tensor) -> Tensor:
-        kind = self._kind()
-        gate, up, down = (self._linear(name, x) for name in (self._gate, self.roles.up, self.roles.down))
+        kind = self.kernel()
+        gate, up, down = (self._linear(name, x) for name in (self.deciding, self.roles.up, self.roles.down))
         if kind is None or gate is None or up is None or down is None:
             return self.dense(x)
-        if not triton_ops.wants_sparse(x.numel() // x.shape[-1], gate.weight, "gated"):
+        tokens = x.numel() // x.shape[-1]
+        held = self._certificate(tokens, gate.weight)
+        if held is None and not self._wants(tokens, gate.weight, "gated"):
             return self.dense(x)
         prepare_down(down)
         name, threshold = ("drelu", 0.0) if self.relu_up else kind
@@ -170,21 +247,42 @@ class SparseGatedMLP(SparseMLP):
             down.bias,
             activation=name,
             threshold=threshold,
+            certificate=held.certificate if held else None,
+            stamp=held.stamp if held else None,
         )
 
 
 class SparsePlainMLP(SparseMLP):
-    """``down(act(up(x)))``; the up projection is read whole, the down projection only where it is needed."""
+    """``down(act(up(x)))``; the up projection decides which rows of the down projection are read."""
 
     def _skip_silent(self, x: Tensor) -> Tensor:
-        act, up = self.activation, self._child(self.roles.up)
-        down = self._linear(self.roles.down, x)
-        if self._kind() is None or down is None:
+        kind = self.kernel()
+        up, down = (self._linear(name, x) for name in (self.roles.up, self.roles.down))
+        if kind is None or down is None:
             return self.dense(x)
-        if not triton_ops.wants_sparse(x.numel() // x.shape[-1], down.weight.t(), "linear"):
+        tokens = x.numel() // x.shape[-1]
+        if up is not None:
+            held = self._certificate(tokens, up.weight)
+            if held is not None or self._wants(tokens, up.weight, "plain"):
+                prepare_down(down)
+                name, threshold = kind
+                return triton_ops.plain_mlp(
+                    x,
+                    up.weight,
+                    down.weight,
+                    up.bias,
+                    down.bias,
+                    activation=name,
+                    threshold=threshold,
+                    certificate=held.certificate if held else None,
+                    stamp=held.stamp if held else None,
+                )
+        # Where the up projection must be called, or there are too many tokens for the fused operator to pay.
+        if not self._wants(tokens, down.weight.t(), "linear"):
             return self.dense(x)
         prepare_down(down)
-        return triton_ops.sparse_linear(act(up(x)), down.weight, down.bias)
+        act, call_up = self.activation, self._child(self.roles.up)
+        return triton_ops.sparse_linear(act(call_up(x)), down.weight, down.bias)
 
 
 def prepare_down(down: nn.Linear) -> None:

@@ -18,7 +18,7 @@ from hf_sparse.config import ACTIVATIONS
 from hf_sparse.launch import _with_recipe_path, application
 from triton_ops.dispatch import BACKENDS
 
-COMMANDS = ("patch", "finetune", "measure", "generate", "quickstart")
+COMMANDS = ("patch", "finetune", "measure", "tune", "generate", "quickstart")
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -48,7 +48,7 @@ def test_an_error_as_a_process_is_one_line():
     assert result.stderr == "hf-sparse: error: MODEL='./no-such-folder' is no folder.\n"
 
 
-@pytest.mark.parametrize("name", ["patch", "measure", "generate", "quickstart"])
+@pytest.mark.parametrize("name", ["patch", "measure", "tune", "generate", "quickstart"])
 def test_help_of_each_command_has_an_example(name, capsys):
     with pytest.raises(SystemExit) as end:
         main([name, "--help"])

@@ -16,7 +16,7 @@ def configs(draw: st.DrawFn) -> SparsityConfig:
     activation = draw(st.sampled_from(ACTIVATIONS))
     layers = draw(st.none() | st.lists(st.integers(0, 99), min_size=1, max_size=5, unique=True))
     mix = 1.0 if activation == "original" else draw(st.floats(0, 1))
-    fields: dict = {"activation": activation, "mix": mix, "layers": layers}
+    fields: dict = {"activation": activation, "mix": mix, "layers": layers, "certify": draw(st.booleans())}
     if activation == "fatrelu":
         count = len(layers) if layers else draw(st.integers(1, 5))
         fields["threshold"] = draw(finite | st.lists(finite, min_size=count, max_size=count))
@@ -45,6 +45,8 @@ def test_json_round_trip_is_exact(config: SparsityConfig) -> None:
         ({"activation": "shifted_relu", "shift": float("inf")}, "shift=inf"),
         ({"mix": 1.5}, "mix=1.5"),
         ({"activation": "original", "mix": 0.5}, "mix=0.5"),
+        ({"certify": 1}, "certify=1 is neither True nor False"),
+        ({"certify": "yes"}, "certify='yes'"),
         ({"layers": []}, "layers"),
         ({"layers": [0, 0]}, "twice"),
         ({"layers": [-1]}, "layers=[-1]"),
@@ -54,6 +56,11 @@ def test_json_round_trip_is_exact(config: SparsityConfig) -> None:
 def test_bad_field_is_named(fields: dict, named: str) -> None:
     with pytest.raises(ValueError, match=re.escape(named)):
         SparsityConfig(**fields)
+
+
+def test_a_config_from_before_certify_loads() -> None:
+    assert SparsityConfig.from_dict({"format_version": 1, "activation": "relu"}) == SparsityConfig()
+    assert not SparsityConfig().certify
 
 
 def test_layers_are_sorted_and_thresholds_are_floats() -> None:

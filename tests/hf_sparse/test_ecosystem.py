@@ -45,7 +45,7 @@ class TestLoRA:
         first = lora(model)
         first.save_pretrained(tmp_path)
         expected = first(input_ids).logits
-        stock = hf_sparse.patching._transformers_model(first)
+        stock = hf_sparse.patching.transformers_model(first)
         base = type(stock)(stock.config)  # from the patched config: sparse from the start
         torch.manual_seed(0)
         wrapped = lora(tiny_model("llama"))

@@ -148,6 +148,7 @@ def test_part_of_a_model_fails_loudly_when_run(tiny_model, input_ids, tmp_path) 
         ({"activation": "evil"}, "activation='evil'"),
         ({"format_version": 99}, "format_version=99"),
         ({"surprise": 1}, "surprise"),
+        ({"certify": None}, "certify=None"),
         ({"blocks": -1}, "blocks=-1"),
         ({"stock": {"field": "__class__", "activation": "silu"}}, "__class__"),
         ({"stock": {"field": "hidden_act", "activation": "os.system"}}, "os.system"),

@@ -51,7 +51,7 @@ def test_auto_is_dense_under_autocast():
 
 @needs_compiler
 def test_a_known_density_widens_the_choice():
-    limit = break_even.default("cpp", torch.bfloat16, 1 << 30, True)
+    limit = break_even.default("cpp", torch.bfloat16, 1 << 30, "gated")
     tokens = next(i + 1 for i, d in enumerate(limit) if d < 1)
     assert not triton_ops.wants_sparse(tokens, weight(), "gated")
     assert triton_ops.wants_sparse(tokens, weight(), "gated", density=0.1)
@@ -59,7 +59,7 @@ def test_a_known_density_widens_the_choice():
 
 @needs_compiler
 def test_a_measurement_wins_over_the_default_in_this_process_and_the_next():
-    big, shape = weight(), (2048, 2048, True)
+    big, shape = weight(), (2048, 2048, "gated")
     break_even.store("cpp", "cpu", torch.bfloat16, *shape, (0.3,))
     dispatch.forget()
     assert not triton_ops.wants_sparse(1, big, "gated")
@@ -69,14 +69,46 @@ def test_a_measurement_wins_over_the_default_in_this_process_and_the_next():
     assert break_even.measured("cpp", "cpu", torch.bfloat16, *shape) == (0.3,)
 
 
+@needs_compiler
+def test_a_measurement_that_skipping_never_wins_is_obeyed():
+    break_even.store("cpp", "cpu", torch.bfloat16, 2048, 2048, "gated", ())
+    break_even.store("cpp", "cpu", torch.bfloat16, 2048, 2048, "plain", (0.0, 0.3))
+    dispatch.forget()
+    assert not triton_ops.wants_sparse(1, weight(), "gated", density=0.0)
+    assert not triton_ops.wants_sparse(1, weight(), "plain", density=0.0)
+    assert triton_ops.wants_sparse(2, weight(), "plain", density=0.3)
+
+
+@needs_compiler
+def test_a_certificate_is_wanted_up_to_a_break_even_of_its_own():
+    limit = break_even.default("cpp", torch.bfloat16, 1 << 30, "gated", certified=True)[0]
+    assert 0 < limit < 1
+    assert triton_ops.wants_sparse(1, weight(), "gated", certified=True, density=limit)
+    assert not triton_ops.wants_sparse(1, weight(), "gated", certified=True)
+    assert not triton_ops.wants_sparse(2, weight(), "gated", certified=True, density=0.0)
+    break_even.store("cpp", "cpu", torch.bfloat16, 2048, 2048, "gated", (1.0,), certified=True)
+    dispatch.forget()
+    assert triton_ops.wants_sparse(1, weight(), "gated", certified=True)
+    assert break_even.measured("cpp", "cpu", torch.bfloat16, 2048, 2048, "gated") is None
+    assert "torch" not in dispatch.CERTIFYING
+    assert break_even.default("torch", torch.bfloat16, 1 << 30, "gated", certified=True) == ()
+
+
+@needs_compiler
+def test_an_operator_with_a_useless_certificate_still_skips():
+    break_even.store("cpp", "cpu", torch.bfloat16, 2048, 2048, "gated", (), certified=True)
+    dispatch.forget()
+    assert dispatch.select(1, weight(), "gated", certified=True) is dispatch.path("cpp")
+
+
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", '{"format_version": 99}', '{"format_version": 1, "break_even": 3}']
 )
 def test_a_damaged_or_newer_cache_file_counts_as_no_measurement(tmp_path, text):
     (tmp_path / "break_even.json").write_text(text)
-    assert break_even.measured("cpp", "cpu", torch.bfloat16, 8, 8, True) is None
-    break_even.store("cpp", "cpu", torch.bfloat16, 8, 8, True, (0.5,))
-    assert break_even.measured("cpp", "cpu", torch.bfloat16, 8, 8, True) == (0.5,)
+    assert break_even.measured("cpp", "cpu", torch.bfloat16, 8, 8, "gated") is None
+    break_even.store("cpp", "cpu", torch.bfloat16, 8, 8, "gated", (0.5,))
+    assert break_even.measured("cpp", "cpu", torch.bfloat16, 8, 8, "gated") == (0.5,)
 
 
 def test_forced_backends_answer_for_every_size():

@@ -4,26 +4,38 @@ from __future__ import annotations
 
 import pytest
 import torch
+from compiler import CPP, needs_compiler
 from kernel_blocks import make_block
 
 import triton_ops
 from triton_ops import ACTIVATIONS, reference
+from triton_ops.certificate import weight_stamp
 
 GATED = torch.ops.hf_sparse.gated_mlp.default
+PLAIN = torch.ops.hf_sparse.plain_mlp.default
 LINEAR = torch.ops.hf_sparse.sparse_linear.default
+BOTH = [(activation, gated) for activation in ACTIVATIONS for gated in (True, False)]
+BOTH.remove(("drelu", False))  # needs a gate
 
 
-@pytest.mark.parametrize("backend", ["dense", "torch", "cpp"])
+@pytest.mark.parametrize("backend", ["dense", "torch", CPP])
 @pytest.mark.parametrize("grad", [False, True])
-def test_gated_mlp_passes_opcheck(backend, grad):
-    block = make_block(2, 8, 12, torch.float32, "fatrelu", bias=True)
+@pytest.mark.parametrize("gated", [False, True])
+def test_mlps_pass_opcheck(backend, grad, gated):
+    block = make_block(1, 8, 12, torch.float32, "fatrelu", gated=gated, bias=True)
     args = [t.requires_grad_(grad) for t in block.tensors()]
+    without = args[: 4 if gated else 3] + [None] * (3 if gated else 2)
+    certificate = triton_ops.certify(block.deciding)
+    operator, options = (GATED if gated else PLAIN), (block.activation, block.threshold)
     with triton_ops.backend(backend):
-        torch.library.opcheck(GATED, (*args, block.activation, block.threshold))
-        torch.library.opcheck(GATED, (*args[:4], None, None, None, "relu", 0.0))
+        torch.library.opcheck(operator, (*args, None, None, None, *options))
+        torch.library.opcheck(operator, (*without, None, None, None, "relu", 0.0))
+        stamp = list(weight_stamp(block.deciding))
+        torch.library.opcheck(operator, (*args, *certificate, None, *options))
+        torch.library.opcheck(operator, (*args, *certificate, stamp, *options))
 
 
-@pytest.mark.parametrize("backend", ["dense", "torch", "cpp"])
+@pytest.mark.parametrize("backend", ["dense", "torch", CPP])
 @pytest.mark.parametrize("grad", [False, True])
 def test_sparse_linear_passes_opcheck(backend, grad):
     h = torch.relu(torch.randn(2, 3, 12)).requires_grad_(grad)
@@ -33,10 +45,10 @@ def test_sparse_linear_passes_opcheck(backend, grad):
         torch.library.opcheck(LINEAR, (h, weight, torch.randn(8, requires_grad=grad)))
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("activation", "gated"), BOTH)
 @pytest.mark.parametrize("shape", [(8,), (3, 8), (2, 2, 8), (0, 8)])
-def test_gradients_are_those_of_the_reference(activation, shape):
-    block = make_block(1, 8, 12, torch.float64, activation, bias=True)
+def test_gradients_are_those_of_the_reference(activation, gated, shape):
+    block = make_block(1, 8, 12, torch.float64, activation, gated=gated, bias=True)
     block.x = torch.randn(shape, dtype=torch.float64)
     inputs = [t.requires_grad_() for t in block.tensors()]
     y, expected = block.run(triton_ops), block.run(reference)
@@ -49,13 +61,14 @@ def test_gradients_are_those_of_the_reference(activation, shape):
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_gradcheck_of_gated_mlp(activation):
-    block = make_block(2, 4, 6, torch.float64, activation, bias=True)
+@pytest.mark.parametrize(("activation", "gated"), BOTH)
+def test_gradcheck_of_the_mlps(activation, gated):
+    block = make_block(2, 4, 6, torch.float64, activation, gated=gated, bias=True)
     inputs = [t.requires_grad_() for t in block.tensors()]
+    operator = triton_ops.gated_mlp if gated else triton_ops.plain_mlp
 
     def call(*tensors):
-        return triton_ops.gated_mlp(*tensors, activation=activation, threshold=block.threshold)
+        return operator(*tensors, activation=activation, threshold=block.threshold)
 
     assert torch.autograd.gradcheck(call, inputs)
 
@@ -68,10 +81,12 @@ def test_gradcheck_of_sparse_linear_and_second_derivatives():
     assert torch.autograd.gradgradcheck(triton_ops.sparse_linear, (h, weight, bias))
 
 
-@pytest.mark.parametrize("backend", ["torch", "cpp"])
-def test_gradient_through_a_skipping_forward(backend):
-    block = make_block(1, 16, 40, torch.float32)
-    inputs = [t.requires_grad_() for t in block.tensors()[:4]]
+@pytest.mark.parametrize("backend", ["torch", CPP])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("certified", [False, True])
+def test_gradient_through_a_skipping_forward(backend, gated, certified):
+    block = make_block(1, 16, 40, torch.float32, gated=gated, certified=certified)
+    inputs = [t.requires_grad_() for t in block.tensors() if t is not None]
     with triton_ops.backend(backend):
         grads = torch.autograd.grad(block.run(triton_ops).sum(), inputs)
     expected = torch.autograd.grad(block.run(reference).sum(), inputs)
@@ -122,14 +137,71 @@ def test_compile_of_a_training_step():
         torch.testing.assert_close(a, b)
 
 
-def test_under_autocast_the_operator_computes_as_autocast_does():
-    block = make_block(2, 16, 40, torch.float32)
+@needs_compiler
+@pytest.mark.parametrize("gated", [True, False])
+def test_under_autocast_the_operator_computes_as_autocast_does(gated):
+    block = make_block(1, 16, 40, torch.float32, gated=gated, certified=True)
     with torch.autocast("cpu", torch.bfloat16), triton_ops.backend("cpp"):
         y = block.run(triton_ops)
         assert y.dtype == torch.bfloat16
         assert torch.equal(y, block.run(reference))
-        h = torch.relu(block.x @ block.gate.t())
+        h = torch.relu(block.x @ block.deciding.t())
         assert triton_ops.sparse_linear(h, block.down).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("backend", ["dense", "torch", CPP])
+@pytest.mark.parametrize("gated", [True, False])
+def test_strided_inputs_weights_and_biases(backend, gated):
+    block = make_block(3, 16, 40, torch.float32, gated=gated, bias=True)
+
+    def strided(t):
+        if t is None or t is block.down:
+            return t
+        return t.repeat_interleave(2, -1)[..., ::2] if t.ndim == 1 else t.t().contiguous().t()
+
+    expected = block.run(reference)
+    for name in ("x", "gate", "up", "gate_bias", "up_bias", "down_bias"):
+        setattr(block, name, strided(getattr(block, name)))
+    assert not block.x.is_contiguous()
+    with triton_ops.backend(backend):
+        y = block.run(triton_ops)
+    assert y.is_contiguous()
+    torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("backend", ["dense", "torch", CPP])
+@pytest.mark.parametrize("gated", [True, False])
+def test_no_tokens_give_no_rows(backend, gated):
+    block = make_block(0, 16, 40, torch.float32, gated=gated, certified=True)
+    with triton_ops.backend(backend):
+        assert block.run(triton_ops).shape == (0, 16)
+
+
+@needs_compiler
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("compiled", [None, "aot_eager", "inductor"])
+def test_a_certificate_out_of_date_is_ignored(gated, compiled):
+    block = make_block(1, 16, 40, torch.float32, gated=gated)
+    operator = triton_ops.gated_mlp if gated else triton_ops.plain_mlp
+    weights = block.tensors()
+    certificate = triton_ops.certify(-block.x.expand_as(block.deciding))  # that every neuron is silent
+
+    def call(stamp):
+        return operator(*weights, activation="relu", certificate=certificate, stamp=stamp)
+
+    if compiled:
+        torch.compiler.reset()
+        call = torch.compile(call, fullgraph=True, backend=compiled)
+    with triton_ops.backend("cpp"), torch.no_grad():
+        expected = block.run(triton_ops)
+        assert expected.any()
+        stamp = weight_stamp(block.deciding)
+        assert not call(stamp).any()  # so it would be, if it were not noticed
+        block.deciding.mul_(1)
+        assert torch.equal(call(stamp), expected)
+        stamp = weight_stamp(block.deciding)
+        block.deciding.data = block.deciding.data.clone()
+        assert torch.equal(call(stamp), expected)
 
 
 @pytest.mark.parametrize(
@@ -162,6 +234,48 @@ def test_errors_name_the_argument_the_value_and_what_was_expected(backend, chang
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"up": torch.zeros(12, 9)}, r"up has shape \[12, 9\]; expected \[F, D\] = \[12, 8\]"),
+        ({"down": torch.zeros(12, 8)}, r"down has shape \[12, 8\]; expected \[D, F\] = \[8, 12\]"),
+        ({"up_bias": torch.zeros(8)}, r"up_bias has shape \[8\]; expected \[F\] = \[12\]"),
+        ({"down_bias": torch.zeros(8).half()}, "down_bias is torch.float16 and the input is torch.float32"),
+        ({"activation": "drelu"}, "activation='drelu' needs a gate"),
+        ({"threshold": 0.5}, "threshold=0.5 has no meaning for activation='relu'"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["auto", "cpp"])
+def test_errors_of_plain_mlp(backend, change, message):
+    block = make_block(1, 8, 12, torch.float32, gated=False)
+    for name, value in change.items():
+        setattr(block, name, value)
+    with triton_ops.backend(backend), pytest.raises(ValueError, match=message):
+        block.run(triton_ops)
+
+
+@pytest.mark.parametrize(
+    ("rows", "bounds", "message"),
+    [
+        (torch.zeros(12, 8), None, "certificate.rows is torch.float32; expected torch.int8"),
+        (torch.zeros(11, 8, dtype=torch.int8), None, r"certificate.rows has shape \[11, 8\]"),
+        (None, torch.zeros(12, 2), r"certificate.bounds has shape \[12, 2\]; expected \[F, 3\]"),
+        (None, torch.zeros(12, 3).double(), "certificate.bounds is torch.float64; expected torch.float32"),
+        (torch.zeros(12, 8, dtype=torch.int8, device="meta"), None, "certificate.rows is on meta"),
+    ],
+)
+@pytest.mark.parametrize("gated", [True, False])
+def test_errors_of_a_certificate(gated, rows, bounds, message):
+    block = make_block(1, 8, 12, torch.float32, gated=gated)
+    right = triton_ops.certify(block.deciding)
+    wrong = triton_ops.Certificate(
+        right.rows if rows is None else rows, right.bounds if bounds is None else bounds
+    )
+    operator = triton_ops.gated_mlp if gated else triton_ops.plain_mlp
+    with pytest.raises(ValueError, match=message):
+        operator(*block.tensors(), activation="relu", certificate=wrong)
+
+
+@pytest.mark.parametrize(
     ("h", "weight", "bias", "message"),
     [
         (
@@ -190,8 +304,10 @@ def test_dtypes_without_a_kernel_run_dense_in_auto_mode(dtype):
     assert torch.equal(block.run(triton_ops), block.run(reference))
 
 
-def test_meta_tensors_give_a_shape():
-    block = make_block(2, 16, 40, torch.float32)
+@pytest.mark.parametrize("gated", [True, False])
+def test_meta_tensors_give_a_shape(gated):
+    block = make_block(2, 16, 40, torch.float32, gated=gated)
     meta = [t if t is None else t.to("meta") for t in block.tensors()]
-    y = triton_ops.gated_mlp(*meta, activation="relu")
+    operator = triton_ops.gated_mlp if gated else triton_ops.plain_mlp
+    y = operator(*meta, activation="relu", certificate=triton_ops.certify(meta[1]))
     assert (y.device.type, y.shape) == ("meta", (2, 16))

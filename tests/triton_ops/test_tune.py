@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from compiler import needs_compiler
 
 import triton_ops
 from triton_ops import break_even, dispatch, tune
@@ -17,46 +18,117 @@ def _own_cache(monkeypatch, tmp_path):
     dispatch.forget()
 
 
-def result(dense: dict[int, float], sparse: dict[int, dict[float, float]]) -> tune.Measurement:
+def result(
+    dense: dict[int, float],
+    sparse: dict[int, dict[float, float]],
+    uncertified: dict[int, dict[float, float]] | None = None,
+) -> tune.Measurement:
     return tune.Measurement(
         backend="torch",
         hidden=8,
         neurons=8,
         dtype=torch.float32,
-        gated=True,
+        kind="gated",
+        certified=uncertified is not None,
         dense_ms=dense,
         sparse_ms=sparse,
+        uncertified_ms=uncertified or {},
     )
 
 
 def test_break_even_is_the_density_below_which_skipping_never_loses():
     # At 0.5 it loses, so that it wins again at 1.0 must not count.
-    assert result({1: 2.0}, {1: {0.1: 1.0, 0.2: 2.0, 0.5: 3.0, 1.0: 1.0}}).density == (0.2,)
+    assert result({1: 2.0}, {1: {0.1: 1.0, 0.2: 2.0, 0.5: 3.0, 1.0: 1.0}}).break_even == (0.2,)
 
 
-def test_break_even_ends_at_the_first_token_count_that_never_wins():
-    sparse = {1: {0.1: 1.0}, 2: {0.1: 9.0}, 3: {0.1: 1.0}}
-    assert result({1: 2.0, 2: 2.0, 3: 2.0}, sparse).density == (0.1,)
+def test_less_than_a_clock_can_tell_is_no_slower():
+    assert result({1: 0.98}, {1: {0.5: 1.0}}).break_even == (0.5,)
+    assert result({1: 0.96}, {1: {0.5: 1.0}}).break_even == ()
 
 
-@pytest.mark.parametrize("gated", [True, False])
-def test_a_measurement_is_printed_and_kept_for_the_dispatch(gated):
+def test_counts_between_measured_ones_take_the_smaller_break_even():
+    sparse = {1: {0.1: 1.0, 1.0: 1.0}, 4: {0.1: 1.0, 1.0: 9.0}, 6: {0.1: 9.0, 1.0: 9.0}}
+    assert result(dict.fromkeys(sparse, 2.0), sparse).break_even == (1.0, 0.1, 0.1, 0.1)
+
+
+def test_a_count_that_never_wins_between_two_that_do():
+    sparse = {2: {0.1: 1.0}, 3: {0.1: 9.0}, 4: {0.1: 1.0}}
+    # One token was not measured: no promise is made for it.
+    assert result(dict.fromkeys(sparse, 2.0), sparse).break_even == (0.0, 0.1, 0.0, 0.1)
+
+
+def test_a_certificate_must_beat_skipping_without_it_too():
+    sparse, uncertified = {1: {0.1: 1.0, 0.5: 1.5, 1.0: 1.9}}, {1: {0.1: 1.2, 0.5: 1.5, 1.0: 1.8}}
+    assert result({1: 2.0}, sparse, uncertified).break_even == (0.5,)
+
+
+@pytest.mark.parametrize("kind", ["gated", "plain", "linear"])
+def test_a_measurement_is_printed_and_kept_for_the_dispatch(kind):
     measured = tune.measure(
-        16, 24, torch.float32, gated=gated, backend="torch", max_tokens=2, repeats=1, save=True
+        16, 24, torch.float32, kind=kind, backend="torch", tokens=(2, 1, 2), repeats=1, save=True
     )
-    assert set(measured.dense_ms) == {1, 2}
+    assert list(measured.dense_ms) == [1, 2]
     assert all(set(times) == set(tune.DENSITIES) for times in measured.sparse_ms.values())
     assert "torch, float32, 16 x 24" in str(measured)
-    assert break_even.measured("torch", "cpu", torch.float32, 16, 24, gated) == measured.density
+    assert break_even.measured("torch", "cpu", torch.float32, 16, 24, kind) == measured.break_even
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["gated", "plain"])
+def test_a_certificate_is_measured_for_one_token_and_kept_beside(kind):
+    measured = tune.measure(16, 24, torch.float32, kind=kind, certified=True, backend="cpp", repeats=1)
+    assert list(measured.sparse_ms) == list(measured.uncertified_ms) == [1]
+    assert "uncertified / certified" in str(measured)
+    assert break_even.measured("cpp", "cpu", torch.float32, 16, 24, kind, True) == measured.break_even
+    assert break_even.measured("cpp", "cpu", torch.float32, 16, 24, kind) is None
+
+
+@pytest.mark.parametrize("kind", ["gated", "plain"])
+def test_what_is_timed_has_the_density_that_it_says(kind):
+    (block, *_) = tune._blocks(32, 500, torch.float32, kind, False, "cpu")
+    for density in (0.05, 0.3, 1.0):
+        seen = []
+        operator = getattr(tune, f"{kind}_mlp")
+
+        def spy(x, first, *weights, operator=operator, seen=seen, **options):
+            seen.append((x @ first.t() > options["threshold"]).float().mean().item())
+            return operator(x, first, *weights, **options)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tune, f"{kind}_mlp", spy)
+            block.sparse(4, density, "dense", False)()
+        assert seen == [pytest.approx(density, abs=0.01)]
 
 
 def test_the_dispatch_follows_a_measurement_below_the_built_in_size():
     small = torch.empty(24, 16)
     assert not triton_ops.wants_sparse(1, small, "gated")
     for name in ("cpp", "torch"):
-        break_even.store(name, "cpu", torch.float32, 16, 24, True, (1.0,))
+        break_even.store(name, "cpu", torch.float32, 16, 24, "gated", (1.0,))
     dispatch.forget()
     assert triton_ops.wants_sparse(1, small, "gated")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"tokens": ()}, ValueError, "tokens="),
+        ({"tokens": (0, 2)}, ValueError, "tokens="),
+        ({"kind": "linear", "certified": True}, ValueError, "certified=True has no meaning"),
+        ({"backend": "torch", "certified": True}, RuntimeError, "'torch' has no use for a certificate"),
+    ],
+)
+def test_what_cannot_be_measured(options, error, message):
+    with pytest.raises(error, match=message):
+        tune.measure(8, 8, torch.float32, **options)
+
+
+def test_the_command_line_prints_and_stores(capsys, monkeypatch):
+    command = ["tune", "--hidden", "16", "--neurons", "24", "--dtype", "float32", "--backend", "torch"]
+    monkeypatch.setattr("sys.argv", [*command, "--kind", "plain", "--tokens", "1", "3"])
+    tune.main()
+    assert "plain MLP; dense / sparse" in capsys.readouterr().out
+    assert break_even.measured("torch", "cpu", torch.float32, 16, 24, "plain") is not None
 
 
 def test_nothing_to_measure_says_why():

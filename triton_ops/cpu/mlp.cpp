@@ -245,10 +245,14 @@ struct Job {
         rows[r] = down + f * down_stride;
         next[r] = down + (ahead < F ? ahead : F - 1) * down_stride;
       }
+      uint32_t pairs[kTileRows / 2][N];
+      for (int64_t r = 0; r < even; r += 2)
+        for (int j = 0; j < N; ++j)
+          pairs[r / 2][j] = (as_bits(h[(at + r) * T + t + j]) >> 16) | as_bits(h[(at + r + 1) * T + t + j]);
       float* const out = partial + (g * T + t) * D;
       int64_t i = first;
       for (; i + kStep <= last; i += kStep)
-        if (!add_tile<N>(out, D, rows, t ? nullptr : next, h + at * T + t, T, even, i))
+        if (!Tile<W>::template add<N>(out, D, rows, t ? nullptr : next, pairs, even, i))
           for (int j = 0; j < N; ++j) add_token(g, t + j, begin + at, even, h + at * T, i, i + kStep, false);
       for (int j = 0; j < N; ++j) {
         if (i < last) add_token(g, t + j, begin + at, even, h + at * T, i, last, false);

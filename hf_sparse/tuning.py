@@ -1,0 +1,250 @@
+"""tune: which layers of a model skip at how many tokens, decided by measurement on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from hf_sparse.errors import PatchError
+from hf_sparse.measure import measure
+from hf_sparse.modules import SparseMLP
+from hf_sparse.patching import inspect, transformers_model
+from triton_ops import break_even, dispatch
+from triton_ops.break_even import Kind
+from triton_ops.tune import TOKENS, Measurement, available
+from triton_ops.tune import measure as measure_shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunedLayer:
+    """One patched MLP block and what was found for it."""
+
+    name: str
+    """Qualified name of the block, as in ``model.get_submodule(name)``."""
+    shape: str
+    density: float | None
+    """Mean share of active neurons per token; None if unknown, which counts as 1 (every neuron)."""
+    break_even: tuple[float, ...]
+    """For 1, 2, … tokens in a call, the density up to which skipping is no slower than dense."""
+    certified: float | None
+    """For one token, the density up to which a certificate makes it faster still; None if not asked for."""
+    obstacle: str | None
+    """Why the block runs dense at any density, if it does."""
+
+    def skips(self, tokens: int) -> bool:
+        """Whether the block skips silent neurons for this many tokens in a call."""
+        limit = self.break_even[tokens - 1] if 0 < tokens <= len(self.break_even) else 0.0
+        return limit > 0 and (1.0 if self.density is None else self.density) <= limit
+
+    @property
+    def uses_certificate(self) -> bool:
+        """Whether the block decodes single tokens with its certificate."""
+        return bool(self.certified) and (self.density or 0.0) <= (self.certified or 0.0)
+
+    @property
+    def choice(self) -> str:
+        """What the block does, in words."""
+        counts = [n for n in range(1, len(self.break_even) + 1) if self.skips(n)]
+        if self.uses_certificate:
+            counts = sorted({1, *counts})
+        if not counts:
+            return f"dense: {self.obstacle}" if self.obstacle else "dense"
+        ranges: list[list[int]] = []
+        for n in counts:
+            if ranges and n == ranges[-1][-1] + 1:
+                ranges[-1] = [ranges[-1][0], n]
+            else:
+                ranges.append([n])
+        text = "skips at " + ", ".join("-".join(map(str, r)) for r in ranges)
+        if self.certified is None:
+            return text
+        unused = f"; the certificate pays up to {self.certified:.0%}" if self.certified else ""
+        return text + ("; certified at 1" if self.uses_certificate else unused)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneReport:
+    """What :func:`hf_sparse.tune` found; ``print`` shows it as a table."""
+
+    layers: tuple[TunedLayer, ...]
+    """The patched MLP blocks in the order of the model."""
+    tokens: tuple[int, ...]
+    """Numbers of tokens in a call that the table shows."""
+    measurements: tuple[Measurement, ...]
+    """Those that were made now; shapes measured before are not measured again."""
+
+    def __str__(self) -> str:
+        names = max(len("MLP block"), *(len(layer.name) for layer in self.layers))
+        shapes = max(len("shape"), *(len(layer.shape) for layer in self.layers))
+        counts = "".join(f"{n:>6}" for n in self.tokens)
+        head = f"{'MLP block':<{names}}  {'shape':<{shapes}}  density {counts}  choice, by tokens in a call"
+        lines = [head, "-" * len(head)]
+        for layer in self.layers:
+            limits = layer.break_even
+            cells = "".join(f"{limits[n - 1] if n <= len(limits) else 0.0:>6.0%}" for n in self.tokens)
+            density = "?" if layer.density is None else f"{layer.density:.1%}"
+            lines.append(
+                f"{layer.name:<{names}}  {layer.shape:<{shapes}}  {density:>7} {cells}  {layer.choice}"
+            )
+        lines.append(
+            "in the columns: the density up to which skipping is no slower than dense, by tokens in a call"
+        )
+        if any(layer.density is None for layer in self.layers):
+            lines.append("unknown density counts as 100 %; give a dataset to measure it")
+        return "\n".join(lines)
+
+
+class _Case(NamedTuple):
+    """What one measurement is of."""
+
+    hidden: int
+    neurons: int
+    dtype: torch.dtype
+    device: str
+    kind: Kind
+    certified: bool
+
+    def known(self, backend: str) -> tuple[float, ...] | None:
+        return break_even.measured(
+            backend, self.device, self.dtype, self.hidden, self.neurons, self.kind, self.certified
+        )
+
+
+def tune(
+    model: nn.Module,
+    dataset: Iterable[Any] | None = None,
+    *,
+    tokenizer: Any = None,
+    sequence_length: int | None = None,
+    batch_size: int = 4,
+    max_tokens: int = 4096,
+    tokens: Sequence[int] = TOKENS,
+    force: bool = False,
+    progress: bool = False,
+) -> TuneReport:
+    """Measure on this machine when the blocks of a patched model should skip; from now on they do just then.
+
+    Every distinct shape of block is timed, dense against skipping, with random weights, over numbers of
+    tokens and densities. The break-evens are kept in the cache folder, for later processes, too. With a
+    ``dataset`` the density of each block is measured as well and kept on the block while it is patched: it
+    skips where its own density lies below the break-even. Without one it skips only where that is no slower
+    at any density. Tune on an idle machine, with as many threads as you will use, before ``torch.compile``.
+
+    Args:
+        model: a patched model of transformers, on the device and in the dtype that it will run in.
+        dataset: texts, rows with a ``"text"``, or batches, as :func:`hf_sparse.measure` takes them.
+        tokenizer: for texts; None loads the one of ``model.name_or_path``.
+        sequence_length: tokens per window of text; None means the model's context, at most 1,024.
+        batch_size: windows per forward.
+        max_tokens: tokens of ``dataset`` to measure density on.
+        tokens: the numbers of tokens in a call (sequences times positions) to time.
+        force: measure again what was measured before.
+        progress: show progress bars.
+
+    Raises:
+        PatchError: the model is not patched.
+        ValueError: ``tokens`` is empty or has a number below 1, or the dataset cannot be used.
+        OSError: the cache folder cannot be written.
+
+    """
+    counts = tuple(sorted(set(tokens)))
+    if not counts or counts[0] < 1:
+        raise ValueError(f"tokens={tuple(tokens)} is not a sequence of numbers of at least 1.")
+    base = transformers_model(model)
+    patched = inspect(base)
+    if patched.config is None:
+        raise PatchError(f"tune needs a patched model; this {type(base).__name__} is not patched.")
+    if dataset is not None:
+        density = measure(
+            base,
+            dataset,
+            tokenizer=tokenizer,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            max_tokens=max_tokens,
+            progress=progress,
+        )
+        found = {layer.name: layer.density for layer in density.layers if layer.tokens}
+        for block in patched.blocks:
+            assert isinstance(block.module, SparseMLP)
+            block.module.density = found.get(block.name, block.module.density)
+
+    measurements: dict[_Case, Measurement] = {}
+    layers: list[TunedLayer] = []
+    for block in _bar(patched.blocks, progress):
+        module = block.module
+        assert isinstance(module, SparseMLP)
+        cases, obstacle = _cases(module, block.hidden_size, block.intermediate_size)
+        limits: dict[tuple[Kind, bool], tuple[float, ...]] = {}
+        for case in cases:
+            try:
+                backend = available(case.device, case.dtype)
+            except RuntimeError as error:
+                obstacle = str(error)
+                break
+            if case.certified and backend not in dispatch.CERTIFYING:
+                continue
+            if case.known(backend) is None or (force and case not in measurements):
+                measurements[case] = _measure(case, backend, counts)
+            limits[case.kind, case.certified] = case.known(backend) or ()
+        skips = [limit for (_, certified), limit in limits.items() if not certified]
+        with_certificate = limits.get((module.roles.kind, True))
+        weight = next(module.parameters())
+        dtype = str(weight.dtype).removeprefix("torch.")
+        layers.append(
+            TunedLayer(
+                name=block.name,
+                shape=f"{block.hidden_size} x {block.intermediate_size} {dtype} {block.kind}",
+                density=module.density,
+                break_even=_larger(skips),
+                certified=None if with_certificate is None else max(with_certificate, default=0.0),
+                obstacle=obstacle,
+            )
+        )
+    return TuneReport(layers=tuple(layers), tokens=counts, measurements=tuple(measurements.values()))
+
+
+def _cases(module: SparseMLP, hidden: int, neurons: int) -> tuple[list[_Case], str | None]:
+    """What the block can run of the operators as it is, or why it can run none."""
+    if module.kernel() is None:
+        return [], "its activation is not exactly zero, or has a hook"
+    first, down = module.readable(module.deciding), module.readable(module.roles.down)
+    up = module.readable(module.roles.up)
+    if down is None or (module.roles.kind == "gated" and (first is None or up is None)):
+        return [], "its linear layers must be called (an adapter, a hook, quantised or offloaded weights)"
+    kinds: list[tuple[Kind, bool]] = [("gated", False)] if module.roles.kind == "gated" else []
+    if module.roles.kind == "plain":
+        kinds = [("linear", False)] if first is None else [("plain", False), ("linear", False)]
+    if module.certify and first is not None:
+        kinds.append((module.roles.kind, True))
+    weight = down.weight
+    return [_Case(hidden, neurons, weight.dtype, weight.device.type, *kind) for kind in kinds], None
+
+
+def _measure(case: _Case, backend: str, tokens: tuple[int, ...]) -> Measurement:
+    return measure_shape(
+        case.hidden,
+        case.neurons,
+        case.dtype,
+        kind=case.kind,
+        certified=case.certified,
+        device=case.device,
+        backend=backend,
+        tokens=tokens,
+    )
+
+
+def _larger(limits: list[tuple[float, ...]]) -> tuple[float, ...]:
+    """By tokens, the largest of several break-evens: of two ways to skip, a block takes one that pays."""
+    length = max(map(len, limits), default=0)
+    return tuple(max(limit[i] for limit in limits if i < len(limit)) for i in range(length))
+
+
+def _bar(blocks: Sequence[Any], progress: bool) -> Iterable[Any]:
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+    return tqdm(blocks, desc="tune", unit=" blocks", disable=not progress)

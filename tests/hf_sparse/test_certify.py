@@ -1,0 +1,342 @@
+"""certify=True: the same bits with fewer bytes read, and no certificate that outlives its weight."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+
+import pytest
+import torch
+from compiler import CPP, needs_compiler
+from skips import CountSkips
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hf_sparse
+from hf_sparse import PatchError, SparsityConfig
+from triton_ops.certificate import weight_stamp
+
+ACTIVATIONS = {
+    "relu": {},
+    "relu2": {},
+    "shifted_relu": {"shift": 0.1},
+    "fatrelu": {"threshold": 0.05},
+    "drelu": {},
+    "jsrelu": {},
+}
+
+
+def decode(model, backend: str, prompt: torch.Tensor, tokens: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
+    """Greedy tokens ``[n]`` and the logits ``[n, V]`` of every step."""
+    with hf_sparse.backend(backend):
+        out = model.generate(
+            prompt,
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    return out.sequences[0], torch.cat(out.logits)
+
+
+def set_certify(model, certify: bool) -> None:
+    """Without patching anew, which would start from new blocks."""
+    for block in hf_sparse.inspect(model).blocks:
+        block.module.certify = certify
+
+
+@pytest.mark.parametrize("backend", ["torch", CPP])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_real_llama_gives_the_dense_tokens_and_the_uncertified_bits(assets, activation, backend) -> None:
+    folder = assets / "stories260K"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    prompt = tokenizer("Once upon a time, there was", return_tensors="pt").input_ids
+    hf_sparse.patch(model, activation, **ACTIVATIONS[activation], certify=True)
+    layers = len(hf_sparse.inspect(model).blocks)
+    dense, _ = decode(model, "dense", prompt, 100)
+    with CountSkips() as skips:
+        tokens, logits = decode(model, backend, prompt, 100)
+    assert skips.count == 100 * layers
+    assert skips.certified == 99 * layers  # the prompt is several tokens, which are computed without
+    set_certify(model, False)
+    with CountSkips() as skips:
+        uncertified, expected = decode(model, backend, prompt, 100)
+    assert skips.certified == 0
+    assert torch.equal(tokens, dense)
+    assert torch.equal(tokens, uncertified)
+    assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize("backend", ["torch", CPP])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["gpt_neox", "phi", "llama"])
+def test_plain_and_gated_blocks_in_both_precisions(tiny_model, name, dtype, backend) -> None:
+    model = tiny_model(name).to(dtype)
+    hf_sparse.patch(model, "fatrelu", threshold=0.1, certify=True)
+    prompt = torch.randint(3, 128, (1, 6))
+    with CountSkips() as skips:
+        tokens, logits = decode(model, backend, prompt)
+    assert skips.certified == 23 * 3
+    set_certify(model, False)
+    assert all(map(torch.equal, decode(model, backend, prompt), (tokens, logits)))
+
+
+def tensor_bytes() -> int:
+    """Of everything alive in this process, each piece of memory once."""
+    gc.collect()
+    # Of exactly these types: compilers leave fake tensors behind, which have no memory.
+    tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if not t.is_meta
+    }
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("certify", [False, True])
+@pytest.mark.parametrize("backend", ["torch", CPP])
+def test_memory_beyond_the_dense_models(tiny_model, name, certify, backend) -> None:
+    model = tiny_model(name)
+    prompt = torch.randint(3, 128, (1, 6))
+    decode(model, "dense", prompt)
+    before = tensor_bytes()
+    hf_sparse.patch(model, "relu", certify=certify)
+    with CountSkips() as skips:
+        decode(model, backend, prompt)
+    assert skips.certified == (23 * 3 if certify else 0)
+    neurons, hidden = 88, 32
+    assert tensor_bytes() - before == (3 * neurons * (hidden + 12) if certify else 0)
+    assert not dict(model.named_buffers()).keys() - dict(tiny_model(name).named_buffers()).keys()
+    assert model.state_dict().keys() == tiny_model(name).state_dict().keys()
+    hf_sparse.unpatch(model)
+    assert tensor_bytes() == before
+
+
+def negate(model) -> None:
+    """What was certified to be silent is active now."""
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.gate_proj.weight.neg_()
+
+
+def optimizer_step(model) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
+    model(torch.arange(3, 9)[None], labels=torch.arange(3, 9)[None]).loss.backward()
+    optimizer.step()
+
+
+def load_state_dict(model) -> None:
+    model.load_state_dict({k: -v if "gate" in k else v for k, v in model.state_dict().items()})
+
+
+def replace_parameters(model) -> None:
+    for layer in model.model.layers:
+        layer.mlp.gate_proj.weight = torch.nn.Parameter(-layer.mlp.gate_proj.weight.detach())
+
+
+def replace_data(model) -> None:
+    for layer in model.model.layers:
+        layer.mlp.gate_proj.weight.data = -layer.mlp.gate_proj.weight.data
+
+
+def replace_parameters_in_the_same_memory(model) -> None:
+    """Neither the address nor the version tells."""
+    for layer in model.model.layers:
+        old = layer.mlp.gate_proj.weight
+        new = layer.mlp.gate_proj.weight = torch.nn.Parameter(old.data)
+        with torch.no_grad():
+            new.neg_()
+            while new._version < old._version:
+                new.mul_(1)
+        assert weight_stamp(new) == weight_stamp(old)
+
+
+def train_through_data(model) -> None:
+    model.train()
+    for layer in model.model.layers:
+        layer.mlp.gate_proj.weight.data.neg_()
+    model.eval()
+
+
+def edit_through_data_and_prepare(model) -> None:
+    for layer in model.model.layers:
+        layer.mlp.gate_proj.weight.data.neg_()
+    with hf_sparse.backend("cpp"):
+        hf_sparse.prepare(model)
+
+
+def edit_in_inference_mode(model) -> None:
+    with torch.inference_mode():
+        negate(model)
+
+
+def to_bfloat16(model) -> None:
+    model.to(torch.bfloat16)
+
+
+def merge_lora(model) -> None:
+    """PEFT adds to the base weight through ``.data``, then puts the very same layer back."""
+    from peft import LoraConfig, get_peft_model
+
+    wrapped = get_peft_model(model, LoraConfig(r=4, target_modules=["gate_proj"], task_type="CAUSAL_LM"))
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=1.0)
+    assert wrapped.eval().merge_and_unload() is model
+
+
+CHANGES = (
+    negate, optimizer_step, load_state_dict, replace_parameters, replace_parameters_in_the_same_memory,
+    replace_data,
+    train_through_data, edit_through_data_and_prepare, edit_in_inference_mode, to_bfloat16, merge_lora,
+)  # fmt: skip
+
+
+@needs_compiler
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+def test_a_changed_weight_is_certified_anew(tiny_model, change) -> None:
+    model = tiny_model("llama")
+    hf_sparse.patch(model, "relu", certify=True)
+    prompt = torch.randint(3, 128, (1, 1))
+    _, before = decode(model, "cpp", prompt)
+    change(model)
+    with CountSkips() as skips:
+        tokens, logits = decode(model, "cpp", prompt)
+    assert skips.certified == 24 * 3
+    for block in hf_sparse.inspect(model).blocks:
+        assert block.module._held.stamp == weight_stamp(block.gate_linear.weight)
+    assert not torch.equal(logits, before)
+    set_certify(model, False)
+    assert all(map(torch.equal, decode(model, "cpp", prompt), (tokens, logits)))
+
+
+def held(model) -> list[bool]:
+    return [block.module._held is not None for block in hf_sparse.inspect(model).blocks]
+
+
+def test_certificates_come_at_the_first_token_or_with_prepare_and_go_with_training(tiny_model) -> None:
+    model = tiny_model("llama")
+    hf_sparse.patch(model, SparsityConfig(certify=True, layers=(0, 2)))
+    assert held(model) == [False, False]
+    decode(model, "dense", torch.arange(3, 6)[None])
+    assert held(model) == [False, False]
+    with hf_sparse.backend("torch"):
+        hf_sparse.prepare(model)
+    assert held(model) == [True, True]
+    model.train()
+    assert held(model) == [False, False]
+    with hf_sparse.backend("torch"):
+        model(torch.ones(1, 1, dtype=torch.int64)).logits.sum().backward()
+    assert held(model) == [False, False]
+    decode(model.eval(), "torch", torch.arange(3, 6)[None])
+    assert held(model) == [True, True]
+    model.half().float()  # new values may lie where the old ones were, and no version is counted
+    assert held(model) == [False, False]
+    decode(model, "torch", torch.arange(3, 6)[None])
+    assert held(model) == [True, True]
+    blocks = [block.module for block in hf_sparse.inspect(model).blocks]
+    hf_sparse.unpatch(model)
+    assert all(block._held is None for block in blocks)
+
+
+def test_no_certificate_where_it_would_not_pay(tiny_model) -> None:
+    model = tiny_model("llama")  # too small for the automatic choice to skip
+    hf_sparse.patch(model, "relu", certify=True)
+    hf_sparse.prepare(model)
+    assert held(model) == [False] * 3
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_carry_no_certificate_and_make_their_own(tiny_model, how) -> None:
+    model = tiny_model("llama")
+    hf_sparse.patch(model, "relu", certify=True)
+    prompt = torch.arange(3, 6)[None]
+    expected = decode(model, "torch", prompt)
+    if how == "deepcopy":
+        twin = copy.deepcopy(model)
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        twin = torch.load(file, weights_only=False)
+    assert (held(model), held(twin)) == ([True] * 3, [False] * 3)
+    negate(model)
+    assert all(map(torch.equal, decode(twin, "torch", prompt), expected))
+    assert held(twin) == [True] * 3
+
+
+def test_weights_that_count_no_versions_are_not_certified(tiny_model) -> None:
+    with torch.inference_mode():
+        model = tiny_model("llama")
+        hf_sparse.patch(model, "relu", certify=True)
+        prompt = torch.arange(3, 6)[None]
+        with CountSkips() as skips:
+            tokens, _ = decode(model, "torch", prompt)
+        assert skips.count > 0
+        assert skips.certified == 0
+        assert torch.equal(tokens, decode(model, "dense", prompt)[0])
+
+
+def test_a_certificate_made_in_inference_mode_serves_outside_of_it(tiny_model) -> None:
+    model = tiny_model("llama")
+    (block, *_) = hf_sparse.patch(model, "relu", certify=True).blocks
+    x = torch.randn(1, 32)
+    with hf_sparse.backend("torch"):
+        with torch.inference_mode():
+            first = block.module(x)
+        with torch.no_grad():
+            assert torch.equal(block.module(x), first)
+    assert not any(t.is_inference() for t in block.module._held.certificate)
+
+
+def test_lora_runs_dense(tiny_model) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny_model("llama")
+    hf_sparse.patch(model, "relu", certify=True)
+    decode(model, "torch", torch.arange(3, 6)[None])
+    assert held(model) == [True] * 3
+    wrapped = get_peft_model(model, LoraConfig(r=4, target_modules=["gate_proj"], task_type="CAUSAL_LM"))
+    assert held(wrapped) == [False] * 3
+    with CountSkips() as skips, hf_sparse.backend("torch"), torch.no_grad():
+        wrapped.eval()(input_ids=torch.ones(1, 1, dtype=torch.int64))
+    assert skips.count == 0
+
+
+def test_round_trip_and_plain_transformers(tiny_model, tmp_path) -> None:
+    model = tiny_model("llama")
+    report = hf_sparse.patch(model, "relu", certify=True)
+    assert (report.stock_name, model.config.hidden_act) == ("relu", "relu")
+    assert "silu -> relu (certified)" in str(report)
+    prompt = torch.arange(3, 6)[None]
+    expected = decode(model, "torch", prompt)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert hf_sparse.inspect(loaded).config == SparsityConfig(certify=True)
+    with CountSkips() as skips:
+        assert all(map(torch.equal, decode(loaded, "torch", prompt), expected))
+    assert skips.certified == 23 * 3
+
+
+class TestOriginal:
+    """Keeping the model's own activation and certifying it: if it is zero below a threshold."""
+
+    def test_of_a_model_that_is_sparse_as_it_comes(self, tiny_model, tmp_path) -> None:
+        model = tiny_model("nemotron")  # squared ReLU
+        hf_sparse.patch(model, "original", certify=True)
+        with CountSkips() as skips:
+            decode(model, "torch", torch.arange(3, 6)[None])
+        assert skips.certified == 23 * 3
+        model.save_pretrained(tmp_path)
+        assert hf_sparse.inspect(AutoModelForCausalLM.from_pretrained(tmp_path)).config.certify
+
+    def test_of_a_dense_model_is_refused(self, tiny_model) -> None:
+        model = tiny_model("llama")
+        with pytest.raises(PatchError, match=r"model\.layers\.0\.mlp has SiLU.*never exactly zero"):
+            hf_sparse.patch(model, "original", certify=True)
+        assert hf_sparse.inspect(model).config is None
+        hf_sparse.patch(model, "relu")
+        with pytest.raises(PatchError, match="never exactly zero"):  # its own is still SiLU
+            hf_sparse.patch(model, "original", certify=True)
+        assert hf_sparse.inspect(model).config == SparsityConfig()

@@ -1,0 +1,61 @@
+"""What the Triton kernels compute per neuron: bias, rounding, activation test, activation value.
+
+Values are float32; they are rounded to the dtype of the model wherever the dense computation rounds, so that
+both select the same neurons. The functions work on tiles of any shape.
+"""
+
+# The parameters of a kernel are pointers, scalars and constexprs of Triton's own.
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+ACTIVATIONS = ("relu", "relu2", "jsrelu", "shifted_relu", "fatrelu", "drelu")
+
+RELU2, JSRELU, SHIFTED, FAT, DRELU = (tl.constexpr(i) for i in range(1, 6))  # their places in ACTIVATIONS
+
+
+@triton.jit
+def round_to(v, dtype: tl.constexpr):
+    """Float32 to the nearest value of ``dtype``, as float32."""
+    # Spelt out for bfloat16, because Triton's interpreter truncates.
+    if dtype == tl.bfloat16:
+        bits = v.to(tl.int32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        return tl.where(v != v, v, nearest.to(tl.float32, bitcast=True))
+    else:  # noqa: RET505 (a constexpr branch must stay one)
+        return v.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def add_bias(v, bias_ptr, f, mask, BIAS: tl.constexpr, dtype: tl.constexpr):
+    """The output of a linear layer from its dot products v; monotone in v, as the certificate needs it."""
+    if BIAS:
+        v += tl.load(bias_ptr + f, mask=mask, other=0.0).to(tl.float32)
+    return round_to(v, dtype)
+
+
+@triton.jit
+def is_silent(p, threshold, KIND: tl.constexpr, dtype: tl.constexpr):
+    """Whether a neuron is silent; not if p is NaN. The threshold counts in the dtype of the model."""
+    limit = round_to(tl.full([], threshold, tl.float32), dtype)
+    if KIND == FAT:
+        return p < limit
+    else:  # noqa: RET505
+        return p <= limit
+
+
+@triton.jit
+def activate(p, threshold, KIND: tl.constexpr, dtype: tl.constexpr):
+    """The activation of p where it is not silent."""
+    if KIND == RELU2:
+        a = p * p
+    elif KIND == JSRELU:
+        a = p + 0.5 * round_to(p * p, dtype)
+    elif KIND == SHIFTED:
+        a = p - round_to(tl.full([], threshold, tl.float32), dtype)
+    else:
+        a = p
+    return round_to(a, dtype)
