@@ -41,28 +41,32 @@ class Default:
     linear: tuple[float, ...]
     """The same of ``sparse_linear``."""
 
+    beyond: float = 0.0
+    """Break-even density of all three for more tokens than those."""
+
     certified: tuple[float, ...] = ()
     """Density up to which a certificate makes an MLP faster still, for 1 token; none: no use for one."""
 
 
-# Conservative, from one two-core AVX-512 machine at the shape of Llama-3.2-1B, the lower of one and two
-# threads; `python -m triton_ops.tune` measures yours. The bfloat16 densities of linear above two tokens are
-# estimates on the low side. A certificate is one byte per weight and leaves more rows to read than are
-# active; it pays while those are fewer than about half of a 2-byte gate.
+# From one two-core AVX-512 machine at the shapes of Llama-3.2-1B and Llama-2-7B; `python -m triton_ops.tune`
+# measures yours. 1.0 up to 16 tokens in bfloat16 and more in the others: once the down projection is
+# neuron-major, torch's own product with it is slower than a kernel that skips nothing. A certificate is one
+# byte per weight and leaves more rows to read than are active; it pays while those are fewer than about half
+# of a 2-byte gate.
 DEFAULTS: dict[tuple[str, torch.dtype], Default] = {
     ("cpp", torch.bfloat16): Default(
         min_bytes=1 << 20,
-        gated=(1.0, 1.0, 0.5, 0.5),
-        plain=(1.0, 1.0, 0.5, 0.5),
-        linear=(1.0, 1.0, 0.5, 0.3, 0.3, 0.2, 0.2, 0.2),
+        gated=(1.0,) * 16 + (0.2,) * 16,
+        plain=(1.0,) * 16 + (0.2,) * 16,
+        linear=(1.0,) * 4 + (0.2,) * 28,
         certified=(0.2,),
     ),
-    # Dense float16 decodes close to the speed of memory.
+    # Where torch has no float16 product of its own (see default), ours is faster for any number of tokens.
     ("cpp", torch.float16): Default(
-        min_bytes=4 << 20, gated=(0.75, 1.0, 1.0, 1.0), plain=(1.0,) * 4, linear=(1.0,) * 4, certified=(0.2,)
+        min_bytes=4 << 20, gated=(1.0,), plain=(1.0,), linear=(1.0,), beyond=1.0, certified=(0.2,)
     ),
     ("cpp", torch.float32): Default(
-        min_bytes=4 << 20, gated=(1.0,) * 4, plain=(1.0,) * 4, linear=(1.0,) * 8, certified=(0.3,)
+        min_bytes=4 << 20, gated=(1.0,) * 32, plain=(1.0,) * 32, linear=(1.0,) * 8, certified=(0.3,)
     ),
     ("torch", torch.bfloat16): Default(min_bytes=16 << 20, gated=(1.0,), plain=(1.0,), linear=(1.0,)),
     ("torch", torch.float32): Default(min_bytes=16 << 20, gated=(1.0,), plain=(1.0,), linear=(1.0,)),
@@ -73,12 +77,30 @@ def default(
     backend: str, dtype: torch.dtype, weight_bytes: int, kind: Kind, certified: bool = False
 ) -> tuple[float, ...]:
     """The built-in break-even densities for 1, 2, … tokens; none where it is not worth it."""
-    found = DEFAULTS.get((backend, dtype))
+    found = _default(backend, dtype)
     if found is None or weight_bytes < found.min_bytes:
         return ()
     if certified:
         return found.certified
     return {"gated": found.gated, "plain": found.plain, "linear": found.linear}[kind]
+
+
+def beyond(backend: str, dtype: torch.dtype) -> float:
+    """The break-even density for more tokens than :func:`default` or :func:`measured` know of."""
+    found = _default(backend, dtype)
+    return found.beyond if found else 0.0
+
+
+def _default(backend: str, dtype: torch.dtype) -> Default | None:
+    if dtype == torch.float16 and has_own_float16():
+        return None  # not measured on such a machine
+    return DEFAULTS.get((backend, dtype))
+
+
+@cache
+def has_own_float16() -> bool:
+    """Whether torch multiplies float16 matrices with instructions of this CPU; else it is very slow."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
 def measured(

@@ -1,7 +1,7 @@
 """Certified skip: proof, from one byte per weight, that a neuron is silent, so that its row need not be read.
 
-The deciding projection of an MLP (the gate, or the up projection of a plain MLP) is all that a skipping kernel
-reads of a silent neuron. A certificate keeps, for each row w of it,
+The deciding projection of an MLP (the gate, or the up projection of a plain MLP) is all that a skipping
+kernel reads of a silent neuron. A certificate keeps, for each row w of it,
 
 - ``q``: w rounded to int8, ``s`` its scale, so that w is near s q;
 - ``r``: an upper bound of ``‖w - s q‖₂``;
@@ -12,20 +12,22 @@ reads of a silent neuron. A certificate keeps, for each row w of it,
     w · x  =  s z (q · k)  +  s q · e  +  (w - s q) · x
           <=  s z (q · k)  +  (m + r) ‖e‖₂  +  r ‖x‖₂
 
-by Cauchy and Schwarz, since ``‖s q‖ <= ‖w‖ + ‖w - s q‖``. The product ``q · k`` is exact in integers. A kernel
-that multiplies q with x itself in floating point has k = x, z = 1, e = 0 and one rounding error more.
+by Cauchy and Schwarz, since ``‖s q‖ <= ‖w‖ + ‖w - s q‖``. The product ``q · k`` is exact in integers. A
+kernel that multiplies q with x itself in floating point has k = x, z = 1, e = 0 and one rounding error more.
 
-**Rounding.** What must not exceed the threshold is the pre-activation that the kernel *would compute*. Its dot
-product in float32, over at most n roundings on the way of one product into the sum, is off by at most
-``g ‖w‖ ‖x‖`` with ``g = n u / (1 - n u)``, ``u = 2**-24`` (Higham, Accuracy and Stability of Numerical Algorithms,
-theorem 3.1, and Cauchy-Schwarz), plus what underflow may take: no more than ``2**-120 D (1 + ‖w‖ + ‖x‖)``, also where
-subnormal numbers are flushed. No partial sum overflows if ``‖w‖ ‖x‖ < 2**126``; beyond that nothing is certified.
+**Rounding.** What must not exceed the threshold is the pre-activation that the kernel *would compute*. Its
+dot product in float32, over at most n roundings on the way of one product into the sum, is off by at most
+``g ‖w‖ ‖x‖`` with ``g = n u / (1 - n u)``, ``u = 2**-24`` (Higham, Accuracy and Stability of Numerical
+Algorithms, theorem 3.1, and Cauchy-Schwarz), plus what underflow may take: no more than
+``2**-120 D (1 + ‖w‖ + ‖x‖)``, also where subnormal numbers are flushed. No partial sum overflows if
+``‖w‖ ‖x‖ < 2**126``; beyond that nothing is certified.
 
-**What follows.** Call B the sum of these terms, evaluated in float64 and rounded up. The computed dot product
-is at most B. Adding the bias, rounding to the dtype of the model and the test "p <= threshold" (for fatrelu
-"p < threshold") are monotone, so the same operations done to B decide: if B would be silent, so is the neuron. The
-result is therefore *the same bits*, not an approximation. Comparisons are written so that NaN certifies nothing;
-rows and inputs with NaN or infinity have r, m or ‖x‖ = infinity or NaN, and are computed in full.
+**What follows.** Call B the sum of these terms, evaluated in float64 (on GPUs in float32, with the slack that
+takes) and rounded up. The computed dot product is at most B. Adding the bias, rounding to the dtype of the
+model and the test "p <= threshold" (for fatrelu "p < threshold") are monotone, so the same operations done to
+B decide: if B would be silent, so is the neuron. The result is therefore *the same bits*, not an
+approximation. Comparisons are written so that NaN certifies nothing; rows and inputs with NaN or infinity
+have r, m or ‖x‖ = infinity or NaN, and are computed in full.
 """
 
 from __future__ import annotations
@@ -44,12 +46,12 @@ class Certificate(NamedTuple):
     rows: Tensor
     """q, int8 ``[F, D]``, contiguous, in [-127, 127]."""
     bounds: Tensor
-    """s, r and m, float32 ``[F, 3]``, contiguous; r and m are rounded up, infinite for a row that is not finite."""
+    """s, r and m, float32 ``[F, 3]``, contiguous; r and m are rounded up, infinite for rows not finite."""
 
 
 @torch.no_grad()
 def certify(weight: Tensor) -> Certificate:
-    """The certificate of ``weight [F, D]``, any floating dtype, on its device; valid while weight is unchanged.
+    """The certificate of ``weight [F, D]``, any floating dtype, on its device; valid while that is unchanged.
 
     It costs one byte per weight and 12 per row.
 
@@ -59,7 +61,7 @@ def certify(weight: Tensor) -> Certificate:
     """
     if weight.ndim != 2 or not weight.is_floating_point():
         raise ValueError(
-            f"weight is {weight.dtype} of shape {list(weight.shape)}; a projection is floating, [neurons, hidden]."
+            f"weight is {weight.dtype} of shape {list(weight.shape)}; expected floating, [neurons, hidden]."
         )
     neurons, hidden = weight.shape
     rows = torch.empty(neurons, hidden, dtype=torch.int8, device=weight.device)
@@ -86,7 +88,7 @@ def weight_stamp(weight: Tensor) -> tuple[int, int]:
 def _certify(w: Tensor) -> tuple[Tensor, Tensor]:
     finite = w.isfinite().all(1, keepdim=True)
     w = torch.where(finite, w, 0.0)
-    # As float32, which kernels read; a row of zeros, or one so small that the scale underflows, has s = 0, q = 0.
+    # As float32, which kernels read; a row of zeros, or so small that the scale underflows, has s = 0, q = 0.
     scale = (
         (w.abs().amax(1, keepdim=True) / 127).float().double() if w.shape[1] else w.new_zeros(w.shape[0], 1)
     )

@@ -130,18 +130,30 @@ def choose(
     name = forced_backend()
     if name != "auto":
         return name
-    name, limits = best(device, dtype, hidden, neurons, kind, certified)
+    name, limits, beyond = best(device, dtype, hidden, neurons, kind, certified)
     # limits[i] belongs to i + 1 tokens; 0 means that skipping never wins there.
-    wins = 0 < tokens <= len(limits) and limits[tokens - 1] > 0 and density <= limits[tokens - 1]
-    return name if wins else "dense"
+    limit = limits[tokens - 1] if tokens <= len(limits) else beyond if limits else 0.0
+    return name if tokens > 0 and limit > 0 and density <= limit else "dense"
 
 
 @torch.compiler.assume_constant_result
 def best(
     device: str, dtype: torch.dtype, hidden: int, neurons: int, kind: Kind, certified: bool = False
-) -> tuple[str, tuple[float, ...]]:
-    """The best available backend for these sizes and, for 1, 2, … tokens, the density up to which it wins."""
+) -> tuple[str, tuple[float, ...], float]:
+    """The best available backend for these sizes, and the density up to which it wins.
+
+    That for 1, 2, … tokens, and that for more.
+    """
     return _best(device, dtype, hidden, neurons, kind, certified)
+
+
+@torch.compiler.assume_constant_result
+def torch_stalls(device: str, dtype: torch.dtype) -> bool:
+    """Whether torch's product with a neuron-major weight is out of the question: seconds for a prompt.
+
+    So it is for float16 on CPUs without float16 arithmetic.
+    """
+    return device == "cpu" and dtype == torch.float16 and not break_even.has_own_float16()
 
 
 def forget() -> None:
@@ -152,7 +164,7 @@ def forget() -> None:
 @cache
 def _best(
     device: str, dtype: torch.dtype, hidden: int, neurons: int, kind: Kind, certified: bool = False
-) -> tuple[str, tuple[float, ...]]:
+) -> tuple[str, tuple[float, ...], float]:
     weight_bytes = MATRICES[kind] * hidden * neurons * dtype.itemsize
     for name in AUTOMATIC.get(device, ()):
         limits = break_even.measured(name, device, dtype, hidden, neurons, kind, certified)
@@ -162,8 +174,8 @@ def _best(
         # In this order: asking a path whether it is usable may build it, which small models never need. A
         # measurement counts also when it says "never": no other backend has been measured to do better.
         if (limits or measured) and path(name).unusable(torch.device(device), dtype) is None:
-            return name, limits
-    return "dense", ()
+            return name, limits, 0.0 if certified else break_even.beyond(name, dtype)
+    return "dense", (), 0.0
 
 
 def select(tokens: int, weight: Tensor, kind: Kind, certified: bool = False) -> ModuleType | None:

@@ -12,8 +12,8 @@ from triton_ops.certificate import Certificate
 class MLP(NamedTuple):
     """One MLP block; T tokens, D hidden size, F neurons.
 
-    ``gate`` is the *deciding* projection: the gate of a gated MLP, or the up projection of a plain one, whose ``up``
-    is None and whose h is ``act(gate(x))``.
+    ``gate`` is the *deciding* projection: the gate of a gated MLP, or the up projection of a plain one, whose
+    ``up`` is None and whose h is ``act(gate(x))``.
     """
 
     gate: Tensor

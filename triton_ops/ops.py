@@ -26,8 +26,8 @@ _LIB.define(
     tags=_TAGS,
 )
 _LIB.define(
-    "plain_mlp(Tensor x, Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias, Tensor? q, Tensor? bounds, "
-    "int[]? stamp, str activation, float threshold) -> Tensor",
+    "plain_mlp(Tensor x, Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias, Tensor? q, "
+    "Tensor? bounds, int[]? stamp, str activation, float threshold) -> Tensor",
     tags=_TAGS,
 )
 _LIB.define("sparse_linear(Tensor h, Tensor weight, Tensor? bias) -> Tensor", tags=_TAGS)
@@ -59,8 +59,8 @@ def gated_mlp(
         down_bias: ``[D]`` or None.
         activation: one of :data:`triton_ops.ACTIVATIONS`; see :func:`triton_ops.reference.activation`.
         threshold: of ``"shifted_relu"`` and ``"fatrelu"``, in units of the pre-activation.
-        certificate: of ``gate`` as it is now (:func:`certify`). Backends that can use it then read only the gate rows
-            of neurons that may be active. The result is the same, bit for bit.
+        certificate: of ``gate`` as it is now (:func:`certify`). Backends that can use it then read only the
+            gate rows of neurons that may be active. The result is the same, bit for bit.
         stamp: :func:`triton_ops.certificate.weight_stamp` of ``gate`` when it was certified. If it is another
             one when the operator runs, also in a compiled graph, the certificate is out of date and ignored.
 
@@ -97,8 +97,8 @@ def plain_mlp(
 ) -> Tensor:
     """The plain MLP ``down(act(up(x)))``, without touching the down weights of silent neurons.
 
-    Arguments, result and errors are those of :func:`gated_mlp` without a gate: ``up [F, D]`` decides which neurons
-    are active, ``certificate`` is that of ``up``, and ``"drelu"`` is not possible.
+    Arguments, result and errors are those of :func:`gated_mlp` without a gate: ``up [F, D]`` decides which
+    neurons are active, ``certificate`` is that of ``up``, and ``"drelu"`` is not possible.
     """
     if dispatch.autocasts(x.device.type):
         reference.check_activation(activation, threshold, gated=False)

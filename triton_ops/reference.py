@@ -20,7 +20,7 @@ THRESHOLDED = ("shifted_relu", "fatrelu")
 
 
 def check_activation(kind: str, threshold: float, *, gated: bool = True) -> None:
-    """Raise ValueError if ``kind`` is unknown or not for this kind of MLP, or ``threshold`` out of its range."""
+    """Raise ValueError if ``kind`` is unknown or needs a gate, or ``threshold`` is out of its range."""
     if kind not in ACTIVATIONS:
         raise ValueError(f"activation={kind!r} is not known; choose one of {', '.join(ACTIVATIONS)}.")
     if threshold != 0 and kind not in THRESHOLDED:

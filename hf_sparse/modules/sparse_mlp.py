@@ -86,8 +86,7 @@ class SparseMLP(nn.Module):
         (stock,) = self._stock
         down = self._child(self.roles.down)
         if type(down) is nn.Linear and triton_ops.is_neuron_major(down.weight):
-            with torch.inference_mode(down.weight.is_inference()):
-                down.weight.data = down.weight.data.contiguous()
+            store_by_column(down.weight)
         for name, child in self._modules.items():
             if name != self.roles.act:
                 stock._modules[name] = child
@@ -103,7 +102,19 @@ class SparseMLP(nn.Module):
 
     def dense(self, x: Tensor) -> Tensor:
         """The block as the stock class computes it, every neuron included."""
+        self._store_for_torch()
         return self.stock_class.forward(self, x)
+
+    def _store_for_torch(self) -> None:
+        """Give the down projection its stock layout back where torch cannot do without."""
+        down = self._child(self.roles.down)
+        if (
+            not torch.compiler.is_compiling()
+            and type(down) is nn.Linear
+            and dispatch.torch_stalls(down.weight.device.type, down.weight.dtype)
+            and triton_ops.is_neuron_major(down.weight)
+        ):
+            store_by_column(down.weight)
 
     def _skip_silent(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -221,6 +232,7 @@ class SparseGatedMLP(SparseMLP):
         if not self.relu_up:
             return super().dense(x)
         gate, up, down = (self._child(name) for name in (self.deciding, self.roles.up, self.roles.down))
+        self._store_for_torch()
         u = up(x)
         k = self.mix
         u = torch.relu(u) if k == 1 else (1 - k) * u + k * torch.relu(u)
@@ -292,3 +304,9 @@ def prepare_down(down: nn.Linear) -> None:
     """
     if not torch.compiler.is_compiling() and not triton_ops.is_neuron_major(down.weight):
         triton_ops.neuron_major_(down.weight)
+
+
+def store_by_column(weight: Tensor) -> None:
+    """Undo :func:`triton_ops.neuron_major_`: the layout in which ``nn.Linear`` stores a down projection."""
+    with torch.inference_mode(weight.is_inference()):
+        weight.data = weight.data.contiguous()

@@ -22,7 +22,7 @@ with warnings.catch_warnings(record=True) as caught:
     for _ in range(3):
         y = triton_ops.gated_mlp(x, gate, up, down, activation="relu")
 torch.testing.assert_close(y, reference.gated_mlp(x, gate, up, down, activation="relu"))
-print(dispatch.choose(1, "cpu", torch.float32, 512, 8192, True), len(caught), *(w.message for w in caught))
+print(dispatch.choose(1, "cpu", torch.float32, 512, 8192, "gated"), len(caught), *(w.message for w in caught))
 """
 
 

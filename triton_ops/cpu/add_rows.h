@@ -41,7 +41,7 @@ void add_rows(float* y, const typename W::Type* const* rows, const float* h, int
 constexpr int64_t kTileRows = 32;  // whose pages the processor can keep translated
 constexpr int kTileTokens = 8;     // or half of them
 
-// Several tokens at once, for blocks that most of them want, where the processor has more than vectors of floats for it.
+// Several tokens at once, for blocks that most of them want, where the processor has more for it than float vectors.
 template <class W>
 struct Tile {
   static constexpr bool kExists = false;

@@ -9,8 +9,8 @@
 //
 // Deterministic: F is cut into fixed groups (independent of the numbers of threads and tokens); threads take whole
 // groups in any order, each group sums its neurons in order into its own partial output, and partial outputs are
-// added in order. Nor does the sum of a token depend on which other tokens are in the call, as long as they are few
-// (kUnionTokens).
+// added in order. Nor does the sum of a token depend on which other tokens are in the call, as long as they
+// are fewer than kTileTokens.
 
 #include <atomic>
 #include <type_traits>
@@ -197,7 +197,7 @@ struct Job {
   void add_block(int64_t g, int64_t begin, int64_t n, const float* h) const {
     int64_t pairs = 0, tiled = 0;
     for (int64_t i = 0; i < n * T; ++i) pairs += h[i] != 0.0f;
-    if (Tile<W>::kExists && T > kUnionTokens && 3 * pairs > n * T) tiled = T / 4 * 4;
+    if (Tile<W>::kExists && T >= kTileTokens && 3 * pairs > n * T) tiled = T / 4 * 4;
     const int64_t step = T > kChunkTokens ? kChunk : D;
     for (int64_t first = 0; first < D; first += step) {
       const int64_t last = first + step < D ? first + step : D;
