@@ -180,3 +180,15 @@ def test_forced_dense_is_the_reference_bit_for_bit():
     block = make_block(3, 40, 50, torch.bfloat16, "jsrelu", bias=True)
     with triton_ops.backend("dense"):
         assert torch.equal(block.run(triton_ops), block.run(reference))
+
+
+@needs_compiler
+@pytest.mark.parametrize("own", [True, False])
+def test_float16_skips_for_any_number_of_tokens_unless_torch_has_float16_of_its_own(monkeypatch, own):
+    monkeypatch.setattr(break_even, "has_own_float16", lambda: own)
+    dispatch.forget()
+    half = weight(dtype=torch.float16)
+    for tokens in (1, 7, 5000):
+        assert triton_ops.wants_sparse(tokens, half, "gated") == (not own)
+    assert dispatch.torch_stalls("cpu", torch.float16) == (not own)
+    assert not dispatch.torch_stalls("cpu", torch.bfloat16)
