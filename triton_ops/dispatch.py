@@ -131,9 +131,11 @@ def choose(
     if name != "auto":
         return name
     name, limits, beyond = best(device, dtype, hidden, neurons, kind, certified)
+    if not (tokens and limits):
+        return "dense"
     # limits[i] belongs to i + 1 tokens; 0 means that skipping never wins there.
-    limit = limits[tokens - 1] if tokens <= len(limits) else beyond if limits else 0.0
-    return name if tokens > 0 and limit > 0 and density <= limit else "dense"
+    limit = limits[tokens - 1] if tokens <= len(limits) else beyond
+    return name if 0 < limit >= density else "dense"
 
 
 @torch.compiler.assume_constant_result
