@@ -27,11 +27,11 @@ class TunedLayer:
     """Qualified name of the block, as in ``model.get_submodule(name)``."""
     shape: str
     density: float | None
-    """Mean share of active neurons per token; None if unknown, which counts as 1 (every neuron)."""
+    """Mean share of neurons per token whose h is not zero; None if unknown, which counts as 1 (all)."""
     break_even: tuple[float, ...]
     """For 1, 2, … tokens in a call, the density up to which skipping is no slower than dense."""
     certified: float | None
-    """For one token, the density up to which a certificate makes it faster still; None if not asked for."""
+    """For one token, the density up to which a certificate makes it faster still; None if there is none."""
     obstacle: str | None
     """Why the block runs dense at any density, if it does."""
 
@@ -95,6 +95,8 @@ class TuneReport:
         )
         if any(layer.density is None for layer in self.layers):
             lines.append("unknown density counts as 100 %; give a dataset to measure it")
+        else:
+            lines.append("densities hold for this model object; the break-evens are kept for later processes")
         return "\n".join(lines)
 
 
@@ -141,7 +143,7 @@ def tune(
         sequence_length: tokens per window of text; None means the model's context, at most 1,024.
         batch_size: windows per forward.
         max_tokens: tokens of ``dataset`` to measure density on.
-        tokens: the numbers of tokens in a call (sequences times positions) to time.
+        tokens: the numbers of tokens in a call (sequences times positions) to time; 1 is always among them.
         force: measure again what was measured before.
         progress: show progress bars.
 
@@ -151,9 +153,9 @@ def tune(
         OSError: the cache folder cannot be written.
 
     """
-    counts = tuple(sorted(set(tokens)))
-    if not counts or counts[0] < 1:
+    if not tokens or min(tokens) < 1:
         raise ValueError(f"tokens={tuple(tokens)} is not a sequence of numbers of at least 1.")
+    counts = tuple(sorted({1, *tokens}))
     base = transformers_model(model)
     patched = inspect(base)
     if patched.config is None:
@@ -188,7 +190,9 @@ def tune(
                 break
             if case.certified and backend not in dispatch.CERTIFYING:
                 continue
-            if case.known(backend) is None or (force and case not in measurements):
+            known = case.known(backend)
+            covered = known is not None and (case.certified or len(known) >= counts[-1])
+            if not covered or (force and case not in measurements):
                 measurements[case] = _measure(case, backend, counts)
             limits[case.kind, case.certified] = case.known(backend) or ()
         skips = [limit for (_, certified), limit in limits.items() if not certified]

@@ -74,26 +74,27 @@ def certify(weight: Tensor) -> Certificate:
 
 
 def weight_stamp(weight: Tensor) -> tuple[int, int]:
-    """The version counter and the address of ``weight``: one of them changes when the weight does.
+    """The version counter of ``weight`` and the identity of its storage: one changes when the weight does.
 
-    Not seen are changes in place through ``weight.data``, for which torch counts no version.
+    Not seen are changes in place through ``weight.data``, for which torch counts no version. The identity is
+    one only while somebody holds the storage, if weakly, as ``StorageWeakRef`` does.
 
     Raises:
         RuntimeError: ``weight`` is an inference tensor, which has no version counter.
 
     """
-    return weight._version, weight.data_ptr()
+    return weight._version, weight.untyped_storage()._cdata
 
 
 def _certify(w: Tensor) -> tuple[Tensor, Tensor]:
     finite = w.isfinite().all(1, keepdim=True)
     w = torch.where(finite, w, 0.0)
-    # As float32, which kernels read; a row of zeros, or so small that the scale underflows, has s = 0, q = 0.
+    # As float32, which kernels read. Rows of zeros, or with a scale that is subnormal, get s = 0 and q = 0.
     scale = (
         (w.abs().amax(1, keepdim=True) / 127).float().double() if w.shape[1] else w.new_zeros(w.shape[0], 1)
     )
     finite &= scale.isfinite()
-    usable = finite & (scale > 0)
+    usable = finite & (scale >= torch.finfo(torch.float32).tiny)  # a processor may take smaller ones as zero
     q = torch.where(usable, w / torch.where(usable, scale, 1.0), 0.0).round().clamp(-127, 127)
     scale = torch.where(usable, scale, 0.0)
     residual, norm = (v.norm(dim=1, keepdim=True) for v in (w - scale * q, w))

@@ -175,9 +175,16 @@ def _best(
             limits = break_even.default(name, dtype, weight_bytes, kind, certified)
         # In this order: asking a path whether it is usable may build it, which small models never need. A
         # measurement counts also when it says "never": no other backend has been measured to do better.
-        if (limits or measured) and path(name).unusable(torch.device(device), dtype) is None:
+        if (limits or measured) and _usable(name, device, dtype):
             return name, limits, 0.0 if certified else break_even.beyond(name, dtype)
     return "dense", (), 0.0
+
+
+def _usable(name: str, device: str, dtype: torch.dtype) -> bool:
+    try:
+        return path(name).unusable(torch.device(device), dtype) is None
+    except RuntimeError:  # measured where Triton was installed, and used where it is not
+        return False
 
 
 def select(tokens: int, weight: Tensor, kind: Kind, certified: bool = False) -> ModuleType | None:

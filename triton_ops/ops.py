@@ -49,6 +49,9 @@ def gated_mlp(
 ) -> Tensor:
     """The gated MLP ``down(act(gate(x)) * up(x))``, without touching what silent neurons own.
 
+    With the backend ``"auto"``, calling it says that most neurons are silent: it skips for any number of
+    tokens at which that pays at some density.
+
     Args:
         x: ``[..., D]``, bfloat16, float16, float32 or float64, of any strides.
         gate: ``[F, D]``, same dtype and device as ``x``.
@@ -63,6 +66,7 @@ def gated_mlp(
             gate rows of neurons that may be active. The result is the same, bit for bit.
         stamp: :func:`triton_ops.certificate.weight_stamp` of ``gate`` when it was certified. If it is another
             one when the operator runs, also in a compiled graph, the certificate is out of date and ignored.
+            The replay of a captured CUDA graph runs no operator: capture again after changing the weight.
 
     Returns:
         ``[..., D]``, the dtype of ``x``, contiguous.
@@ -154,14 +158,14 @@ def _check(
 
 def _check_mlp(x: Tensor, mlp: MLP) -> None:
     gated = mlp.up is not None
-    first, prefix = ("gate", "gate") if gated else ("up", "up")
+    first = "gate" if gated else "up"
     reference.check_activation(mlp.activation, mlp.threshold, gated=gated)
     _check_input("x", x, mlp.gate, first)
     neurons, hidden = mlp.gate.shape
     _check(first, mlp.gate, (neurons, x.shape[-1]), x, "[F, D]")
     _check("up", mlp.up, (neurons, hidden), x, "[F, D]")
     _check("down", mlp.down, (hidden, neurons), x, "[D, F]")
-    _check(f"{prefix}_bias", mlp.gate_bias, (neurons,), x, "[F]")
+    _check(f"{first}_bias", mlp.gate_bias, (neurons,), x, "[F]")
     _check("up_bias", mlp.up_bias, (neurons,), x, "[F]")
     _check("down_bias", mlp.down_bias, (hidden,), x, "[D]")
     if mlp.certificate is not None:

@@ -51,8 +51,7 @@ class Measurement:
     def break_even(self) -> tuple[float, ...]:
         """For 1, 2, … tokens, the largest density at which, and below which, skipping was no slower.
 
-        0 where it never was. A count between two measured ones has the smaller of their break-evens; above
-        the last one nothing was measured, and there is none.
+        0 where it never was. A count between two measured ones has the smaller of their break-evens.
         """
         counts = sorted(self.dense_ms)
         measured = {tokens: self._break_even(tokens) for tokens in counts}
@@ -61,8 +60,6 @@ class Measurement:
             below = max((n for n in counts if n <= tokens), default=None)
             above = min(n for n in counts if n >= tokens)
             found.append(0.0 if below is None else min(measured[below], measured[above]))
-        while found and found[-1] == 0:
-            found.pop()
         return tuple(found)
 
     def _break_even(self, tokens: int) -> float:
@@ -119,7 +116,7 @@ def measure(
         certified: measure what a certificate adds, for one token; ``tokens`` is not read.
         device: ``"cpu"`` or ``"cuda"``.
         backend: ``"cpp"``, ``"torch"`` or ``"triton"``; None takes the best that can run.
-        tokens: the numbers of tokens to measure, of at least 1.
+        tokens: the numbers of tokens to measure, of at least 1; 1 is always among them.
         repeats: times that each point is measured; the median counts.
         save: keep the result in the cache folder, where the dispatch of this and later processes finds it.
 
@@ -129,9 +126,9 @@ def measure(
         OSError: ``save`` and the cache folder cannot be written.
 
     """
-    counts = (1,) if certified else tuple(sorted(set(tokens)))
-    if not counts or counts[0] < 1:
+    if not tokens or min(tokens) < 1:
         raise ValueError(f"tokens={tuple(tokens)} is not a sequence of numbers of at least 1.")
+    counts = (1,) if certified else tuple(sorted({1, *tokens}))
     if certified and kind == "linear":
         raise ValueError("certified=True has no meaning for kind='linear', whose input says what is silent.")
     name = backend or available(device, dtype)

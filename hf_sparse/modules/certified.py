@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from triton_ops import Certificate, certify
 from triton_ops.certificate import weight_stamp
@@ -24,6 +25,8 @@ class HeldCertificate:
     """:func:`triton_ops.certificate.weight_stamp` of the weight; the operators check it again."""
     weight: weakref.ref[Tensor]
     """Weak, for a weight that was replaced should not be kept alive."""
+    storage: StorageWeakRef
+    """Makes the storage's identity in ``stamp`` last: no later storage can have the same."""
 
     @staticmethod
     def make(weight: Tensor) -> HeldCertificate | None:
@@ -31,7 +34,8 @@ class HeldCertificate:
         if weight.is_inference() or weight.is_meta:
             return None
         with torch.inference_mode(False):  # a certificate made in inference mode could be used only there
-            return HeldCertificate(certify(weight), weight_stamp(weight), weakref.ref(weight))
+            storage = StorageWeakRef(weight.untyped_storage())
+            return HeldCertificate(certify(weight), weight_stamp(weight), weakref.ref(weight), storage)
 
     def holds_for(self, weight: Tensor) -> bool:
         """Whether ``weight`` is the very one, unchanged, in the same dtype and place."""

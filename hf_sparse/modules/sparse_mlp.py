@@ -154,7 +154,7 @@ class SparseMLP(nn.Module):
 
     @property
     def deciding(self) -> str:
-        """The name of the projection whose sign decides which neurons are active."""
+        """The name of the projection that decides which neurons are active."""
         return self.roles.gate or self.roles.up
 
     def _wants(self, tokens: int, weight: Tensor, kind: Kind) -> bool:

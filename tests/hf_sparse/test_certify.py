@@ -140,6 +140,14 @@ def replace_data(model) -> None:
         layer.mlp.gate_proj.weight.data = -layer.mlp.gate_proj.weight.data
 
 
+def replace_data_twice(model) -> None:
+    """The second time, the memory of the first weight may be taken again."""
+    for layer in model.model.layers:
+        weight = layer.mlp.gate_proj.weight
+        weight.data = weight.data * -2
+        weight.data = weight.data / 2
+
+
 def replace_parameters_in_the_same_memory(model) -> None:
     """Neither the address nor the version tells."""
     for layer in model.model.layers:
@@ -189,6 +197,7 @@ def merge_lora(model) -> None:
 CHANGES = (
     negate, optimizer_step, load_state_dict, replace_parameters, replace_parameters_in_the_same_memory,
     replace_data,
+    replace_data_twice,
     train_through_data, edit_through_data_and_prepare, edit_in_inference_mode, to_bfloat16, merge_lora,
 )  # fmt: skip
 

@@ -42,7 +42,9 @@ def skips(model, tokens: int = 1) -> int:
 
 
 def stored(backend: str, kind: str, *limits: float, certified: bool = False) -> None:
-    break_even.store(backend, *SHAPE, kind, limits, certified)
+    """As measured for up to 32 tokens: "never" where no limit is given."""
+    never = () if certified else (0.0,) * (32 - len(limits))
+    break_even.store(backend, *SHAPE, kind, limits + never, certified)
     dispatch.forget()
 
 

@@ -199,6 +199,18 @@ def test_extreme_inputs_and_weights(dtype, x, scale, activation):
 
 
 @needs_compiler
+def test_a_certificate_may_have_any_strides():
+    block = make_block(1, 64, 200, torch.float32)
+    rows, bounds = certify(block.gate)
+    with triton_ops.backend("cpp"):
+        expected = block.run(triton_ops)
+        strided = triton_ops.Certificate(rows.repeat_interleave(2, 0)[::2], bounds.t().contiguous().t())
+        assert not any(part.is_contiguous() for part in strided)
+        y = triton_ops.gated_mlp(*block.tensors(), activation="relu", certificate=strided)
+    assert torch.equal(y, expected)
+
+
+@needs_compiler
 def test_more_than_one_token_ignores_the_certificate():
     block = make_block(3, 64, 50, torch.float32)
     assert_same_bits(block)

@@ -13,7 +13,6 @@ constexpr int64_t kExact = 4096;  // products summed in at least 16 int32 lanes:
 
 // x as z * k + e, and the norms that the bound needs, rounded up.
 struct Quantised {
-  const int16_t* k;
   double z, e, x;                      // e and x: norms
   bool finite;
 };
@@ -38,7 +37,7 @@ Quantised quantise(const typename W::Type* x, int16_t* k, int64_t D) {
     x2 += v * v;
   }
   const double up = 1.0 + 1e-9;        // float64 has rounded the sums by parts in 1e12 at most
-  return {k, z, std::sqrt(e2) * up, std::sqrt(x2) * up, finite};
+  return {z, std::sqrt(e2) * up, std::sqrt(x2) * up, finite};
 }
 
 // q . k, exactly.

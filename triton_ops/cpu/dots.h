@@ -2,6 +2,8 @@
 // D alone, never on how many rows or tokens are worked on at once.
 #pragma once
 
+#include <type_traits>
+
 #include "vector.h"
 
 namespace {

@@ -31,7 +31,7 @@ constexpr int64_t kChunkTokens = 8;  // above, the outputs of all tokens do not 
 constexpr int64_t kChunk = 1024;     // columns
 constexpr int64_t kMaxValues = kMaxBlock > kBatchBlock * kMaxTokens ? kMaxBlock : kBatchBlock * kMaxTokens;
 
-// Numbers as in triton_ops/cpu/path.py.
+// In the order of triton_ops.reference.ACTIVATIONS.
 enum Activation { kRelu, kRelu2, kJSRelu, kShifted, kFat, kDRelu };
 
 // Written so that NaN counts as active.
@@ -139,7 +139,7 @@ struct Job {
   void compute_block(int64_t begin, int64_t n, float* h) const {
     const Type* rows[kMaxBlock + kAhead];
     float products[kMaxValues];
-    int32_t index[kMaxBlock];
+    int32_t index[kMaxBlock] = {0};
     int64_t count = n;
     if (q) {
       count = uncertified(begin, n, index);
@@ -197,7 +197,7 @@ struct Job {
   void add_block(int64_t g, int64_t begin, int64_t n, const float* h) const {
     int64_t pairs = 0, tiled = 0;
     for (int64_t i = 0; i < n * T; ++i) pairs += h[i] != 0.0f;
-    if (Tile<W>::kExists && T >= kTileTokens && 3 * pairs > n * T) tiled = T / 4 * 4;
+    if (Tile<W>::kExists && T >= kTileTokens && 3 * pairs > n * T) tiled = T - T % (kTileTokens / 2);
     const int64_t step = T > kChunkTokens ? kChunk : D;
     for (int64_t first = 0; first < D; first += step) {
       const int64_t last = first + step < D ? first + step : D;

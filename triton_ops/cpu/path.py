@@ -12,10 +12,9 @@ from torch import Tensor
 
 from triton_ops.cpu import build
 from triton_ops.mlp import MLP
+from triton_ops.reference import ACTIVATIONS
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-ACTIVATIONS = ("relu", "relu2", "jsrelu", "shifted_relu", "fatrelu", "drelu")  # in the order of mlp.cpp
-
 
 # The threads of OpenMP do not survive a fork, and waiting for them hangs the child; it works on one instead.
 _forked = False
@@ -53,7 +52,9 @@ def _call(x: Tensor, mlp: MLP, kind: int) -> Tensor:
     x, down = x.contiguous(), mlp.down.t()
     gate, up = (None if w is None else _rows(w) for w in (mlp.gate, mlp.up))
     biases = [None if b is None else b.contiguous() for b in (mlp.gate_bias, mlp.up_bias, mlp.down_bias)]
-    certificate = mlp.certificate if x.shape[0] == 1 else None
+    certificate = (
+        [c.contiguous() for c in mlp.certificate] if mlp.certificate and x.shape[0] == 1 else (None, None)
+    )
     neurons, hidden = down.shape
     y = x.new_empty(x.shape[0], hidden)
     call, max_tokens = _kernel()
@@ -64,7 +65,7 @@ def _call(x: Tensor, mlp: MLP, kind: int) -> Tensor:
             return call(
                 DTYPES[x.dtype],
                 part.data_ptr(),
-                *map(_pointer, (gate, up, down, *biases, *(certificate or (None, None)))),
+                *map(_pointer, (gate, up, down, *biases, *certificate)),
                 out.data_ptr(),
                 scratch,
                 part.shape[0],
