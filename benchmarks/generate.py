@@ -12,7 +12,7 @@ on random prompts.
 Random weights do not change what a step costs, which depends on shapes and sparsity alone. They do make the
 logits of 128256 tokens nearly equal, so that in bfloat16 greedy tokens soon differ by rounding. Therefore,
 before any timing, the logits of all forms are compared with those of the same model in float32: skipping must
-not be further off than dense. With ``--dtype float32`` the tokens are equal.
+not be clearly further off than dense. With ``--dtype float32`` the tokens are equal.
 
 On a GPU a step of eager ``generate()`` waits for the host, and not for memory; ``--static_cache`` lets
 transformers compile it.

@@ -6,7 +6,7 @@
 
 Dense is what a stock model runs: ``F.linear`` on weights as ``nn.Linear`` stores them. Sparse is the public
 operator, Python overhead included; on a GPU both run in a CUDA graph. Calls cycle through as many layers as
-it takes to exceed the cache, and every result is checked against float64 before it is timed.
+it takes to exceed the cache, and results of the first are checked against float64 before anything is timed.
 
 A gated MLP must read its gate and, with a share p of active neurons, p of up and down: the byte limit is
 3 / (1 + 2p), that of a plain MLP 2 / (1 + p). A ratio above it means that dense is off its own limit.

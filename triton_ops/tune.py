@@ -25,7 +25,7 @@ TOKENS = (1, 2, 4, 8, 16, 32)
 DENSITIES = (1.0, 0.75, 0.5, 0.3, 0.2, 0.1, 0.05)
 NO_SLOWER = 0.97
 """Skipping that takes up to ``1 / 0.97`` of the time of dense counts as no slower: clocks tell no better."""
-HOPELESS = 3.0  # times the dense time: measured twice and no more
+HOPELESS = 3.0  # times the dense time: not measured again after the first counted round
 COLD_BYTES = 128 << 20  # of weights that calls cycle through, more than a cache holds …
 COLD_DECIDING_BYTES = 64 << 20  # … and of those that every call reads, however sparse
 

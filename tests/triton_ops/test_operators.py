@@ -298,9 +298,8 @@ def test_errors_of_sparse_linear(h, weight, bias, message):
         triton_ops.sparse_linear(h, weight, bias)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-def test_dtypes_without_a_kernel_run_dense_in_auto_mode(dtype):
-    block = make_block(1, 16, 40, dtype)
+def test_a_dtype_without_a_kernel_runs_dense_in_auto_mode():
+    block = make_block(1, 1024, 2048, torch.float64)
     assert torch.equal(block.run(triton_ops), block.run(reference))
 
 
