@@ -9,11 +9,13 @@
 namespace {
 
 constexpr int kInputMax = 32767;  // k is int16
-constexpr int64_t kExact = 4096;  // products summed in at least 16 int32 lanes: at most 256 * 128 * 32767 < 2**31
+constexpr int64_t kExact = 4096;  // products summed in at least 8 int32 lanes: at most 512 * 128 * 32767 < 2**31
 
-// x as z * k + e, and the norms that the bound needs, rounded up.
+// x as z * k + e, and what the bound of every row needs of it; norms are rounded up.
 struct Quantised {
-  double z, e, x;                      // e and x: norms
+  double z, e, x;    // e and x: norms
+  double g;          // x times the relative error of a computed dot product
+  double underflow;  // what underflow may take, per norm of the row
   bool finite;
 };
 
@@ -37,7 +39,8 @@ Quantised quantise(const typename W::Type* x, int16_t* k, int64_t D) {
     x2 += v * v;
   }
   const double up = 1.0 + 1e-9;        // float64 has rounded the sums by parts in 1e12 at most
-  return {z, std::sqrt(e2) * up, std::sqrt(x2) * up, finite};
+  const double n = double(roundings(D)) * 0x1p-24, norm = std::sqrt(x2) * up;
+  return {z, std::sqrt(e2) * up, norm, n / (1.0 - n) * norm, 0x1p-120 * double(D), finite};
 }
 
 // q . k, exactly.
@@ -58,10 +61,9 @@ inline int64_t int8_dot(const int8_t* q, const int16_t* k, int64_t D) {
     };
     __m512i even = _mm512_setzero_si512(), odd = even;
     for (; i + 64 <= end; i += 64) even = add(even, i), odd = add(odd, i + 32);
-    int32_t lanes[2][16];
-    _mm512_storeu_si512(lanes[0], even);
-    _mm512_storeu_si512(lanes[1], odd);
-    for (int j = 0; j < 16; ++j) total += int64_t(lanes[0][j]) + lanes[1][j];
+    const __m512i sums = _mm512_add_epi32(even, odd);
+    total += _mm512_reduce_add_epi64(_mm512_add_epi64(_mm512_cvtepi32_epi64(_mm512_castsi512_si256(sums)),
+                                                      _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(sums, 1))));
 #elif defined(__AVX2__)
     auto add = [&](__m256i sums, int64_t at) {
       const __m256i u = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(q + at)));
@@ -69,10 +71,10 @@ inline int64_t int8_dot(const int8_t* q, const int16_t* k, int64_t D) {
     };
     __m256i even = _mm256_setzero_si256(), odd = even;
     for (; i + 32 <= end; i += 32) even = add(even, i), odd = add(odd, i + 16);
-    int32_t lanes[2][8];
-    _mm256_storeu_si256((__m256i*)lanes[0], even);
-    _mm256_storeu_si256((__m256i*)lanes[1], odd);
-    for (int j = 0; j < 8; ++j) total += int64_t(lanes[0][j]) + lanes[1][j];
+    const __m256i sums = _mm256_add_epi32(even, odd);
+    int32_t lanes[8];
+    _mm256_storeu_si256((__m256i*)lanes, sums);
+    for (int j = 0; j < 8; ++j) total += lanes[j];
 #else
     for (; i + 256 <= end; i += 256) {  // short enough for int32 in any order of additions; compilers vectorise it
       int32_t s = 0;
@@ -85,17 +87,22 @@ inline int64_t int8_dot(const int8_t* q, const int16_t* k, int64_t D) {
   return total;
 }
 
+// The next larger float; NaN and infinity stay what they are.
+inline float next_up(float v) {
+  const uint32_t u = as_bits(v + 0.0f);  // -0 becomes 0
+  return std::isfinite(v) ? as_float(u & 0x80000000u ? u - 1 : u + 1) : v;
+}
+
 // An upper bound of the dot product that dots() would compute for a row with these bounds and q . k = product;
 // NaN or infinity where there is none.
-inline float upper_bound(const float* bounds, int64_t product, const Quantised& in, int64_t D) {
+inline float upper_bound(const float* bounds, int64_t product, const Quantised& in) {
   const double s = bounds[0], r = bounds[1], m = bounds[2];
   if (!(in.finite && m * in.x < 0x1p126)) return INFINITY;
-  const double n = double(roundings(D)) * 0x1p-24, g = n / (1.0 - n);
   const double exact = s * in.z * double(product);
-  const double slack = (m + r) * in.e + r * in.x + g * m * in.x + 0x1p-120 * double(D) * (1.0 + m + in.x);
+  const double slack = (m + r) * in.e + r * in.x + m * in.g + in.underflow * (1.0 + m + in.x);
   // The last term: rounding of this very formula in float64.
   const double bound = exact + slack + 1e-12 * (slack + (m + r) * (in.x + in.e));
-  return std::nextafter(float(bound), INFINITY);
+  return next_up(float(bound));
 }
 
 }  // namespace

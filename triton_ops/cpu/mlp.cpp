@@ -129,7 +129,7 @@ struct Job {
     for (int64_t i = 0; i < n; ++i) {
       // What is done here to the bound is done below to the dot product; each step is monotone.
       const int64_t f = begin + i, product = int8_dot(q + f * D, k, D);
-      const float p = rounded<W>(upper_bound(bounds + 3 * f, product, quantised, D) + bias(gate_bias, f));
+      const float p = rounded<W>(upper_bound(bounds + 3 * f, product, quantised) + bias(gate_bias, f));
       if (!silent(p, kind, threshold)) index[count++] = int32_t(i);
     }
     return count;
