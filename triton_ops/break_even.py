@@ -59,11 +59,11 @@ DEFAULTS: dict[tuple[str, torch.dtype], Default] = {
         gated=(1.0,) * 16 + (0.2,) * 16,
         plain=(1.0,) * 16 + (0.2,) * 16,
         linear=(1.0,) * 4 + (0.2,) * 28,
-        certified=(0.1,),
+        certified=(0.2,),
     ),
     # Where torch has no float16 product of its own (see default), ours is faster for any number of tokens.
     ("cpp", torch.float16): Default(
-        min_bytes=4 << 20, gated=(1.0,), plain=(1.0,), linear=(1.0,), beyond=1.0, certified=(0.1,)
+        min_bytes=4 << 20, gated=(1.0,), plain=(1.0,), linear=(1.0,), beyond=1.0, certified=(0.2,)
     ),
     ("cpp", torch.float32): Default(
         min_bytes=4 << 20, gated=(1.0,) * 32, plain=(1.0,) * 32, linear=(1.0,) * 8, certified=(0.3,)

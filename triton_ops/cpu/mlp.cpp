@@ -320,9 +320,9 @@ struct Job {
       for (int64_t g; (g = next.fetch_add(1, std::memory_order_relaxed)) < groups;) run_group(g);
 #pragma omp barrier
 #pragma omp for schedule(static) nowait
-      for (int64_t k = 0; k < T * pieces; ++k) {
-        const int64_t begin = k % pieces * columns;
-        reduce(k / pieces, begin, begin + columns < D ? begin + columns : D);
+      for (int64_t piece = 0; piece < T * pieces; ++piece) {
+        const int64_t begin = piece % pieces * columns;
+        reduce(piece / pieces, begin, begin + columns < D ? begin + columns : D);
       }
     }
   }
