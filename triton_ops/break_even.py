@@ -49,15 +49,15 @@ class Default:
 
 
 # From one two-core machine with AVX512-BF16, at the shapes of Llama-3.2-1B and Llama-2-7B;
-# `python -m triton_ops.tune` measures yours. For up to 16 tokens of bfloat16 even a kernel that skips nothing
+# `python -m triton_ops.tune` measures yours. For up to 8 tokens of bfloat16 even a kernel that skips nothing
 # takes no more than 1 / 0.95 of the time of torch on stock weights, and less than torch once the down
 # projection is neuron-major. A certificate is one byte per weight and leaves more rows to read than are
 # active; it pays while those are fewer than about half of a 2-byte gate.
 DEFAULTS: dict[tuple[str, torch.dtype], Default] = {
     ("cpp", torch.bfloat16): Default(
         min_bytes=1 << 20,
-        gated=(1.0,) * 16 + (0.2,) * 16,
-        plain=(1.0,) * 16 + (0.2,) * 16,
+        gated=(1.0,) * 8 + (0.2,) * 24,
+        plain=(1.0,) * 8 + (0.2,) * 24,
         linear=(1.0,) * 4 + (0.2,) * 28,
         certified=(0.2,),
     ),
