@@ -34,3 +34,11 @@ def neuron_major_(weight: Tensor) -> Tensor:
         with torch.inference_mode(weight.is_inference()):
             weight.data = weight.data.t().contiguous().t()
     return weight
+
+
+@torch.no_grad()
+def stock_layout_(weight: Tensor) -> Tensor:
+    """Undo :func:`neuron_major_`, in place: ``weight [D, F]`` as ``nn.Linear`` stores it; returns it."""
+    with torch.inference_mode(weight.is_inference()):
+        weight.data = weight.data.contiguous()
+    return weight

@@ -20,6 +20,7 @@ from hf_sparse.modules.hooked import carry_device_hook
 from hf_sparse.modules.roles import Roles
 from triton_ops import dispatch
 from triton_ops.break_even import Kind
+from triton_ops.layout import stock_layout_
 
 # What belongs to one module object and is not taken over from the stock block.
 _NOT_SHARED = ("_modules", "forward", "_old_forward", "_hf_hook")
@@ -86,7 +87,7 @@ class SparseMLP(nn.Module):
         (stock,) = self._stock
         down = self._child(self.roles.down)
         if type(down) is nn.Linear and triton_ops.is_neuron_major(down.weight):
-            store_by_column(down.weight)
+            stock_layout_(down.weight)
         for name, child in self._modules.items():
             if name != self.roles.act:
                 stock._modules[name] = child
@@ -114,7 +115,7 @@ class SparseMLP(nn.Module):
             and dispatch.torch_stalls(down.weight.device.type, down.weight.dtype)
             and triton_ops.is_neuron_major(down.weight)
         ):
-            store_by_column(down.weight)
+            stock_layout_(down.weight)
 
     def _skip_silent(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -304,9 +305,3 @@ def prepare_down(down: nn.Linear) -> None:
     """
     if not torch.compiler.is_compiling() and not triton_ops.is_neuron_major(down.weight):
         triton_ops.neuron_major_(down.weight)
-
-
-def store_by_column(weight: Tensor) -> None:
-    """Undo :func:`triton_ops.neuron_major_`: the layout in which ``nn.Linear`` stores a down projection."""
-    with torch.inference_mode(weight.is_inference()):
-        weight.data = weight.data.contiguous()

@@ -8,6 +8,7 @@ import io
 
 import pytest
 import torch
+from activation_fields import ACTIVATIONS
 from compiler import CPP, needs_compiler
 from skips import CountSkips
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -15,15 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hf_sparse
 from hf_sparse import PatchError, SparsityConfig
 from triton_ops.certificate import weight_stamp
-
-ACTIVATIONS = {
-    "relu": {},
-    "relu2": {},
-    "shifted_relu": {"shift": 0.1},
-    "fatrelu": {"threshold": 0.05},
-    "drelu": {},
-    "jsrelu": {},
-}
 
 
 def decode(model, backend: str, prompt: torch.Tensor, tokens: int = 24) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from activation_fields import ACTIVATIONS
 from compiler import CPP
 from skips import CountSkips
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -16,14 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hf_sparse
 from hf_sparse.assets import TINY_MODEL
 
-ACTIVATIONS = {
-    "relu": {},
-    "relu2": {},
-    "shifted_relu": {"shift": 0.1},
-    "fatrelu": {"threshold": 0.05},
-    "drelu": {},
-    "jsrelu": {},
-}
 PROMPT = "Once upon a time, there was"
 
 

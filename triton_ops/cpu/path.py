@@ -16,6 +16,9 @@ from triton_ops.reference import ACTIVATIONS
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
+_scratch_bytes: dict[tuple[object, ...], int] = {}
+"""What the kernel needs, by all that it depends on: decoding asks for the same sizes at every call."""
+
 # The threads of OpenMP do not survive a fork, and waiting for them hangs the child; it works on one instead.
 _forked = False
 
@@ -77,7 +80,10 @@ def _call(x: Tensor, mlp: MLP, kind: int) -> Tensor:
                 threads,
             )
 
-        scratch = torch.empty(run(None), dtype=torch.uint8)
+        sizes = (x.dtype, part.shape[0], hidden, neurons, gate is None, certificate[0] is None)
+        if sizes not in _scratch_bytes:
+            _scratch_bytes[sizes] = run(None)
+        scratch = torch.empty(_scratch_bytes[sizes], dtype=torch.uint8)
         run(scratch.data_ptr())
     return y
 
