@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -49,24 +49,19 @@ class Default:
 
 
 # From one two-core machine with AVX512-BF16, at the shapes of Llama-3.2-1B and Llama-2-7B;
-# `python -m triton_ops.tune` measures yours. For up to 8 tokens of bfloat16 even a kernel that skips nothing
-# takes no more than 1 / 0.95 of the time of torch on stock weights, and less than torch once the down
-# projection is neuron-major. A certificate is one byte per weight and leaves more rows to read than are
-# active; it pays while those are fewer than about half of a 2-byte gate.
+# `python -m triton_ops.tune` measures yours. There even a call in which no neuron is silent takes no longer
+# than torch. A certificate is one byte per weight and leaves more rows to read than are active; it pays while
+# those are fewer than about half of a 2-byte gate.
 DEFAULTS: dict[tuple[str, torch.dtype], Default] = {
     ("cpp", torch.bfloat16): Default(
-        min_bytes=1 << 20,
-        gated=(1.0,) * 8 + (0.2,) * 24,
-        plain=(1.0,) * 8 + (0.2,) * 24,
-        linear=(1.0,) * 4 + (0.2,) * 28,
-        certified=(0.2,),
+        min_bytes=1 << 20, gated=(1.0,) * 32, plain=(1.0,) * 32, linear=(1.0,) * 32, certified=(0.2,)
     ),
     # Where torch has no float16 product of its own (see default), ours is faster for any number of tokens.
     ("cpp", torch.float16): Default(
         min_bytes=4 << 20, gated=(1.0,), plain=(1.0,), linear=(1.0,), beyond=1.0, certified=(0.2,)
     ),
     ("cpp", torch.float32): Default(
-        min_bytes=4 << 20, gated=(1.0,) * 32, plain=(1.0,) * 32, linear=(1.0,) * 8, certified=(0.3,)
+        min_bytes=4 << 20, gated=(1.0,) * 32, plain=(1.0,) * 32, linear=(1.0,) * 32, certified=(0.3,)
     ),
     ("torch", torch.bfloat16): Default(min_bytes=16 << 20, gated=(1.0,), plain=(1.0,), linear=(1.0,)),
     ("torch", torch.float32): Default(min_bytes=16 << 20, gated=(1.0,), plain=(1.0,), linear=(1.0,)),
@@ -92,15 +87,44 @@ def beyond(backend: str, dtype: torch.dtype) -> float:
 
 
 def _default(backend: str, dtype: torch.dtype) -> Default | None:
-    if dtype == torch.float16 and has_own_float16():
+    found = DEFAULTS.get((backend, dtype))
+    if found is None or (dtype == torch.float16 and has_own_float16()):
         return None  # not measured on such a machine
-    return DEFAULTS.get((backend, dtype))
+    if dtype == torch.bfloat16 and (has_matrix_unit() or not has_bfloat16_products()):
+        few = (1.0,) * 4  # where time is the reading of weights on any machine
+        return replace(found, gated=few, plain=few, linear=few)
+    return found
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether the kernel's product of many tokens with a neuron-major weight is no slower than torch's.
+
+    Torch's is as fast as its own with a stock weight only where the BLAS does not care; from 10 to 40 %
+    slower on the machine that the defaults are from, and out of the question in float16.
+    """
+    if dtype == torch.float16:
+        return not has_own_float16()
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False  # not measured there
+    return dtype == torch.float32 or (
+        dtype == torch.bfloat16 and has_bfloat16_products() and not has_matrix_unit()
+    )
 
 
 @cache
 def has_own_float16() -> bool:
     """Whether torch multiplies float16 matrices with instructions of this CPU; else it is very slow."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+def has_bfloat16_products() -> bool:
+    """Whether this CPU has AVX512-BF16."""
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+def has_matrix_unit() -> bool:
+    """Whether this CPU has AMX, with which torch multiplies many times faster than vectors can."""
+    return torch.cpu._is_amx_tile_supported()
 
 
 def measured(

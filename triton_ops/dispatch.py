@@ -149,13 +149,27 @@ def best(
     return _best(device, dtype, hidden, neurons, kind, certified)
 
 
-@torch.compiler.assume_constant_result
-def torch_stalls(device: str, dtype: torch.dtype) -> bool:
-    """Whether torch's product with a neuron-major weight is out of the question: seconds for a prompt.
+def wants_product(weight: Tensor) -> bool:
+    """Whether a dense product with the neuron-major ``weight [D, F]`` is better left to ``sparse_linear``.
 
-    So it is for float16 on CPUs without float16 arithmetic.
+    For any number of tokens: torch, whose matrix libraries bring such a weight into another order at every
+    call, is slower on some machines. False if another backend than the compiled one is forced, and under
+    autocast.
     """
-    return device == "cpu" and dtype == torch.float16 and not break_even.has_own_float16()
+    device, size = weight.device.type, weight.numel() * weight.dtype.itemsize
+    return device == "cpu" and not autocasts(device) and _multiplies(forced_backend(), weight.dtype, size)
+
+
+@torch.compiler.assume_constant_result
+def _multiplies(forced: str, dtype: torch.dtype, size: int) -> bool:
+    default = break_even.DEFAULTS.get(("cpp", dtype))
+    return (
+        forced in ("auto", "cpp")
+        and default is not None
+        and (forced == "cpp" or size >= default.min_bytes)
+        and break_even.multiplies(dtype)
+        and _usable("cpp", "cpu", dtype)
+    )
 
 
 def forget() -> None:
@@ -199,6 +213,8 @@ def select(tokens: int, weight: Tensor, kind: Kind, certified: bool = False) -> 
     name = choose(*sizes, certified, density=0.0)
     if name == "dense" and certified:  # a certificate may be given where it is of no use
         name = choose(*sizes, density=0.0)
+    if name == "dense" and kind == "linear" and wants_product(weight):
+        name = "cpp"
     if name == "dense":
         return None
     found = path(name)

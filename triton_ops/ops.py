@@ -204,12 +204,18 @@ def _mlp(x: Tensor, mlp: MLP, stamp: list[int] | None) -> Tensor:
 
 
 def _dense(x: Tensor, mlp: MLP) -> Tensor:
-    options: dict[str, Any] = {"activation": mlp.activation, "threshold": mlp.threshold}
-    if mlp.up is None:
-        return reference.plain_mlp(x, mlp.gate, mlp.down, mlp.gate_bias, mlp.down_bias, **options)
-    return reference.gated_mlp(
-        x, mlp.gate, mlp.up, mlp.down, mlp.gate_bias, mlp.up_bias, mlp.down_bias, **options
+    h = reference.hidden(
+        x,
+        mlp.gate,
+        mlp.up,
+        mlp.gate_bias,
+        mlp.up_bias,
+        activation=mlp.activation,
+        threshold=mlp.threshold,
     )
+    if is_neuron_major(mlp.down) and dispatch.wants_product(mlp.down):
+        return _sparse_linear(h, mlp.down, mlp.down_bias)
+    return reference.sparse_linear(h, mlp.down, mlp.down_bias)
 
 
 def _gated_mlp(x: Tensor, *args: Any) -> Tensor:

@@ -102,20 +102,26 @@ class SparseMLP(nn.Module):
         return self._skip_silent(x)
 
     def dense(self, x: Tensor) -> Tensor:
-        """The block as the stock class computes it, every neuron included."""
-        self._store_for_torch()
+        """The block with every neuron, as the stock class computes it.
+
+        Where torch multiplies slowly with a weight in the layout for decoding, the down projection is
+        :func:`triton_ops.sparse_linear`, of which that layout is the own.
+        """
+        down = self._linear(self.roles.down, x)
+        if (
+            down is not None
+            and triton_ops.is_neuron_major(down.weight)
+            and triton_ops.wants_product(down.weight)
+        ):
+            return triton_ops.sparse_linear(self.hidden(x), down.weight, down.bias)
+        return self._stock_forward(x)
+
+    def _stock_forward(self, x: Tensor) -> Tensor:
         return self.stock_class.forward(self, x)
 
-    def _store_for_torch(self) -> None:
-        """Give the down projection its stock layout back where torch cannot do without."""
-        down = self._child(self.roles.down)
-        if (
-            not torch.compiler.is_compiling()
-            and type(down) is nn.Linear
-            and dispatch.torch_stalls(down.weight.device.type, down.weight.dtype)
-            and triton_ops.is_neuron_major(down.weight)
-        ):
-            stock_layout_(down.weight)
+    def hidden(self, x: Tensor) -> Tensor:
+        """What reaches the down projection, by calls of the modules: ``x [..., D] -> [..., F]``."""
+        raise NotImplementedError
 
     def _skip_silent(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -228,16 +234,17 @@ class SparseGatedMLP(SparseMLP):
         super().__init__(stock, roles, activation, certify=certify)
         self.relu_up = relu_up
 
-    def dense(self, x: Tensor) -> Tensor:
-        """The stock computation; with ``relu_up`` the same calls with one ReLU more."""
-        if not self.relu_up:
-            return super().dense(x)
-        gate, up, down = (self._child(name) for name in (self.deciding, self.roles.up, self.roles.down))
-        self._store_for_torch()
-        u = up(x)
-        k = self.mix
-        u = torch.relu(u) if k == 1 else (1 - k) * u + k * torch.relu(u)
-        return down(self.activation(gate(x)) * u)
+    def _stock_forward(self, x: Tensor) -> Tensor:
+        # With relu_up the same calls with one ReLU more.
+        return self._child(self.roles.down)(self.hidden(x)) if self.relu_up else super()._stock_forward(x)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """``act(gate(x)) * up(x)``, with ``relu_up`` as far as it is mixed in."""
+        a, u = self.activation(self._child(self.deciding)(x)), self._child(self.roles.up)(x)
+        if self.relu_up:
+            k = self.mix
+            u = torch.relu(u) if k == 1 else (1 - k) * u + k * torch.relu(u)
+        return a * u
 
     def _skip_silent(self, x: Tensor) -> Tensor:
         kind = self.kernel()
@@ -268,6 +275,10 @@ class SparseGatedMLP(SparseMLP):
 class SparsePlainMLP(SparseMLP):
     """``down(act(up(x)))``; the up projection decides which rows of the down projection are read."""
 
+    def hidden(self, x: Tensor) -> Tensor:
+        """``act(up(x))``."""
+        return self.activation(self._child(self.roles.up)(x))
+
     def _skip_silent(self, x: Tensor) -> Tensor:
         kind = self.kernel()
         up, down = (self._linear(name, x) for name in (self.roles.up, self.roles.down))
@@ -294,8 +305,7 @@ class SparsePlainMLP(SparseMLP):
         if not self._wants(tokens, down.weight.t(), "linear"):
             return self.dense(x)
         prepare_down(down)
-        act, call_up = self.activation, self._child(self.roles.up)
-        return triton_ops.sparse_linear(act(call_up(x)), down.weight, down.bias)
+        return triton_ops.sparse_linear(self.hidden(x), down.weight, down.bias)
 
 
 def prepare_down(down: nn.Linear) -> None:

@@ -42,6 +42,10 @@ SHAPES = [
 ]
 
 
+# More tokens, columns and neurons than the kernel's matrix product takes at once, and just as many.
+MANY = [(32, 512, 256), (33, 300, 1001), (200, 530, 130), (513, 40, 257)]
+
+
 def _id(value: object) -> str:
     return str(value).removeprefix("torch.").replace(", ", "x")
 
@@ -67,6 +71,19 @@ def test_plain_mlp(path, dtype, shape, activation):
     for bias in (False, True):
         block = make_block(*shape, dtype, activation, gated=False, bias=bias)
         with triton_ops.backend(path):
+            assert_as_exact_as_dense(block.run(triton_ops), block)
+
+
+@needs_compiler
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("dtype", DTYPES, ids=_id)
+@pytest.mark.parametrize("shape", MANY, ids=_id)
+@pytest.mark.parametrize("shift", [-8.0, 0.0, 2.0])
+def test_many_tokens(dtype, shape, shift):
+    for gated in (False, True):
+        block = make_block(*shape, dtype, "shifted_relu", gated=gated, bias=True)
+        block.threshold = shift
+        with triton_ops.backend("cpp"):
             assert_as_exact_as_dense(block.run(triton_ops), block)
 
 
@@ -154,8 +171,8 @@ def test_strided_arguments(path, dtype):
 @needs_compiler
 @settings(max_examples=60, deadline=None)
 @given(
-    tokens=st.integers(0, 33),
-    hidden=st.integers(1, 140),
+    tokens=st.integers(0, 33) | st.integers(34, 300),
+    hidden=st.integers(1, 140) | st.integers(141, 600),
     neurons=st.integers(1, 700),
     dtype=st.sampled_from(DTYPES),
     active=st.sampled_from([0.0, 0.1, 0.6, 1.0]),
@@ -186,8 +203,9 @@ def test_down_as_a_linear_stores_it_is_still_right(path):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_nan_and_infinity_in_the_input_come_through(path, activation, bad):
-    block = make_block(3, 40, 50, torch.float32, activation)
+@pytest.mark.parametrize("tokens", [3, 35])
+def test_nan_and_infinity_in_the_input_come_through(path, activation, bad, tokens):
+    block = make_block(tokens, 40, 50, torch.float32, activation)
     block.x[1, 7] = bad
     with triton_ops.backend(path):
         y = block.run(triton_ops)
@@ -196,12 +214,14 @@ def test_nan_and_infinity_in_the_input_come_through(path, activation, bad):
     # Where dense is NaN through 0 * inf the skip path may be infinite, but never finite.
     assert not y[1].isfinite().any()
     assert torch.equal(y[1].isnan() & expected[1].isinf(), torch.zeros(40, dtype=torch.bool))
-    torch.testing.assert_close(y[[0, 2]], expected[[0, 2]])
+    others = [t for t in range(tokens) if t != 1]
+    torch.testing.assert_close(y[others], expected[others])
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_weights_of_a_silent_neuron_are_not_read_even_if_they_are_nan(path):
-    block = make_block(2, 40, 50, torch.float32)
+@pytest.mark.parametrize("tokens", [2, 9, 35])
+def test_weights_of_a_silent_neuron_are_not_read_even_if_they_are_nan(path, tokens):
+    block = make_block(tokens, 40, 50, torch.float32)
     block.gate[3] = 0  # its pre-activation is 0: silent for every input
     expected = block.run(reference)
     block.up[3] = math.nan
@@ -210,6 +230,25 @@ def test_weights_of_a_silent_neuron_are_not_read_even_if_they_are_nan(path):
         y = block.run(triton_ops)
     torch.testing.assert_close(y, expected)
     assert block.run(reference).isnan().any()  # the dense computation reads them
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=_id)
+@pytest.mark.parametrize("tokens", [4, 12, 40])
+@pytest.mark.parametrize("active", [0.05, 0.9])
+def test_an_infinite_weight_reaches_only_the_tokens_that_need_it(path, dtype, tokens, active):
+    neurons, odd = 61, 7
+    h = torch.randn(tokens, neurons).abs().masked_fill(torch.rand(tokens, neurons) >= active, 0).to(dtype)
+    h[:, odd] = 0
+    weight = triton_ops.neuron_major_((torch.randn(70, neurons) * neurons**-0.5).to(dtype))
+    expected = reference.sparse_linear(h.double(), weight.double())
+    h[1, odd], weight[2, odd] = 1, math.inf
+    expected[1] += weight[:, odd].double()
+    with triton_ops.backend(path):
+        y = triton_ops.sparse_linear(h, weight)
+    assert y[1, 2] == math.inf
+    rounding = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(y.double(), expected, rtol=rounding, atol=rounding)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -233,9 +272,9 @@ def test_compiled_kernel_gives_the_same_bits_on_any_number_of_threads(dtype):
                 torch.set_num_threads(threads)
                 results.append(block.run(triton_ops))
             assert all(torch.equal(y, results[0]) for y in results)
-            # Nor do the other tokens of a call change a token's bits; in bfloat16, which from 8 tokens on may
-            # add two neurons at a time, up to 7.
-            tokens = 7 if dtype == torch.bfloat16 else 33
+            # Nor do the other tokens of a call change a token's bits, up to 7; from 8 on the down projection
+            # may be one product over the neurons that any of them needs.
+            tokens = 7
             whole = triton_ops.gated_mlp(block.x[:tokens], *block.tensors()[1:], activation="relu")
             for begin, end in ((0, 1), (5, 7), (1, 6), (3, 8), (1, 10), (2, 20)):
                 some = triton_ops.gated_mlp(
@@ -292,5 +331,5 @@ def test_machines_with_fewer_instructions(without, tmp_path):
 
 
 TESTS_OF_INSTRUCTIONS = (
-    "any_shape or nan_and_infinity or same_bits or extreme or overflow or along_the_residual"
+    "any_shape or many_tokens or nan_and_infinity or same_bits or extreme or overflow or along_the_residual"
 )

@@ -51,10 +51,44 @@ def test_auto_is_dense_under_autocast():
 
 @needs_compiler
 def test_a_known_density_widens_the_choice():
-    limit = break_even.default("cpp", torch.bfloat16, 1 << 30, "gated")
-    tokens = next(i + 1 for i, d in enumerate(limit) if d < 1)
-    assert not triton_ops.wants_sparse(tokens, weight(), "gated")
-    assert triton_ops.wants_sparse(tokens, weight(), "gated", density=0.1)
+    break_even.store("cpp", "cpu", torch.bfloat16, 2048, 2048, "gated", (1.0, 0.2))
+    dispatch.forget()
+    assert triton_ops.wants_sparse(1, weight(), "gated")
+    assert not triton_ops.wants_sparse(2, weight(), "gated")
+    assert triton_ops.wants_sparse(2, weight(), "gated", density=0.1)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("products", "matrix_unit"), [(True, False), (False, False), (True, True)])
+def test_what_was_measured_with_avx512_bf16_holds_only_with_it(monkeypatch, products, matrix_unit):
+    monkeypatch.setattr(break_even, "has_bfloat16_products", lambda: products)
+    monkeypatch.setattr(break_even, "has_matrix_unit", lambda: matrix_unit)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    dispatch.forget()
+    measured = products and not matrix_unit
+    assert triton_ops.wants_sparse(4, weight(), "gated")
+    assert triton_ops.wants_sparse(32, weight(), "gated") == measured
+    assert not triton_ops.wants_sparse(33, weight(), "gated", density=0.01)
+    assert triton_ops.wants_product(weight()) == measured
+    assert triton_ops.wants_product(weight(dtype=torch.float32))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert not triton_ops.wants_product(weight(dtype=torch.float32))
+
+
+@needs_compiler
+def test_a_dense_product_is_torchs_where_that_is_asked_for_or_alone_possible(monkeypatch):
+    monkeypatch.setattr(break_even, "multiplies", lambda dtype: True)
+    assert triton_ops.wants_product(weight())
+    assert not triton_ops.wants_product(weight().double())
+    assert not triton_ops.wants_product(weight().to("meta"))
+    assert not triton_ops.wants_product(weight(64, 64))  # too small to be worth a call
+    with triton_ops.backend("cpp"):
+        assert triton_ops.wants_product(weight(64, 64))
+    for other in ("dense", "torch"):
+        with triton_ops.backend(other):
+            assert not triton_ops.wants_product(weight())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not triton_ops.wants_product(weight())
 
 
 @needs_compiler
@@ -190,5 +224,4 @@ def test_float16_skips_for_any_number_of_tokens_unless_torch_has_float16_of_its_
     half = weight(dtype=torch.float16)
     for tokens in (1, 7, 5000):
         assert triton_ops.wants_sparse(tokens, half, "gated") == (not own)
-    assert dispatch.torch_stalls("cpu", torch.float16) == (not own)
-    assert not dispatch.torch_stalls("cpu", torch.bfloat16)
+    assert triton_ops.wants_product(half) == (not own)

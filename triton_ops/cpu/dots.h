@@ -9,7 +9,7 @@
 namespace {
 
 constexpr int64_t kMaxTokens = 32;
-constexpr int kAhead = 4;                      // rows worked on at most; every list has as many more pointers
+constexpr int kAhead = 6;                      // rows worked on at most; every list has as many more pointers
 constexpr int kTile = kManyRegisters ? 4 : 2;  // tokens worked on at once
 
 // How rows and inputs are multiplied: as float vectors.
@@ -125,21 +125,31 @@ void dots_inputs(const typename W::Type* const* rows, const typename Product<W>:
   }
 }
 
+// The same for a number of rows that is known only now, 1 to R.
+template <class W, int R>
+void dots_rows(int64_t n, const typename W::Type* const* rows, const typename Product<W>::In* const* x,
+               const int32_t* column, int64_t T, int64_t D, float* out, int64_t stride, bool fetch) {
+  if (n == R)
+    dots_inputs<W, R>(rows, x, column, T, D, out, stride, fetch);
+  else if constexpr (R > 1)
+    dots_rows<W, R - 1>(n, rows, x, column, T, D, out, stride, fetch);
+}
+
 // out[r * stride + column[t]] = rows[r] . x[t] for n rows; rows[n] … rows[n + kAhead - 1] are needed next.
-// Adjacent: the rows lie one after the other in memory. Then one by one is the fastest way to read them; rows that lie
-// apart are faster to read four at once, because the hardware prefetcher starts anew with each.
+// Adjacent: the rows lie one after the other in memory. Then one by one is the fastest way to read them for few tokens;
+// rows that lie apart are faster to read four at once, because the hardware prefetcher starts anew with each. For many
+// tokens it is arithmetic that counts: as many rows as there are registers for their sums.
 template <class W>
 void all_dots(const typename W::Type* const* rows, int64_t n, const typename Product<W>::In* const* x,
               const int32_t* column, int64_t T, int64_t D, float* out, int64_t stride, bool adjacent) {
-  int64_t r = 0;
+  constexpr bool slim = Product<W>::kSums == 1;
+  const int64_t most = T <= 2 ? (adjacent ? 1 : 4) : !slim ? 2 : T <= kTile ? 4 : kAhead;
   // With one tile only, time is reading, and hardware prefetchers alone do better.
   const bool fetch = T > 2;
-  if (!adjacent || T > 2) {
-    if (Product<W>::kSums == 1 || T <= 2)  // else the sums of four rows do not fit the registers
-      for (; r + 4 <= n; r += 4) dots_inputs<W, 4>(rows + r, x, column, T, D, out + r * stride, stride, fetch);
-    for (; r + 2 <= n; r += 2) dots_inputs<W, 2>(rows + r, x, column, T, D, out + r * stride, stride, fetch);
+  for (int64_t groups = (n + most - 1) / most, r = 0, count; groups > 0; --groups, r += count) {
+    count = (n - r + groups - 1) / groups;
+    dots_rows<W, slim ? kAhead : 4>(count, rows + r, x, column, T, D, out + r * stride, stride, fetch);
   }
-  for (; r < n; ++r) dots_inputs<W, 1>(rows + r, x, column, T, D, out + r * stride, stride, fetch);
 }
 
 }  // namespace

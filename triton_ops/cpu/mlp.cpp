@@ -1,377 +1,96 @@
-// One pass over the neurons of an MLP: gate dot product, activation test, and only for active neurons the up
-// dot product and the addition of the down row to the output. What silent neurons own is not read.
-//
-// A plain C interface, called through ctypes, so that one binary serves every version of torch.
+// The CPU kernels behind a plain C interface, called through ctypes, so that one binary serves every version of torch.
 //
 // Shapes: T tokens, D hidden size, F neurons. The weights hold one neuron per contiguous row of D elements.
-// For few tokens weights are streamed once and everything else stays in cache, so time is bytes of weights read
-// / bandwidth; for many it is the number of products of active (neuron, token) pairs.
-//
-// Deterministic: F is cut into fixed groups (independent of the numbers of threads and tokens); threads take whole
-// groups in any order, each group sums its neurons in order into its own partial output, and partial outputs are
-// added in order. Nor does the sum of a token depend on which other tokens are in the call, as long as they
-// are fewer than kTileTokens.
 
-#include <atomic>
-#include <type_traits>
-
-#include "add_rows.h"
-#include "certify.h"
-#include "dots.h"
-#include "vector.h"
+#include "fused.h"
+#include "linear.h"
 
 namespace {
 
-constexpr int64_t kMaxBlock = 512;   // neurons whose gates are computed before any up row is read
-constexpr int64_t kBatchBlock = 128; // the same for more than one token, whose working set must stay in cache
-constexpr int64_t kMinGroup = 128;   // neurons; the last groups are small so that no thread waits long
-constexpr int64_t kGroupShare = 8;
-constexpr int64_t kUnionTokens = 8;  // up to here an up row is multiplied by all tokens if any needs it
-constexpr int64_t kChunkTokens = 8;  // above, the outputs of all tokens do not fit the cache beside a block's rows
-constexpr int64_t kChunk = 1024;     // columns
-constexpr int64_t kMaxValues = kMaxBlock > kBatchBlock * kMaxTokens ? kMaxBlock : kBatchBlock * kMaxTokens;
+constexpr int64_t kManyTokens = 8;  // from here on the down projection may be a matrix product
 
-// In the order of triton_ops.reference.ACTIVATIONS.
-enum Activation { kRelu, kRelu2, kJSRelu, kShifted, kFat, kDRelu };
+// Splits T into equal parts of at most `most`, and calls run(first, count) for each.
+template <class Run>
+void in_parts(int64_t T, int64_t most, Run run) {
+  const int64_t parts = (T + most - 1) / most;
+  for (int64_t i = 0; i < parts; ++i) run(i * T / parts, (i + 1) * T / parts - i * T / parts);
+}
 
-// Written so that NaN counts as active.
-bool silent(float p, int kind, float threshold) {
-  return kind == kFat ? p < threshold : p <= threshold;
+// One part of a call: with scratch it runs, without it only counts the bytes that it needs.
+template <class Job>
+void run_part(Job job, int threads, char* scratch, int64_t& bytes) {
+  const int64_t own = job.carve(scratch, threads);
+  bytes = own > bytes ? own : bytes;
+  if (scratch) job.run(threads);
+}
+
+// Down projection of h [T, F] for T >= kManyTokens: row by row if few pairs of token and neuron are active.
+template <class W>
+void project(Fused<W> mlp, const typename W::Type* h, int threads, char* scratch, int64_t& bytes) {
+  mlp.gate = mlp.up = nullptr;
+  const bool few = mlp.T <= kMaxTokens;
+  const bool silent = few && scratch && density<W>(h, mlp.T * mlp.F, threads) < Step<W>::kDensity;
+  if (few && (silent || !scratch)) {
+    mlp.x = h;
+    run_part(mlp, threads, scratch, bytes);
+  }
+  if (silent) return;
+  in_parts(mlp.T, Linear<W>::kMaxT, [&](int64_t first, int64_t n) {
+    Linear<W> linear = {};
+    linear.h = h + first * mlp.F, linear.w = mlp.down, linear.bias = mlp.down_bias, linear.y = mlp.y + first * mlp.D;
+    linear.T = n, linear.D = mlp.D, linear.F = mlp.F, linear.stride = mlp.down_stride;
+    run_part(linear, threads, scratch, bytes);
+  });
 }
 
 template <class W>
-float activated(float p, int kind, float threshold) {
-  switch (kind) {
-    case kRelu2: return p * p;
-    case kJSRelu: return p + rounded<W>(0.5f * rounded<W>(p * p));
-    case kShifted: return p - threshold;
-    default: return p;
+int64_t run(Fused<W> mlp, int threads, char* scratch) {
+  int64_t bytes = 0;
+  if (mlp.T < kManyTokens) {
+    run_part(mlp, threads, scratch, bytes);
+    return bytes;
   }
+  Carver take{scratch};
+  const typename W::Type* h = mlp.x;
+  if (mlp.gate) {
+    typename W::Type* hidden;
+    take(hidden, mlp.T * mlp.F);
+    h = hidden;
+    in_parts(mlp.T, kMaxTokens, [&](int64_t first, int64_t n) {
+      Fused<W> part = mlp;
+      part.x += first * mlp.D, part.T = n, part.stores = true, part.hidden = hidden + first * mlp.F;
+      run_part(part, threads, scratch ? take.at : nullptr, bytes);
+    });
+  }
+  const int64_t before = take.at - scratch;
+  project(mlp, h, threads, scratch ? take.at : nullptr, bytes);
+  return before + bytes;
 }
-
-// The activated gate of one neuron for T tokens from its dot products; whether any is active. Without branches on the
-// values, which no processor could predict.
-template <class W, int Kind>
-bool activate(const float* products, float bias, float threshold, int64_t T, float* h) {
-  int32_t any = 0;
-  for (int64_t t = 0; t < T; ++t) {
-    const float p = rounded<W>(products[t] + bias), value = rounded<W>(activated<W>(p, Kind, threshold));
-    const bool on = !silent(p, Kind, threshold);
-    h[t] = on ? value : 0.0f;
-    any |= on;
-  }
-  return any;
-}
-
-template <class W>
-bool activate(const float* products, float bias, int kind, float threshold, int64_t T, float* h) {
-  switch (kind) {
-    case kRelu2: return activate<W, kRelu2>(products, bias, threshold, T, h);
-    case kJSRelu: return activate<W, kJSRelu>(products, bias, threshold, T, h);
-    case kShifted: return activate<W, kShifted>(products, bias, threshold, T, h);
-    case kFat: return activate<W, kFat>(products, bias, threshold, T, h);
-    default: return activate<W, kRelu>(products, bias, threshold, T, h);
-  }
-}
-
-// h *= up for one neuron and T tokens, where h is not zero; products elsewhere may be anything.
-template <class W>
-void multiply(const float* products, float bias, bool relu_up, int64_t T, float* h) {
-  for (int64_t t = 0; t < T; ++t) {
-    const float v = rounded<W>(products[t] + bias), value = rounded<W>(h[t] * v);
-    const bool off = (h[t] == 0.0f) | (relu_up & (v <= 0.0f));
-    h[t] = off ? 0.0f : value;
-  }
-}
-
-// End of the group that starts at neuron `begin`: a fixed share of what is left, within limits.
-int64_t group_end(int64_t begin, int64_t F) {
-  const int64_t left = F - begin;
-  int64_t size = (left / kGroupShare + kMinGroup - 1) / kMinGroup * kMinGroup;
-  size = size < kMinGroup ? kMinGroup : size > kMaxBlock ? kMaxBlock : size;
-  return size < left ? begin + size : F;
-}
-
-int64_t count_groups(int64_t F) {
-  int64_t n = 0;
-  for (int64_t begin = 0; begin < F; begin = group_end(begin, F)) ++n;
-  return n;
-}
-
-template <class W>
-struct Job {
-  typedef typename W::Type Type;
-  typedef typename Product<W>::In In;
-  const Type *x, *gate, *up, *down, *gate_bias, *up_bias, *down_bias;  // gate null: x is h; up null: a plain MLP
-  const int8_t* q;                                                     // null: no certificate; [F, D]
-  const float* bounds;                                                 // [F, 3]
-  Type* y;
-  int64_t T, D, F, gate_stride, up_stride, down_stride;
-  int kind;
-  float threshold;
-  // Set by carve().
-  int64_t groups;
-  int64_t* begins;           // [groups + 1]
-  In* inputs;                // [T, padded(D)]
-  int16_t* k;                // [D]
-  float* partial;            // [groups, T, D]
-  int32_t* written;          // [groups, T]
-  // Set by run().
-  const In* input[kMaxTokens];
-  int32_t column[kMaxTokens];
-  Quantised quantised;
-
-  static float bias(const Type* biases, int64_t f) { return biases ? W::widen(biases[f]) : 0.0f; }
-
-  // The neurons of a block that are not certified to be silent.
-  int64_t uncertified(int64_t begin, int64_t n, int32_t* index) const {
-    int64_t count = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      // What is done here to the bound is done below to the dot product; each step is monotone.
-      const int64_t f = begin + i, product = int8_dot(q + f * D, k, D);
-      const float p = rounded<W>(upper_bound(bounds + 3 * f, product, quantised) + bias(gate_bias, f));
-      if (!silent(p, kind, threshold)) index[count++] = int32_t(i);
-    }
-    return count;
-  }
-
-  // h of neurons begin … begin + n - 1 into h[i * T + t].
-  void compute_block(int64_t begin, int64_t n, float* h) const {
-    const Type* rows[kMaxBlock + kAhead];
-    float products[kMaxValues];
-    int32_t index[kMaxBlock] = {0};
-    int64_t count = n;
-    if (q) {
-      count = uncertified(begin, n, index);
-      std::memset(h, 0, n * T * sizeof *h);
-    } else {
-      for (int64_t i = 0; i < n; ++i) index[i] = int32_t(i);
-    }
-    for (int64_t j = 0; j < count; ++j) rows[j] = gate + (begin + index[j]) * gate_stride;
-    for (int64_t j = 0; j < kAhead; ++j) {
-      const int64_t next = q ? begin + index[j < count ? j : 0] : begin + n + j < F ? begin + n + j : F - 1;
-      rows[count + j] = gate + (count ? next : begin) * gate_stride;
-    }
-    all_dots<W>(rows, count, input, column, T, D, products, T, count == n);
-    int64_t active = 0;
-    for (int64_t j = 0; j < count; ++j) {
-      const int64_t i = index[j];
-      const float b = bias(gate_bias, begin + i);
-      if (activate<W>(products + j * T, b, kind, threshold, T, h + i * T)) index[active++] = int32_t(i);
-    }
-    if (up) times_up(begin, index, active, h);
-  }
-
-  // h *= up projection, for the listed neurons of a block.
-  void times_up(int64_t begin, const int32_t* index, int64_t count, float* h) const {
-    const Type* rows[kMaxBlock + kAhead];
-    float products[kMaxValues];
-    int64_t pairs = 0;
-    for (int64_t j = 0; j < count; ++j) {
-      rows[j] = up + (begin + index[j]) * up_stride;
-      for (int64_t t = 0; t < T; ++t) pairs += h[index[j] * T + t] != 0.0f;
-    }
-    for (int64_t j = 0; j < kAhead; ++j)
-      rows[count + j] = down + (begin + (count ? index[j < count ? j : 0] : 0)) * down_stride;
-    if (T <= kUnionTokens || 4 * pairs > Product<W>::kSums * count * T)
-      all_dots<W>(rows, count, input, column, T, D, products, T, false);
-    else
-      for (int64_t j = 0; j < count; ++j) {
-        const In* own[kMaxTokens];
-        int32_t columns[kMaxTokens];
-        int64_t tokens = 0;
-        for (int64_t t = 0; t < T; ++t)
-          if (h[index[j] * T + t] != 0.0f) own[tokens] = input[t], columns[tokens++] = int32_t(t);
-        dots_inputs<W, 1>(rows + j, own, columns, tokens, D, products + j * T, T, true);
-      }
-    for (int64_t j = 0; j < count; ++j)
-      multiply<W>(products + j * T, bias(up_bias, begin + index[j]), kind == kDRelu, T, h + index[j] * T);
-  }
-
-  void given_block(int64_t begin, int64_t n, float* h) const {
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t t = 0; t < T; ++t) h[i * T + t] = W::widen(x[t * F + begin + i]);
-  }
-
-  // Adds a block's neurons to the partial outputs of group g.
-  void add_block(int64_t g, int64_t begin, int64_t n, const float* h) const {
-    int64_t pairs = 0, tiled = 0;
-    for (int64_t i = 0; i < n * T; ++i) pairs += h[i] != 0.0f;
-    if (Tile<W>::kExists && T >= kTileTokens && 3 * pairs > n * T) tiled = T - T % (kTileTokens / 2);
-    const int64_t step = T > kChunkTokens ? kChunk : D;
-    for (int64_t first = 0; first < D; first += step) {
-      const int64_t last = first + step < D ? first + step : D;
-      if constexpr (Tile<W>::kExists)
-        for (int64_t t = 0; t < tiled; t += kTileTokens) {
-          if (tiled - t >= kTileTokens)
-            add_tokens<kTileTokens>(g, t, begin, n, h, first, last);
-          else
-            add_tokens<kTileTokens / 2>(g, t, begin, n, h, first, last);
-        }
-      for (int64_t t = tiled; t < T; ++t) add_token(g, t, begin, n, h, first, last, !written[g * T + t]);
-    }
-    for (int64_t t = 0; t < T; ++t) {
-      int32_t& any = written[g * T + t];
-      any |= t < tiled;
-      for (int64_t i = 0; i < n && !any; ++i) any = h[i * T + t] != 0.0f;
-    }
-  }
-
-  // Columns first … last - 1 of one token. The second token that needs a row finds it in the cache.
-  void add_token(int64_t g, int64_t t, int64_t begin, int64_t n, const float* h, int64_t first, int64_t last,
-                 bool fresh) const {
-    const Type* rows[kMaxBlock];
-    float own[kMaxBlock];
-    int64_t count = 0;
-    for (int64_t i = 0; i < n; ++i)
-      if (h[i * T + t] != 0.0f) own[count] = h[i * T + t], rows[count++] = down + (begin + i) * down_stride;
-    float* const out = partial + (g * T + t) * D;
-    add_rows<W>(out, rows, own, count, first, last, fresh);
-  }
-
-  // The same of N tokens that want most of the block, which from then on count as written.
-  template <int N>
-  void add_tokens(int64_t g, int64_t t, int64_t begin, int64_t n, const float* h, int64_t first,
-                  int64_t last) const {
-    for (int j = 0; j < N; ++j) {
-      if (!written[g * T + t + j])
-        std::memset(partial + (g * T + t + j) * D + first, 0, (last - first) * sizeof(float));
-    }
-    for (int64_t at = 0; at < n; at += kTileRows) {
-      const Type *rows[kTileRows], *next[kTileRows];
-      const int64_t count = n - at < kTileRows ? n - at : kTileRows, even = count / 2 * 2;
-      for (int64_t r = 0; r < count; ++r) {
-        const int64_t f = begin + at + r, ahead = f + kTileRows;
-        rows[r] = down + f * down_stride;
-        next[r] = down + (ahead < F ? ahead : F - 1) * down_stride;
-      }
-      uint32_t pairs[kTileRows / 2][N];
-      for (int64_t r = 0; r < even; r += 2)
-        for (int j = 0; j < N; ++j)
-          pairs[r / 2][j] = (as_bits(h[(at + r) * T + t + j]) >> 16) | as_bits(h[(at + r + 1) * T + t + j]);
-      float* const out = partial + (g * T + t) * D;
-      int64_t i = first;
-      for (; i + kStep <= last; i += kStep)
-        if (!Tile<W>::template add<N>(out, D, rows, t ? nullptr : next, pairs, even, i))
-          for (int j = 0; j < N; ++j) add_token(g, t + j, begin + at, even, h + at * T, i, i + kStep, false);
-      for (int j = 0; j < N; ++j) {
-        if (i < last) add_token(g, t + j, begin + at, even, h + at * T, i, last, false);
-        if (even < count) add_token(g, t + j, begin + at + even, 1, h + (at + even) * T, first, last, false);
-      }
-    }
-  }
-
-  void run_group(int64_t g) const {
-    float h[kMaxValues];
-    const int64_t block = T == 1 ? kMaxBlock : kBatchBlock;
-    for (int64_t t = 0; t < T; ++t) written[g * T + t] = 0;
-    for (int64_t begin = begins[g]; begin < begins[g + 1]; begin += block) {
-      const int64_t n = begins[g + 1] - begin < block ? begins[g + 1] - begin : block;
-      if (gate)
-        compute_block(begin, n, h);
-      else
-        given_block(begin, n, h);
-      add_block(g, begin, n, h);
-    }
-  }
-
-  // Columns begin … end - 1 (begin a multiple of kStep) of token t: partial outputs in order, bias, rounding.
-  void reduce(int64_t t, int64_t begin, int64_t end) const {
-    int64_t i = begin;
-    for (; i + kStep <= end; i += kStep) {
-      Vec a = {}, b = {};
-      for (int64_t g = 0; g < groups; ++g) {
-        if (!written[g * T + t]) continue;
-        Vec pa, pb;
-        Float32::load(partial + (g * T + t) * D + i, pa, pb);
-        a += pa;
-        b += pb;
-      }
-      if (down_bias) {
-        Vec ba, bb;
-        W::load(down_bias + i, ba, bb);
-        a += ba;
-        b += bb;
-      }
-      W::store(y + t * D + i, a, b);
-    }
-    for (; i < end; ++i) {
-      float s = 0.0f;
-      for (int64_t g = 0; g < groups; ++g)
-        if (written[g * T + t]) s += partial[(g * T + t) * D + i];
-      y[t * D + i] = W::narrow(s + bias(down_bias, i));
-    }
-  }
-
-  void run(int threads) {
-    if (gate)
-      for (int64_t t = 0; t < T; ++t) {
-        Product<W>::prepare(x + t * D, inputs + t * padded(D), D);
-        input[t] = inputs + t * padded(D);
-        column[t] = int32_t(t);
-      }
-    if (q) quantised = quantise<W>(x, k, D);
-    begins[0] = 0;
-    for (int64_t g = 0; g < groups; ++g) begins[g + 1] = group_end(begins[g], F);
-    const int64_t columns = 8 * kStep, pieces = (D + columns - 1) / columns;
-    std::atomic<int64_t> next{0};
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-      for (int64_t g; (g = next.fetch_add(1, std::memory_order_relaxed)) < groups;) run_group(g);
-#pragma omp barrier
-#pragma omp for schedule(static) nowait
-      for (int64_t piece = 0; piece < T * pieces; ++piece) {
-        const int64_t begin = piece % pieces * columns;
-        reduce(piece / pieces, begin, begin + columns < D ? begin + columns : D);
-      }
-    }
-  }
-
-  // Gives out the scratch memory; returns its size in bytes. With null it only counts.
-  int64_t carve(char* scratch) {
-    groups = count_groups(F);
-    char* at = scratch;
-    auto take = [&](auto*& pointer, int64_t n) {
-      pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(at);
-      at += (n * int64_t(sizeof *pointer) + 63) / 64 * 64;
-    };
-    take(begins, groups + 1);
-    take(inputs, gate ? T * padded(D) : 0);
-    take(k, q ? D : 0);
-    take(partial, groups * T * D);
-    take(written, groups * T);
-    return at - scratch;
-  }
-};
 
 }  // namespace
 
 extern "C" {
 
-int64_t hfs_max_tokens() { return kMaxTokens; }
-
 // y [T, D] from x [T, D]; with gate == nullptr, x is h [T, F] and only the down projection is done; with up ==
 // nullptr, h is the activated gate. q [F, D] and bounds [F, 3] may be null; with them T must be 1.
-// dtype: 0 float32, 1 bfloat16, 2 float16. Strides count elements between neurons. T <= hfs_max_tokens().
+// dtype: 0 float32, 1 bfloat16, 2 float16. Strides count elements between neurons.
 // Returns the bytes that scratch must hold; with scratch == nullptr it does nothing else.
 int64_t hfs_mlp(int dtype, const void* x, const void* gate, const void* up, const void* down, const void* gate_bias,
                 const void* up_bias, const void* down_bias, const void* q, const void* bounds, void* y,
                 void* scratch, int64_t T, int64_t D, int64_t F, int64_t gate_stride, int64_t up_stride,
                 int64_t down_stride, int kind, float threshold, int threads) {
-  auto run = [&](auto w) {
+  auto call = [&](auto w) {
     typedef decltype(w) W;
     typedef typename W::Type Type;
-    Job<W> job = {};
-    job.x = (const Type*)x, job.gate = (const Type*)gate, job.up = (const Type*)up, job.down = (const Type*)down;
-    job.gate_bias = (const Type*)gate_bias, job.up_bias = (const Type*)up_bias;
-    job.down_bias = (const Type*)down_bias, job.q = (const int8_t*)q, job.bounds = (const float*)bounds;
-    job.y = (Type*)y, job.T = T, job.D = D, job.F = F;
-    job.gate_stride = gate_stride, job.up_stride = up_stride, job.down_stride = down_stride;
-    job.kind = kind, job.threshold = rounded<W>(threshold);
-    const int64_t bytes = job.carve((char*)scratch);
-    if (scratch) job.run(threads);
-    return bytes;
+    Fused<W> mlp = {};
+    mlp.x = (const Type*)x, mlp.gate = (const Type*)gate, mlp.up = (const Type*)up, mlp.down = (const Type*)down;
+    mlp.gate_bias = (const Type*)gate_bias, mlp.up_bias = (const Type*)up_bias;
+    mlp.down_bias = (const Type*)down_bias, mlp.q = (const int8_t*)q, mlp.bounds = (const float*)bounds;
+    mlp.y = (Type*)y, mlp.T = T, mlp.D = D, mlp.F = F;
+    mlp.gate_stride = gate_stride, mlp.up_stride = up_stride, mlp.down_stride = down_stride;
+    mlp.kind = kind, mlp.threshold = rounded<W>(threshold);
+    return run(mlp, threads, (char*)scratch);
   };
-  return dtype == 0 ? run(Float32{}) : dtype == 1 ? run(BFloat16{}) : run(Float16{});
+  return dtype == 0 ? call(Float32{}) : dtype == 1 ? call(BFloat16{}) : call(Float16{});
 }
 }

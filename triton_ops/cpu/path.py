@@ -60,31 +60,29 @@ def _call(x: Tensor, mlp: MLP, kind: int) -> Tensor:
     )
     neurons, hidden = down.shape
     y = x.new_empty(x.shape[0], hidden)
-    call, max_tokens = _kernel()
     threads = 1 if _forked else torch.get_num_threads()
-    for part, out in zip(x.split(max_tokens), y.split(max_tokens), strict=True):
 
-        def run(scratch: int | None, part: Tensor = part, out: Tensor = out) -> int:
-            return call(
-                DTYPES[x.dtype],
-                part.data_ptr(),
-                *map(_pointer, (gate, up, down, *biases, *certificate)),
-                out.data_ptr(),
-                scratch,
-                part.shape[0],
-                hidden,
-                neurons,
-                *(0 if w is None else w.stride(0) for w in (gate, up, down)),
-                kind,
-                mlp.threshold,
-                threads,
-            )
+    def run(scratch: int | None) -> int:
+        return _kernel()(
+            DTYPES[x.dtype],
+            x.data_ptr(),
+            *map(_pointer, (gate, up, down, *biases, *certificate)),
+            y.data_ptr(),
+            scratch,
+            x.shape[0],
+            hidden,
+            neurons,
+            *(0 if w is None else w.stride(0) for w in (gate, up, down)),
+            kind,
+            mlp.threshold,
+            threads,
+        )
 
-        sizes = (x.dtype, part.shape[0], hidden, neurons, gate is None, certificate[0] is None)
-        if sizes not in _scratch_bytes:
-            _scratch_bytes[sizes] = run(None)
-        scratch = torch.empty(_scratch_bytes[sizes], dtype=torch.uint8)
-        run(scratch.data_ptr())
+    sizes = (x.dtype, x.shape[0], hidden, neurons, gate is None, certificate[0] is None, threads)
+    if sizes not in _scratch_bytes:
+        _scratch_bytes[sizes] = run(None)
+    scratch = torch.empty(_scratch_bytes[sizes], dtype=torch.uint8)
+    run(scratch.data_ptr())
     return y
 
 
@@ -98,11 +96,10 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 
 @cache
-def _kernel() -> tuple[Any, int]:
+def _kernel() -> Any:
     library = build.library()
     assert not isinstance(library, str), library  # unusable() has been asked
     pointer, size = ctypes.c_void_p, ctypes.c_int64
-    library.hfs_max_tokens.restype = size
     library.hfs_mlp.restype = size
     library.hfs_mlp.argtypes = [
         ctypes.c_int,
@@ -112,4 +109,4 @@ def _kernel() -> tuple[Any, int]:
         ctypes.c_float,
         ctypes.c_int,
     ]
-    return library.hfs_mlp, library.hfs_max_tokens()
+    return library.hfs_mlp

@@ -64,6 +64,8 @@ struct Float32 {
     *reinterpret_cast<VecLoose*>(p) = a;
     *reinterpret_cast<VecLoose*>(p + kLanes) = b;
   }
+  typedef uint32_t Magnitude;  // bits that are 0 just for zeros
+  static uint32_t magnitude(float v) { return as_bits(v) & 0x7fffffffu; }
   static float widen(float v) { return v; }
   static float narrow(float v) { return v; }
 };
@@ -86,6 +88,8 @@ struct BFloat16 {
   static void store(uint16_t* p, Vec a, Vec b) {
     *reinterpret_cast<BitsLoose*>(p) = (round(a) >> 16) | round(b);
   }
+  typedef uint16_t Magnitude;
+  static uint16_t magnitude(uint16_t v) { return v & 0x7fffu; }
   static float widen(uint16_t v) { return as_float(uint32_t(v) << 16); }
   static uint16_t narrow(float f) {
     const uint32_t u = as_bits(f);
@@ -96,6 +100,8 @@ struct BFloat16 {
 
 struct Float16 {
   typedef uint16_t Type;
+  typedef uint16_t Magnitude;
+  static uint16_t magnitude(uint16_t v) { return v & 0x7fffu; }
 #if defined(__AVX512F__)
   static void load(const uint16_t* p, Vec& a, Vec& b) {
     a = (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
@@ -169,6 +175,16 @@ inline float sum(Vec v) {
     for (int i = 0; i < width; ++i) s[i] += s[i + width];
   return s[0];
 }
+
+// Gives out pieces of a scratch memory, which may be null.
+struct Carver {
+  char* at;
+  template <class T>
+  void operator()(T*& pointer, int64_t n) {
+    pointer = reinterpret_cast<T*>(at);
+    at += (n * int64_t(sizeof(T)) + 63) / 64 * 64;
+  }
+};
 
 inline int64_t padded(int64_t D) { return (D + kStep - 1) / kStep * kStep; }
 

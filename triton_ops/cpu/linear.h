@@ -1,0 +1,303 @@
+// The down projection of many tokens as one matrix product: y [T, D] = h [T, F] times rows [F, D], over the neurons
+// that are active for any token.
+//
+// A block of rows is brought into the order in which the inner loop reads it, once for all tokens; meanwhile the rows
+// of the next block are fetched. What the inner loop works on stays in the first-level cache (a panel of one step of
+// columns, a tile of tokens), the rest in the second-level cache.
+//
+// Deterministic: threads take whole blocks of columns, and the order of additions is the same in every column. The
+// sum of a token depends on the other tokens only through the list of active neurons.
+#pragma once
+
+#include <atomic>
+
+#include "vector.h"
+
+namespace {
+
+// How one step of the inner loop multiplies: kRows rows of weights, one step of columns wide, by one token.
+template <class W>
+struct Step {
+  typedef float In;
+  static constexpr int kRows = 1;
+  static constexpr double kDensity = 0.45;  // share of active pairs below which adding row by row is faster
+  static void pack(const typename W::Type* const* rows, int64_t i, float* out) {
+    Vec a, b;
+    W::load(rows[0] + i, a, b);
+    Float32::store(out, a, b);
+  }
+  static float input(const typename W::Type* h, const int32_t* index) { return W::widen(h[index[0]]); }
+  static float adjacent(const typename W::Type* h) { return W::widen(h[0]); }
+  static void add(Vec& a, Vec& b, Vec wa, Vec wb, float x) {
+    a += wa * x;
+    b += wb * x;
+  }
+};
+
+#if defined(__AVX512BF16__)
+// Two rows at a time; see Tile in add_rows.h.
+template <>
+struct Step<BFloat16> {
+  typedef uint32_t In;
+  static constexpr int kRows = 2;
+  static constexpr double kDensity = 0.15;
+  static void pack(const uint16_t* const* rows, int64_t i, uint32_t* out) {
+    const Bits f = *reinterpret_cast<const BitsLoose*>(rows[0] + i);
+    const Bits g = *reinterpret_cast<const BitsLoose*>(rows[1] + i);
+    *reinterpret_cast<BitsLoose*>(out) = (f & 0xffffu) | (g << 16);
+    *reinterpret_cast<BitsLoose*>(out + kLanes) = (f >> 16) | (g & 0xffff0000u);
+  }
+  static uint32_t input(const uint16_t* h, const int32_t* index) {
+    return uint32_t(h[index[0]]) | uint32_t(h[index[1]]) << 16;
+  }
+  static uint32_t adjacent(const uint16_t* h) {
+    uint32_t both;
+    std::memcpy(&both, h, 4);
+    return both;
+  }
+  static void add(Vec& a, Vec& b, Vec wa, Vec wb, uint32_t x) {
+    const __m512bh both = (__m512bh)_mm512_set1_epi32(int32_t(x));
+    a = (Vec)_mm512_dpbf16_ps((__m512)a, (__m512bh)wa, both);
+    b = (Vec)_mm512_dpbf16_ps((__m512)b, (__m512bh)wb, both);
+  }
+};
+#endif
+
+template <class W>
+struct Linear {
+  typedef typename W::Type Type;
+  typedef typename Step<W>::In In;
+  static constexpr int kTokens = kManyRegisters ? 8 : 4;  // in a tile
+  static constexpr int64_t kSteps = 128;                  // in a block of rows
+  static constexpr int64_t kRows = kSteps * Step<W>::kRows;
+  static constexpr int64_t kColumns = 256;  // in a block of columns; for many tokens twice as many
+  static constexpr int64_t kMany = 192;
+  static constexpr int64_t kMaxT = 512;     // tokens at once, whose outputs of one block of columns stay in the cache
+  static constexpr int64_t kMarked = 512;   // neurons
+  // Panels at a power of two from each other would share lines of the cache.
+  static constexpr int64_t kPanel = kSteps * kStep + kStep;
+
+  const Type *h, *w, *bias;  // bias may be null
+  Type* y;
+  int64_t T, D, F, stride;
+  // Set by carve().
+  int64_t columns;
+  uint8_t* any;      // [F]
+  int32_t* index;    // [F + kRows]
+  In* inputs;        // [F rounded up / rows of a step, T], tile by tile within a block
+  char* own;         // [threads, each]: float sums [columns / kStep, T, kStep] and In panels [columns / kStep, kPanel]
+  // Set by run().
+  int64_t active;
+
+  int64_t blocks() const { return (active + kRows - 1) / kRows; }
+  int64_t rows_in(int64_t block) const { return active - block * kRows < kRows ? active - block * kRows : kRows; }
+  int64_t steps_in(int64_t block) const { return (rows_in(block) + Step<W>::kRows - 1) / Step<W>::kRows; }
+  int64_t each() const { return columns * T * int64_t(sizeof(float)) + columns / kStep * kPanel * int64_t(sizeof(In)); }
+  int64_t tiles() const { return (T + kTokens - 1) / kTokens; }
+  // Tokens of tile i: as equal as can be.
+  int64_t tokens(int64_t i) const { return T / tiles() + (i < T % tiles()); }
+
+  void mark(int64_t begin) const {
+    const int64_t n = F - begin < kMarked ? F - begin : kMarked;
+    typename W::Magnitude seen[kMarked] = {};  // not in place, so that compilers see that nothing is read after a change
+    for (int64_t t = 0; t < T; ++t)
+      for (int64_t i = 0; i < n; ++i) seen[i] |= W::magnitude(h[t * F + begin + i]);
+    for (int64_t i = 0; i < n; ++i) any[begin + i] = seen[i] != 0;
+  }
+
+  // Lists the active neurons. The last step is filled up with a neuron that is not used.
+  int64_t list() const {
+    int64_t n = 0;
+    for (int64_t f = 0; f < F; ++f) {
+      index[n] = int32_t(f);
+      n += any[f];
+    }
+    for (int64_t i = n; i < n + kRows; ++i) index[i] = n ? index[n - 1] : 0;
+    return n;
+  }
+
+  void pack_inputs(int64_t block) const {
+    const int64_t steps = steps_in(block), rows = rows_in(block);
+    const int32_t* const own = index + block * kRows;
+    In* out = inputs + block * kSteps * T;
+    for (int64_t i = 0, first = 0, n; i < tiles(); ++i, first += n) {
+      n = tokens(i);
+      const bool adjacent = own[rows - 1] - own[0] == rows - 1;
+      const Type* const at = h + first * F;
+      const int64_t whole = rows / Step<W>::kRows;
+      if (adjacent && n == kTokens)
+        for (int64_t s = 0; s < whole; ++s)
+          for (int t = 0; t < kTokens; ++t)
+            out[s * kTokens + t] = Step<W>::adjacent(at + t * F + own[0] + s * Step<W>::kRows);
+      else
+        for (int64_t s = 0; s < whole; ++s)
+          for (int64_t t = 0; t < n; ++t) out[s * n + t] = Step<W>::input(at + t * F, own + s * Step<W>::kRows);
+      for (int64_t t = 0; t < n && whole < steps; ++t)
+        out[whole * n + t] = In(at[t * F + own[rows - 1]]);  // and nothing in the place of the other row
+      out += steps * n;
+    }
+  }
+
+  void pack_rows(int64_t block, int64_t begin, int64_t end, In* panel) const {
+    const int64_t steps = steps_in(block);
+    const int32_t* own = index + block * kRows;
+    for (int64_t s = 0; s < steps; ++s, own += Step<W>::kRows) {
+      const Type* rows[Step<W>::kRows];
+      for (int r = 0; r < Step<W>::kRows; ++r) rows[r] = w + own[r] * stride;
+      In* out = panel + s * kStep;
+      int64_t i = begin;
+      for (; i + kStep <= end; i += kStep, out += kPanel) Step<W>::pack(rows, i, out);
+      if (i < end) {
+        Type tails[Step<W>::kRows][kStep] = {};
+        for (int r = 0; r < Step<W>::kRows; ++r) {
+          std::memcpy(tails[r], rows[r] + i, (end - i) * sizeof(Type));
+          rows[r] = tails[r];
+        }
+        Step<W>::pack(rows, 0, out);
+      }
+    }
+  }
+
+  static void fetch_later(const Type* row, int64_t n) {  // not into the first-level cache, which is in use
+    for (int64_t i = 0; i < n; i += int64_t(64 / sizeof(Type))) __builtin_prefetch(row + i, 0, 2);
+  }
+
+  // Adds to the sums of N tokens what one panel gives them.
+  template <int N>
+  static void multiply(const In* panel, const In* x, int64_t steps, bool fresh, float* out) {
+    Vec a[N] = {}, b[N] = {};
+    for (int64_t s = 0; s < steps; ++s) {
+      Vec wa, wb;
+      Float32::load(reinterpret_cast<const float*>(panel + s * kStep), wa, wb);
+      for (int t = 0; t < N; ++t) Step<W>::add(a[t], b[t], wa, wb, x[s * N + t]);
+    }
+    for (int t = 0; t < N; ++t) {
+      Vec before_a = {}, before_b = {};
+      if (!fresh) Float32::load(out + t * kStep, before_a, before_b);
+      Float32::store(out + t * kStep, before_a + a[t], before_b + b[t]);
+    }
+  }
+
+  template <int N = kTokens>
+  static void multiply(int64_t n, const In* panel, const In* x, int64_t steps, bool fresh, float* out) {
+    if (n == N)
+      multiply<N>(panel, x, steps, fresh, out);
+    else if constexpr (N > 1)
+      multiply<N - 1>(n, panel, x, steps, fresh, out);
+  }
+
+  // Columns begin … end - 1 of all tokens.
+  void run_columns(int64_t begin, int64_t end, float* sum, In* panel) const {
+    const int64_t count = (end - begin + kStep - 1) / kStep, all = count * tiles();
+    const int64_t less = T / tiles(), more = T % tiles();  // tokens of a tile, tiles with one more
+    for (int64_t block = 0; block < blocks(); ++block) {
+      pack_rows(block, begin, end, panel);
+      const int64_t steps = steps_in(block), next = block + 1 < blocks() ? rows_in(block + 1) : 0;
+      const int32_t* later = index + (block + 1) * kRows;
+      float* out = sum;
+      for (int64_t p = 0, due = 0; p < count; ++p) {
+        const In* x = inputs + block * kSteps * T;
+        for (int64_t i = 0, n; i < tiles(); ++i, x += steps * n, out += n * kStep) {
+          for (due += next; due >= all; due -= all) fetch_later(w + *later++ * stride + begin, end - begin);
+          n = less + (i < more);
+          multiply(n, panel + p * kPanel, x, steps, block == 0, out);
+        }
+      }
+    }
+    for (int64_t t = 0; t < T; ++t) finish(t, begin, end, sum + t * kStep);
+  }
+
+  // One token's bias and rounding; step p of the columns is at sum[p * T * kStep].
+  void finish(int64_t t, int64_t begin, int64_t end, const float* sum) const {
+    const int64_t count = (end - begin + kStep - 1) / kStep;
+    float again[2 * kColumns + kStep] = {};
+    int64_t next = T * kStep;
+    Vec check = {};
+    for (int64_t p = 0; p < count && active; ++p) {
+      Vec a, b;
+      Float32::load(sum + p * next, a, b);
+      check += 0.0f * a + 0.0f * b;
+    }
+    if (!active || ::sum(check) != 0.0f) {  // an infinite weight of a neuron that is silent for this token is NaN
+      exactly(t, begin, end, again);
+      sum = again, next = kStep;
+    }
+    for (int64_t p = 0; p < count; ++p) {
+      const int64_t i = begin + p * kStep, n = end - i < kStep ? end - i : kStep;
+      Type out[kStep], biases[kStep] = {};
+      Vec a, b, ba = {}, bb = {};
+      Float32::load(sum + p * next, a, b);
+      if (bias) {
+        std::memcpy(biases, bias + i, n * sizeof(Type));
+        W::load(biases, ba, bb);
+      }
+      W::store(out, a + ba, b + bb);
+      std::memcpy(y + t * D + i, out, n * sizeof(Type));
+    }
+  }
+
+  // The same sums for one token alone, which adds only the rows that it needs.
+  void exactly(int64_t t, int64_t begin, int64_t end, float* out) const {
+    for (int64_t j = 0; j < active; ++j) {
+      const float value = W::widen(h[t * F + index[j]]);
+      if (value == 0.0f) continue;
+      const Type* const row = w + index[j] * stride;
+      for (int64_t i = begin; i < end; i += kStep) {
+        const int64_t n = end - i < kStep ? end - i : kStep;
+        Type own[kStep] = {};
+        std::memcpy(own, row + i, n * sizeof(Type));
+        Vec a, b, wa, wb;
+        W::load(own, wa, wb);
+        Float32::load(out + (i - begin), a, b);
+        Float32::store(out + (i - begin), a + value * wa, b + value * wb);
+      }
+    }
+  }
+
+  void run(int threads) {
+    std::atomic<int64_t> next{0}, workers{0};
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#pragma omp for schedule(static)
+      for (int64_t f = 0; f < F; f += kMarked) mark(f);
+#pragma omp single
+      active = list();
+#pragma omp for schedule(static)
+      for (int64_t block = 0; block < blocks(); ++block) pack_inputs(block);
+      // Sums first, panels behind them: prefetchers that run on must not touch what another thread writes.
+      float* const sums = (float*)(own + workers.fetch_add(1) * each());
+      In* const panels = (In*)(sums + columns * T);
+      for (int64_t begin; (begin = columns * next.fetch_add(1)) < D;)
+        run_columns(begin, begin + columns < D ? begin + columns : D, sums, panels);
+    }
+  }
+
+  // Gives out the scratch memory; returns its size in bytes. With null it only counts.
+  int64_t carve(char* scratch, int threads) {
+    const int64_t most = T < kMany ? kColumns : 2 * kColumns;
+    const int64_t blocks = ((D + most - 1) / most + threads - 1) / threads * threads;
+    columns = ((D + blocks - 1) / blocks + kStep - 1) / kStep * kStep;
+    Carver take{scratch};
+    take(any, F);
+    take(index, F + kRows);
+    take(inputs, (F + Step<W>::kRows) / Step<W>::kRows * T);
+    take(own, threads * each());
+    return take.at - scratch;
+  }
+};
+
+// The share of n values that are not zero.
+template <class W>
+double density(const typename W::Type* h, int64_t n, int threads) {
+  constexpr int64_t kPiece = 4096;
+  int64_t count = 0;
+#pragma omp parallel for num_threads(threads) reduction(+ : count) if (threads > 1)
+  for (int64_t begin = 0; begin < n; begin += kPiece) {
+    int32_t own = 0;
+    for (int64_t i = begin; i < begin + kPiece && i < n; ++i) own += W::magnitude(h[i]) != 0;
+    count += own;
+  }
+  return double(count) / double(n);
+}
+
+}  // namespace
