@@ -108,7 +108,9 @@ def gated_mlp(
         ``[..., D]``.
 
     """
-    h = hidden(x, gate, up, gate_bias, up_bias, activation=activation, threshold=threshold)
+    u = F.linear(x, up, up_bias)
+    h = _activation(F.linear(x, gate, gate_bias), activation, threshold)
+    h = h * (torch.relu(u) if activation == "drelu" else u)
     return sparse_linear(h, down, down_bias)
 
 
@@ -123,26 +125,8 @@ def plain_mlp(
     threshold: float = 0.0,
 ) -> Tensor:
     """The plain MLP, ``down(act(up(x)))``, dense; arguments as in :func:`gated_mlp`, without a gate."""
-    h = hidden(x, up, None, up_bias, None, activation=activation, threshold=threshold)
+    h = _activation(F.linear(x, up, up_bias), activation, threshold)
     return sparse_linear(h, down, down_bias)
-
-
-def hidden(
-    x: Tensor,
-    gate: Tensor,
-    up: Tensor | None,
-    gate_bias: Tensor | None = None,
-    up_bias: Tensor | None = None,
-    *,
-    activation: str,
-    threshold: float = 0.0,
-) -> Tensor:
-    """What reaches the down projection, ``[..., F]``; without ``up`` the activated ``gate``."""
-    h = _activation(F.linear(x, gate, gate_bias), activation, threshold)
-    if up is None:
-        return h
-    u = F.linear(x, up, up_bias)
-    return h * (torch.relu(u) if activation == "drelu" else u)
 
 
 def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
