@@ -113,10 +113,14 @@ def assert_as_exact_as_dense(y: Tensor, block: Block) -> None:
 
 
 def _magnitude(block: Block) -> Tensor:
-    """The sum of the absolute terms of each output."""
-    a = reference.activation(
-        _linear(block.x, block.deciding, block.deciding_bias), block.activation, block.threshold
-    )
+    """The sum of the absolute terms of each output, those of its pre-activations included.
+
+    Where a shift is taken from a pre-activation, little may be left but its rounding.
+    """
+    p = _linear(block.x, block.deciding, block.deciding_bias)
+    terms = _linear(block.x.abs(), block.deciding.abs(), block.deciding_bias)
+    a = reference.activation(p, block.activation, block.threshold)
+    a = torch.maximum(a.abs(), terms.abs() * (a != 0))
     if block.gate is not None:
         a = a * _linear(block.x, block.up, block.up_bias)
     return a.abs() @ block.down.double().abs().t()

@@ -158,18 +158,50 @@ struct Linear {
     }
   }
 
-  static void fetch_later(const Type* row, int64_t n) {  // not into the first-level cache, which is in use
-    for (int64_t i = 0; i < n; i += int64_t(64 / sizeof(Type))) __builtin_prefetch(row + i, 0, 2);
-  }
+  // The rows that are worked on next, to be fetched meanwhile: a line or a few between pieces of the inner loop. All at
+  // once they would take the place of its own misses.
+  struct Ahead {
+    static constexpr int64_t kPiece = 16;  // steps
+    static constexpr int64_t kPieces = kSteps / kPiece;
+    static constexpr int64_t kLine = 64 / int64_t(sizeof(Type));
+    const Type* w;
+    int64_t stride, width;
+    const int32_t* row;     // the next to be fetched
+    int64_t share, shares;  // of all lines, in each call of multiply()
+    int64_t due = 0, column = 0, n = 0;
+    const Type* lines[kPieces * 64];  // [kPieces, n]
+
+    Ahead(const Linear& job, const int32_t* row, int64_t rows, int64_t begin, int64_t end, int64_t calls)
+        : w(job.w + begin), stride(job.stride), width(end - begin), row(row),
+          share(rows * ((width + kLine - 1) / kLine)), shares(calls) {}
+
+    // What the next call fetches.
+    void plan() {
+      int64_t count = 0;
+      for (due += share; due >= shares && count < kPieces * 64; due -= shares) {
+        lines[count++] = w + *row * stride + column;
+        if ((column += kLine) >= width) column = 0, ++row;
+      }
+      for (n = (count + kPieces - 1) / kPieces; count < kPieces * n; ++count) lines[count] = lines[count - 1];
+    }
+  };
 
   // Adds to the sums of N tokens what one panel gives them.
   template <int N>
-  static void multiply(const In* panel, const In* x, int64_t steps, bool fresh, float* out) {
-    Vec a[N] = {}, b[N] = {};
-    for (int64_t s = 0; s < steps; ++s) {
-      Vec wa, wb;
-      Float32::load(reinterpret_cast<const float*>(panel + s * kStep), wa, wb);
-      for (int t = 0; t < N; ++t) Step<W>::add(a[t], b[t], wa, wb, x[s * N + t]);
+  static void multiply(const In* panel, const In* x, int64_t steps, bool fresh, float* out, const Ahead& ahead) {
+    Vec a[N], b[N];
+#pragma GCC unroll 8
+    for (int t = 0; t < N; ++t) a[t] = b[t] = Vec{};
+    const Type* const* line = ahead.lines;
+    for (const In* const end = panel + steps * kStep; panel < end;) {
+      for (int64_t i = 0; i < ahead.n; ++i) __builtin_prefetch(*line++, 0, 2);
+      const In* const until = end - panel > Ahead::kPiece * kStep ? panel + Ahead::kPiece * kStep : end;
+      for (; panel < until; panel += kStep, x += N) {
+        Vec wa, wb;
+        Float32::load(reinterpret_cast<const float*>(panel), wa, wb);
+#pragma GCC unroll 8
+        for (int t = 0; t < N; ++t) Step<W>::add(a[t], b[t], wa, wb, x[t]);
+      }
     }
     for (int t = 0; t < N; ++t) {
       Vec before_a = {}, before_b = {};
@@ -179,28 +211,29 @@ struct Linear {
   }
 
   template <int N = kTokens>
-  static void multiply(int64_t n, const In* panel, const In* x, int64_t steps, bool fresh, float* out) {
+  static void multiply(int64_t n, const In* panel, const In* x, int64_t steps, bool fresh, float* out,
+                       const Ahead& ahead) {
     if (n == N)
-      multiply<N>(panel, x, steps, fresh, out);
+      multiply<N>(panel, x, steps, fresh, out, ahead);
     else if constexpr (N > 1)
-      multiply<N - 1>(n, panel, x, steps, fresh, out);
+      multiply<N - 1>(n, panel, x, steps, fresh, out, ahead);
   }
 
   // Columns begin … end - 1 of all tokens.
   void run_columns(int64_t begin, int64_t end, float* sum, In* panel) const {
-    const int64_t count = (end - begin + kStep - 1) / kStep, all = count * tiles();
+    const int64_t count = (end - begin + kStep - 1) / kStep;
     const int64_t less = T / tiles(), more = T % tiles();  // tokens of a tile, tiles with one more
     for (int64_t block = 0; block < blocks(); ++block) {
       pack_rows(block, begin, end, panel);
-      const int64_t steps = steps_in(block), next = block + 1 < blocks() ? rows_in(block + 1) : 0;
-      const int32_t* later = index + (block + 1) * kRows;
+      const int64_t steps = steps_in(block), next = block + 1;
+      Ahead ahead(*this, index + next * kRows, next < blocks() ? rows_in(next) : 0, begin, end, count * tiles());
       float* out = sum;
-      for (int64_t p = 0, due = 0; p < count; ++p) {
+      for (int64_t p = 0; p < count; ++p) {
         const In* x = inputs + block * kSteps * T;
         for (int64_t i = 0, n; i < tiles(); ++i, x += steps * n, out += n * kStep) {
-          for (due += next; due >= all; due -= all) fetch_later(w + *later++ * stride + begin, end - begin);
+          ahead.plan();
           n = less + (i < more);
-          multiply(n, panel + p * kPanel, x, steps, block == 0, out);
+          multiply(n, panel + p * kPanel, x, steps, block == 0, out, ahead);
         }
       }
     }
