@@ -162,19 +162,34 @@ def wants_product(weight: Tensor) -> bool:
 
 @torch.compiler.assume_constant_result
 def _multiplies(forced: str, dtype: torch.dtype, size: int) -> bool:
+    return _own_product(forced, dtype, size)
+
+
+@cache
+def _own_product(forced: str, dtype: torch.dtype, size: int) -> bool:
     default = break_even.DEFAULTS.get(("cpp", dtype))
     return (
         forced in ("auto", "cpp")
         and default is not None
-        and (forced == "cpp" or size >= default.min_bytes)
+        and (forced == "cpp" or dtype == torch.float16 or size >= default.min_bytes)
         and break_even.multiplies(dtype)
         and _usable("cpp", "cpu", dtype)
     )
 
 
+@torch.compiler.assume_constant_result
+def torch_stalls(device: str, dtype: torch.dtype) -> bool:
+    """Whether torch's product with a neuron-major weight is out of the question: seconds for a prompt.
+
+    So it is for float16 on CPUs without float16 arithmetic.
+    """
+    return device == "cpu" and dtype == torch.float16 and not break_even.has_own_float16()
+
+
 def forget() -> None:
     """Choose anew from now on, after a measurement or a change of the environment."""
     _best.cache_clear()
+    _own_product.cache_clear()
 
 
 @cache

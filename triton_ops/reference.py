@@ -1,7 +1,7 @@
 """The oracle: every operator of this package in plain PyTorch, to be read in one sitting.
 
-The kernels are tested against these functions in float64, and the dense backend *is* these functions: the
-same torch calls, in the same order, as a stock Hugging Face MLP makes.
+The kernels are tested against these functions in float64. They make the torch calls of a stock Hugging Face
+MLP, and the dense backend gives the same bits.
 
 Shapes: T tokens (any number of leading dimensions), D hidden size, F neurons.
 """

@@ -104,17 +104,29 @@ class SparseMLP(nn.Module):
     def dense(self, x: Tensor) -> Tensor:
         """The block with every neuron, as the stock class computes it.
 
-        Where torch multiplies slowly with a weight in the layout for decoding, the down projection is
-        :func:`triton_ops.sparse_linear`, of which that layout is the own.
+        Without gradient, where torch multiplies slowly with a weight in the layout for decoding, the down
+        projection is :func:`triton_ops.sparse_linear`, which is made for that layout.
         """
-        down = self._linear(self.roles.down, x)
+        down = None if self.training or torch.is_grad_enabled() else self._linear(self.roles.down, x)
         if (
             down is not None
             and triton_ops.is_neuron_major(down.weight)
             and triton_ops.wants_product(down.weight)
         ):
             return triton_ops.sparse_linear(self.hidden(x), down.weight, down.bias)
+        self._store_for_torch()
         return self._stock_forward(x)
+
+    def _store_for_torch(self) -> None:
+        """Give the down projection its stock layout back where torch cannot do without."""
+        down = self._child(self.roles.down)
+        if (
+            not torch.compiler.is_compiling()
+            and type(down) is nn.Linear
+            and dispatch.torch_stalls(down.weight.device.type, down.weight.dtype)
+            and triton_ops.is_neuron_major(down.weight)
+        ):
+            stock_layout_(down.weight)
 
     def _stock_forward(self, x: Tensor) -> Tensor:
         return self.stock_class.forward(self, x)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from compiler import needs_compiler
@@ -10,11 +12,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hf_sparse
 import triton_ops
 from hf_sparse.adapters import find_blocks
-from triton_ops import break_even
+from triton_ops import break_even, dispatch
 
 
 def layouts(model) -> set[bool]:
     return {triton_ops.is_neuron_major(block.down_linear.weight) for block in find_blocks(model)[0]}
+
+
+@pytest.fixture(autouse=True)
+def choices_of_this_machine_afterwards():
+    yield
+    dispatch.forget()
 
 
 class CountedProducts(TorchDispatchMode):
@@ -30,26 +38,75 @@ class CountedProducts(TorchDispatchMode):
     ("family", "activation"), [("llama", "relu"), ("llama", "drelu"), ("gpt_neox", "relu2")]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_dense_calls_after_decoding_multiply_in_the_layout_for_decoding(
-    tiny_model, input_ids, monkeypatch, family, activation, dtype
+def test_prompts_after_decoding_are_multiplied_in_the_layout_for_decoding(
+    tiny_model, monkeypatch, family, activation, dtype
 ):
     monkeypatch.setattr(break_even, "multiplies", lambda dtype: True)
+    monkeypatch.setattr(break_even, "has_own_float16", lambda: False)
+    limits = replace(break_even.DEFAULTS["cpp", dtype], min_bytes=0, beyond=0.0)
+    monkeypatch.setitem(break_even.DEFAULTS, ("cpp", dtype), limits)
+    dispatch.forget()
     model = tiny_model(family).to(dtype)
     hf_sparse.patch(model, activation)
-    expected = model(input_ids).logits
-    hf_sparse.prepare(model)
-    with hf_sparse.backend("cpp"), CountedProducts() as counted:  # with gradient: dense
-        found = model(input_ids).logits
-    assert counted.calls == len(find_blocks(model)[0])
+    prompt = torch.randint(3, 128, (2, 40))
+    layers = len(find_blocks(model)[0])
+    with torch.no_grad():
+        with CountedProducts() as counted:
+            expected = model(prompt).logits
+        assert (counted.calls, layouts(model)) == (0, {False})
+        model(prompt[:1, :1])
+        assert layouts(model) == {True}
+        with CountedProducts() as counted:
+            found = model(prompt).logits
+        assert (counted.calls, layouts(model)) == (layers, {True})
+        rounding = 16 * torch.finfo(dtype).eps * expected.abs().max()
+        assert (found - expected).abs().max() <= rounding
+        torch.compiler.reset()
+        compiled = torch.compile(model, fullgraph=True)(prompt).logits
+        assert (compiled - expected).abs().max() <= rounding
+
+
+@needs_compiler
+@pytest.mark.parametrize("activation", ["relu", "drelu"])
+@pytest.mark.parametrize("own", [True, False])
+def test_float16_gets_the_stock_layout_back_where_torch_would_stall(
+    tiny_model, input_ids, monkeypatch, own, activation
+):
+    monkeypatch.setattr(break_even, "has_own_float16", lambda: own)
+    dispatch.forget()
+    model = tiny_model("llama").half()
+    hf_sparse.patch(model, activation)
+    with torch.no_grad(), hf_sparse.backend("cpp"):
+        skipped = model(input_ids).logits
     assert layouts(model) == {True}
-    tolerance = 10 * torch.finfo(dtype).eps
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
-    found.float().sum().backward()
-    assert all(p.grad is not None for p in model.parameters())
+    dense = model(input_ids).logits  # with gradient
+    assert layouts(model) == {own}
+    torch.testing.assert_close(skipped, dense, rtol=0.02, atol=0.02)
+
+
+@needs_compiler
+def test_training_after_decoding_is_that_of_the_stock_block(tiny_model, monkeypatch):
+    """Its dropout comes after the down projection."""
+    monkeypatch.setattr(break_even, "multiplies", lambda dtype: True)
+    dispatch.forget()
+    model = tiny_model("starcoder2", residual_dropout=0.5)
+    hf_sparse.patch(model, "relu")
+    ids, losses = torch.randint(3, 128, (2, 40)), []
+    for prepare in (False, True):
+        if prepare:
+            hf_sparse.prepare(model)
+        torch.manual_seed(0)
+        with hf_sparse.backend("cpp"):
+            losses.append(model.train()(ids, labels=ids).loss)
+        with torch.no_grad(), hf_sparse.backend("cpp"):
+            torch.manual_seed(0)
+            torch.testing.assert_close(model.train()(ids, labels=ids).loss, losses[-1])
+    assert layouts(model) == {True}
+    torch.testing.assert_close(*losses)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_other_dtypes_keep_the_layout_in_which_they_decode(tiny_model, input_ids, dtype):
+def test_dense_calls_keep_the_layout_in_which_a_model_decodes(tiny_model, input_ids, dtype):
     model = tiny_model("llama").to(dtype)
     hf_sparse.patch(model, "relu")
     hf_sparse.prepare(model)

@@ -118,9 +118,10 @@ def _magnitude(block: Block) -> Tensor:
     Where a shift is taken from a pre-activation, little may be left but its rounding.
     """
     p = _linear(block.x, block.deciding, block.deciding_bias)
-    terms = _linear(block.x.abs(), block.deciding.abs(), block.deciding_bias)
+    bias = block.deciding_bias
+    terms = _linear(block.x.abs(), block.deciding.abs(), None if bias is None else bias.abs())
     a = reference.activation(p, block.activation, block.threshold)
-    a = torch.maximum(a.abs(), terms.abs() * (a != 0))
+    a = torch.maximum(a.abs(), terms * (a != 0))
     if block.gate is not None:
         a = a * _linear(block.x, block.up, block.up_bias)
     return a.abs() @ block.down.double().abs().t()

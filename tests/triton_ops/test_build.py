@@ -123,13 +123,14 @@ def test_a_forked_child_can_use_the_kernels_after_its_parent_did():
 import os, torch, triton_ops
 torch.set_num_threads(2)
 down = triton_ops.neuron_major_(torch.randn(64, 999))
-block = torch.randn(1, 64), torch.randn(999, 64), torch.randn(999, 64), down
+gate, up = torch.randn(999, 64), torch.randn(999, 64)
+inputs = torch.randn(1, 64), torch.randn(40, 64)
 with triton_ops.backend("cpp"):
-    y = triton_ops.gated_mlp(*block, activation="relu")
+    results = [triton_ops.gated_mlp(x, gate, up, down, activation="relu") for x in inputs]
     child = os.fork()
     if child == 0:
-        same = torch.equal(triton_ops.gated_mlp(*block, activation="relu"), y)
-        os._exit(0 if same else 1)
+        again = [triton_ops.gated_mlp(x, gate, up, down, activation="relu") for x in inputs]
+        os._exit(0 if all(map(torch.equal, again, results)) else 1)
 print(os.waitpid(child, 0)[1])
 """
     assert run(code) == "0"

@@ -265,6 +265,7 @@ def test_one_tokens_infinite_weight_does_not_reach_another_token(path):
 @pytest.mark.parametrize("dtype", DTYPES, ids=_id)
 def test_compiled_kernel_gives_the_same_bits_on_any_number_of_threads(dtype):
     block = make_block(33, 129, 3000, dtype, bias=True)
+    block.down[5, 7] = math.inf  # its column is summed in another way
     before = torch.get_num_threads()
     try:
         with triton_ops.backend("cpp"):
@@ -272,6 +273,7 @@ def test_compiled_kernel_gives_the_same_bits_on_any_number_of_threads(dtype):
             for threads in (1, 2, 3, 4, 5, 6, 7, 8, 1):
                 torch.set_num_threads(threads)
                 results.append(block.run(triton_ops))
+            assert results[0].isfinite().float().mean() > 0.9
             assert all(torch.equal(y, results[0]) for y in results)
             # Nor do the other tokens of a call change a token's bits, up to 7; from 8 on the down projection
             # may be one product over the neurons that any of them needs.
@@ -332,5 +334,5 @@ def test_machines_with_fewer_instructions(without, tmp_path):
 
 
 TESTS_OF_INSTRUCTIONS = (
-    "any_shape or many_tokens or nan_and_infinity or same_bits or extreme or overflow or along_the_residual"
+    "any_shape or many_tokens or infinit or same_bits or extreme or overflow or along_the_residual"
 )

@@ -67,17 +67,32 @@ def test_what_was_measured_with_avx512_bf16_holds_only_with_it(monkeypatch, prod
     dispatch.forget()
     measured = products and not matrix_unit
     assert triton_ops.wants_sparse(4, weight(), "gated")
-    assert triton_ops.wants_sparse(32, weight(), "gated") == measured
+    for tokens in (5, 32):
+        assert triton_ops.wants_sparse(tokens, weight(), "gated") == measured
     assert not triton_ops.wants_sparse(33, weight(), "gated", density=0.01)
     assert triton_ops.wants_product(weight()) == measured
-    assert triton_ops.wants_product(weight(dtype=torch.float32))
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    assert not triton_ops.wants_product(weight(dtype=torch.float32))
+    assert break_even.default("torch", torch.bfloat16, 1 << 30, "gated") == (1.0,)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("capability", "cpu", "measured"),
+    [("AVX512", "AMD EPYC", True), ("AVX2", "AMD EPYC", False), ("AVX512", "Intel Xeon", False)],
+)
+def test_torch_keeps_float32_products_that_were_not_measured(monkeypatch, capability, cpu, measured):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(break_even, "_cpu", lambda: cpu)
+    dispatch.forget()
+    single = weight(dtype=torch.float32)
+    assert triton_ops.wants_product(single) == measured
+    assert triton_ops.wants_sparse(4, single, "gated")
+    assert triton_ops.wants_sparse(32, single, "gated") == (capability == "AVX512")
 
 
 @needs_compiler
 def test_a_dense_product_is_torchs_where_that_is_asked_for_or_alone_possible(monkeypatch):
     monkeypatch.setattr(break_even, "multiplies", lambda dtype: True)
+    dispatch.forget()
     assert triton_ops.wants_product(weight())
     assert not triton_ops.wants_product(weight().double())
     assert not triton_ops.wants_product(weight().to("meta"))
@@ -210,8 +225,9 @@ def test_triton_on_cpu_tensors_names_the_interpreter():
         block.run(triton_ops)
 
 
-def test_forced_dense_is_the_reference_bit_for_bit():
-    block = make_block(3, 40, 50, torch.bfloat16, "jsrelu", bias=True)
+@pytest.mark.parametrize("activation", triton_ops.ACTIVATIONS)
+def test_forced_dense_is_the_reference_bit_for_bit(activation):
+    block = make_block(3, 40, 50, torch.bfloat16, activation, bias=True)
     with triton_ops.backend("dense"):
         assert torch.equal(block.run(triton_ops), block.run(reference))
 
@@ -225,3 +241,5 @@ def test_float16_skips_for_any_number_of_tokens_unless_torch_has_float16_of_its_
     for tokens in (1, 7, 5000):
         assert triton_ops.wants_sparse(tokens, half, "gated") == (not own)
     assert triton_ops.wants_product(half) == (not own)
+    assert dispatch.torch_stalls("cpu", torch.float16) == (not own)
+    assert not dispatch.torch_stalls("cpu", torch.bfloat16)

@@ -20,7 +20,8 @@ template <class W>
 struct Step {
   typedef float In;
   static constexpr int kRows = 1;
-  static constexpr double kDensity = 0.45;  // share of active pairs below which adding row by row is faster
+  // Share of active pairs below which adding row by row is faster, for few tokens and for many.
+  static constexpr double kDensity = 0.45, kDensityOfMany = 0.15;
   static void pack(const typename W::Type* const* rows, int64_t i, float* out) {
     Vec a, b;
     W::load(rows[0] + i, a, b);
@@ -35,12 +36,12 @@ struct Step {
 };
 
 #if defined(__AVX512BF16__)
-// Two rows at a time; see Tile in add_rows.h.
+// Two rows at a time, whose bfloat16 products are exact and summed in float32. Subnormal numbers count as zero.
 template <>
 struct Step<BFloat16> {
   typedef uint32_t In;
   static constexpr int kRows = 2;
-  static constexpr double kDensity = 0.15;
+  static constexpr double kDensity = 0.15, kDensityOfMany = 0.08;
   static void pack(const uint16_t* const* rows, int64_t i, uint32_t* out) {
     const Bits f = *reinterpret_cast<const BitsLoose*>(rows[0] + i);
     const Bits g = *reinterpret_cast<const BitsLoose*>(rows[1] + i);
@@ -83,7 +84,7 @@ struct Linear {
   // Set by carve().
   int64_t columns;
   uint8_t* any;      // [F]
-  int32_t* index;    // [F + kRows]
+  int32_t* index;    // [F + 1]
   In* inputs;        // [F rounded up / rows of a step, T], tile by tile within a block
   char* own;         // [threads, each]: float sums [columns / kStep, T, kStep] and In panels [columns / kStep, kPanel]
   // Set by run().
@@ -105,14 +106,14 @@ struct Linear {
     for (int64_t i = 0; i < n; ++i) any[begin + i] = seen[i] != 0;
   }
 
-  // Lists the active neurons. The last step is filled up with a neuron that is not used.
+  // Lists the active neurons, and once more the last, which fills up the last step.
   int64_t list() const {
     int64_t n = 0;
     for (int64_t f = 0; f < F; ++f) {
       index[n] = int32_t(f);
       n += any[f];
     }
-    for (int64_t i = n; i < n + kRows; ++i) index[i] = n ? index[n - 1] : 0;
+    index[n] = n ? index[n - 1] : 0;
     return n;
   }
 
@@ -242,48 +243,48 @@ struct Linear {
 
   // One token's bias and rounding; step p of the columns is at sum[p * T * kStep].
   void finish(int64_t t, int64_t begin, int64_t end, const float* sum) const {
-    const int64_t count = (end - begin + kStep - 1) / kStep;
-    float again[2 * kColumns + kStep] = {};
-    int64_t next = T * kStep;
-    Vec check = {};
-    for (int64_t p = 0; p < count && active; ++p) {
-      Vec a, b;
-      Float32::load(sum + p * next, a, b);
-      check += 0.0f * a + 0.0f * b;
-    }
-    if (!active || ::sum(check) != 0.0f) {  // an infinite weight of a neuron that is silent for this token is NaN
-      exactly(t, begin, end, again);
-      sum = again, next = kStep;
-    }
-    for (int64_t p = 0; p < count; ++p) {
-      const int64_t i = begin + p * kStep, n = end - i < kStep ? end - i : kStep;
+    // An infinite weight of a neuron that is silent for this token has become NaN, in some step.
+    const bool whole = !active || finite(sum, (end - begin + kStep - 1) / kStep);
+    for (int64_t i = begin; i < end; i += kStep, sum += T * kStep) {
+      const int64_t n = end - i < kStep ? end - i : kStep;
+      Vec a = {}, b = {};
+      if (active) Float32::load(sum, a, b);
+      if (!whole && !finite(sum, 1)) exactly(t, i, n, a, b);
       Type out[kStep], biases[kStep] = {};
-      Vec a, b, ba = {}, bb = {};
-      Float32::load(sum + p * next, a, b);
       if (bias) {
+        Vec ba, bb;
         std::memcpy(biases, bias + i, n * sizeof(Type));
         W::load(biases, ba, bb);
+        a += ba, b += bb;
       }
-      W::store(out, a + ba, b + bb);
+      W::store(out, a, b);
       std::memcpy(y + t * D + i, out, n * sizeof(Type));
     }
   }
 
-  // The same sums for one token alone, which adds only the rows that it needs.
-  void exactly(int64_t t, int64_t begin, int64_t end, float* out) const {
+  // Whether these steps of one token's columns are.
+  bool finite(const float* sum, int64_t steps) const {
+    Vec check = {};
+    for (int64_t p = 0; p < steps; ++p) {
+      Vec a, b;
+      Float32::load(sum + p * T * kStep, a, b);
+      check += 0.0f * a + 0.0f * b;
+    }
+    return ::sum(check) == 0.0f;
+  }
+
+  // The sums of one token and the n columns from i, of only the rows that this token needs.
+  void exactly(int64_t t, int64_t i, int64_t n, Vec& a, Vec& b) const {
+    a = b = Vec{};
     for (int64_t j = 0; j < active; ++j) {
       const float value = W::widen(h[t * F + index[j]]);
       if (value == 0.0f) continue;
-      const Type* const row = w + index[j] * stride;
-      for (int64_t i = begin; i < end; i += kStep) {
-        const int64_t n = end - i < kStep ? end - i : kStep;
-        Type own[kStep] = {};
-        std::memcpy(own, row + i, n * sizeof(Type));
-        Vec a, b, wa, wb;
-        W::load(own, wa, wb);
-        Float32::load(out + (i - begin), a, b);
-        Float32::store(out + (i - begin), a + value * wa, b + value * wb);
-      }
+      Type row[kStep] = {};
+      std::memcpy(row, w + index[j] * stride + i, n * sizeof(Type));
+      Vec wa, wb;
+      W::load(row, wa, wb);
+      a += value * wa;
+      b += value * wb;
     }
   }
 
@@ -297,7 +298,7 @@ struct Linear {
       active = list();
 #pragma omp for schedule(static)
       for (int64_t block = 0; block < blocks(); ++block) pack_inputs(block);
-      // Sums first, panels behind them: prefetchers that run on must not touch what another thread writes.
+      // What prefetchers ask for behind the sums, which are written all the time, is then this thread's own as well.
       float* const sums = (float*)(own + workers.fetch_add(1) * each());
       In* const panels = (In*)(sums + columns * T);
       for (int64_t begin; (begin = columns * next.fetch_add(1)) < D;)
@@ -312,25 +313,26 @@ struct Linear {
     columns = ((D + blocks - 1) / blocks + kStep - 1) / kStep * kStep;
     Carver take{scratch};
     take(any, F);
-    take(index, F + kRows);
+    take(index, F + 1);
     take(inputs, (F + Step<W>::kRows) / Step<W>::kRows * T);
     take(own, threads * each());
     return take.at - scratch;
   }
 };
 
-// The share of n values that are not zero.
+// The share of values of h [T, F] that are not zero; of many tokens a few are asked.
 template <class W>
-double density(const typename W::Type* h, int64_t n, int threads) {
-  constexpr int64_t kPiece = 4096;
+double density(const typename W::Type* h, int64_t T, int64_t F, int threads) {
+  const int64_t asked = T < 32 ? T : 32;
   int64_t count = 0;
 #pragma omp parallel for num_threads(threads) reduction(+ : count) if (threads > 1)
-  for (int64_t begin = 0; begin < n; begin += kPiece) {
+  for (int64_t i = 0; i < asked; ++i) {
+    const typename W::Type* const token = h + i * T / asked * F;
     int32_t own = 0;
-    for (int64_t i = begin; i < begin + kPiece && i < n; ++i) own += W::magnitude(h[i]) != 0;
+    for (int64_t f = 0; f < F; ++f) own += W::magnitude(token[f]) != 0;
     count += own;
   }
-  return double(count) / double(n);
+  return double(count) / double(asked * F);
 }
 
 }  // namespace

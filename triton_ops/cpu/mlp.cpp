@@ -24,16 +24,19 @@ void run_part(Job job, int threads, char* scratch, int64_t& bytes) {
   if (scratch) job.run(threads);
 }
 
-// Down projection of h [T, F] for T >= kManyTokens: row by row if few pairs of token and neuron are active.
+// Down projection of h [T, F] for T >= kManyTokens: row by row if few pairs of token and neuron are active, else as a
+// product.
 template <class W>
 void project(Fused<W> mlp, const typename W::Type* h, int threads, char* scratch, int64_t& bytes) {
   mlp.gate = mlp.up = nullptr;
-  const bool few = mlp.T <= kMaxTokens;
-  const bool silent = few && scratch && density<W>(h, mlp.T * mlp.F, threads) < Step<W>::kDensity;
-  if (few && (silent || !scratch)) {
-    mlp.x = h;
-    run_part(mlp, threads, scratch, bytes);
-  }
+  const double least = mlp.T <= kMaxTokens ? Step<W>::kDensity : Step<W>::kDensityOfMany;
+  const bool silent = scratch && density<W>(h, mlp.T, mlp.F, threads) < least;
+  if (silent || !scratch)
+    in_parts(mlp.T, kMaxTokens, [&](int64_t first, int64_t n) {
+      Fused<W> part = mlp;
+      part.x = h + first * mlp.F, part.y = mlp.y + first * mlp.D, part.T = n;
+      run_part(part, threads, scratch, bytes);
+    });
   if (silent) return;
   in_parts(mlp.T, Linear<W>::kMaxT, [&](int64_t first, int64_t n) {
     Linear<W> linear = {};

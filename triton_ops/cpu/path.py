@@ -16,6 +16,7 @@ from triton_ops.reference import ACTIVATIONS
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
+MAX_SIZES = 256
 _scratch_bytes: dict[tuple[object, ...], int] = {}
 """What the kernel needs, by all that it depends on: decoding asks for the same sizes at every call."""
 
@@ -80,6 +81,8 @@ def _call(x: Tensor, mlp: MLP, kind: int) -> Tensor:
 
     sizes = (x.dtype, x.shape[0], hidden, neurons, gate is None, certificate[0] is None, threads)
     if sizes not in _scratch_bytes:
+        if len(_scratch_bytes) >= MAX_SIZES:  # prompts come in any length
+            _scratch_bytes.clear()
         _scratch_bytes[sizes] = run(None)
     scratch = torch.empty(_scratch_bytes[sizes], dtype=torch.uint8)
     run(scratch.data_ptr())
