@@ -67,8 +67,8 @@ def test_what_was_measured_with_avx512_bf16_holds_only_with_it(monkeypatch, prod
     dispatch.forget()
     measured = products and not matrix_unit
     assert triton_ops.wants_sparse(4, weight(), "gated")
-    for tokens in (5, 32):
-        assert triton_ops.wants_sparse(tokens, weight(), "gated") == measured
+    for tokens, density in ((5, 1.0), (24, 1.0), (32, 0.5)):
+        assert triton_ops.wants_sparse(tokens, weight(), "gated", density=density) == measured
     assert not triton_ops.wants_sparse(33, weight(), "gated", density=0.01)
     assert triton_ops.wants_product(weight()) == measured
     assert break_even.default("torch", torch.bfloat16, 1 << 30, "gated") == (1.0,)
