@@ -51,18 +51,18 @@ class Default:
 # From one two-core machine with AVX512-BF16, at the shapes of Llama-3.2-1B and Llama-2-7B;
 # `python -m triton_ops.tune` measures yours. There even a call in which no neuron is silent takes no longer
 # than 1 / 0.97 of torch's time. A certificate is one byte per weight and leaves more rows to read than are
-# active; it pays while those are fewer than about half of a 2-byte gate.
+# active; it pays while those are well below half of a 2-byte gate.
 DEFAULTS: dict[tuple[str, torch.dtype], Default] = {
     ("cpp", torch.bfloat16): Default(
         min_bytes=1 << 20,
         gated=(1.0,) * 24 + (0.5,) * 8,
         plain=(1.0,) * 32,
         linear=(1.0,) * 32,
-        certified=(0.2,),
+        certified=(0.12,),
     ),
     # Where torch has no float16 product of its own (see default), ours is faster for any number of tokens.
     ("cpp", torch.float16): Default(
-        min_bytes=4 << 20, gated=(1.0,), plain=(1.0,), linear=(1.0,), beyond=1.0, certified=(0.2,)
+        min_bytes=4 << 20, gated=(1.0,), plain=(1.0,), linear=(1.0,), beyond=1.0, certified=(0.12,)
     ),
     ("cpp", torch.float32): Default(
         min_bytes=4 << 20, gated=(1.0,) * 32, plain=(1.0,) * 32, linear=(1.0,) * 32, certified=(0.3,)
