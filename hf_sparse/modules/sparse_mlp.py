@@ -133,7 +133,7 @@ class SparseMLP(nn.Module):
 
     def hidden(self, x: Tensor) -> Tensor:
         """What reaches the down projection, by calls of the modules: ``x [..., D] -> [..., F]``."""
-        raise NotImplementedError
+        return self.activation(self._child(self.deciding)(x))
 
     def _skip_silent(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -252,7 +252,7 @@ class SparseGatedMLP(SparseMLP):
 
     def hidden(self, x: Tensor) -> Tensor:
         """``act(gate(x)) * up(x)``, with ``relu_up`` as far as it is mixed in."""
-        a, u = self.activation(self._child(self.deciding)(x)), self._child(self.roles.up)(x)
+        a, u = super().hidden(x), self._child(self.roles.up)(x)
         if self.relu_up:
             k = self.mix
             u = torch.relu(u) if k == 1 else (1 - k) * u + k * torch.relu(u)
@@ -286,10 +286,6 @@ class SparseGatedMLP(SparseMLP):
 
 class SparsePlainMLP(SparseMLP):
     """``down(act(up(x)))``; the up projection decides which rows of the down projection are read."""
-
-    def hidden(self, x: Tensor) -> Tensor:
-        """``act(up(x))``."""
-        return self.activation(self._child(self.roles.up)(x))
 
     def _skip_silent(self, x: Tensor) -> Tensor:
         kind = self.kernel()

@@ -82,6 +82,7 @@ struct Linear {
   Type* y;
   int64_t T, D, F, stride;
   // Set by carve().
+  int64_t less, more;  // tokens of a tile, tiles with one more
   int64_t columns;
   uint8_t* any;      // [F]
   int32_t* index;    // [F + 1]
@@ -95,8 +96,7 @@ struct Linear {
   int64_t steps_in(int64_t block) const { return (rows_in(block) + Step<W>::kRows - 1) / Step<W>::kRows; }
   int64_t each() const { return columns * T * int64_t(sizeof(float)) + columns / kStep * kPanel * int64_t(sizeof(In)); }
   int64_t tiles() const { return (T + kTokens - 1) / kTokens; }
-  // Tokens of tile i: as equal as can be.
-  int64_t tokens(int64_t i) const { return T / tiles() + (i < T % tiles()); }
+  int64_t tokens(int64_t i) const { return less + (i < more); }  // of tile i
 
   void mark(int64_t begin) const {
     const int64_t n = F - begin < kMarked ? F - begin : kMarked;
@@ -223,7 +223,6 @@ struct Linear {
   // Columns begin … end - 1 of all tokens.
   void run_columns(int64_t begin, int64_t end, float* sum, In* panel) const {
     const int64_t count = (end - begin + kStep - 1) / kStep;
-    const int64_t less = T / tiles(), more = T % tiles();  // tokens of a tile, tiles with one more
     for (int64_t block = 0; block < blocks(); ++block) {
       pack_rows(block, begin, end, panel);
       const int64_t steps = steps_in(block), next = block + 1;
@@ -233,7 +232,7 @@ struct Linear {
         const In* x = inputs + block * kSteps * T;
         for (int64_t i = 0, n; i < tiles(); ++i, x += steps * n, out += n * kStep) {
           ahead.plan();
-          n = less + (i < more);
+          n = tokens(i);
           multiply(n, panel + p * kPanel, x, steps, block == 0, out, ahead);
         }
       }
@@ -308,6 +307,7 @@ struct Linear {
 
   // Gives out the scratch memory; returns its size in bytes. With null it only counts.
   int64_t carve(char* scratch, int threads) {
+    less = T / tiles(), more = T % tiles();
     const int64_t most = T < kMany ? kColumns : 2 * kColumns;
     const int64_t blocks = ((D + most - 1) / most + threads - 1) / threads * threads;
     columns = ((D + blocks - 1) / blocks + kStep - 1) / kStep * kStep;

@@ -54,19 +54,17 @@ int64_t run(Fused<W> mlp, int threads, char* scratch) {
     return bytes;
   }
   Carver take{scratch};
-  const typename W::Type* h = mlp.x;
-  if (mlp.gate) {
-    typename W::Type* hidden;
-    take(hidden, mlp.T * mlp.F);
-    h = hidden;
+  typename W::Type* hidden = nullptr;
+  if (mlp.gate) take(hidden, mlp.T * mlp.F);
+  const int64_t before = take.at - scratch;
+  char* const rest = scratch ? take.at : nullptr;
+  if (mlp.gate)
     in_parts(mlp.T, kMaxTokens, [&](int64_t first, int64_t n) {
       Fused<W> part = mlp;
       part.x += first * mlp.D, part.T = n, part.stores = true, part.hidden = hidden + first * mlp.F;
-      run_part(part, threads, scratch ? take.at : nullptr, bytes);
+      run_part(part, threads, rest, bytes);
     });
-  }
-  const int64_t before = take.at - scratch;
-  project(mlp, h, threads, scratch ? take.at : nullptr, bytes);
+  project(mlp, mlp.gate ? hidden : mlp.x, threads, rest, bytes);
   return before + bytes;
 }
 
