@@ -249,7 +249,7 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def mlp(x: Tensor, mlp: MLP) -> Tensor:
-    """The block of ``mlp`` for ``x [T, D]``, T at least 1, of any strides; returns ``[T, D]``, contiguous.
+    """The block of ``mlp`` for ``x [..., D]`` of any strides, at least one token; the result is contiguous.
 
     The certificate counts for one token; with several the union of active neurons is too large for it to pay.
     ``mlp.down`` is neuron-major. A gate or up projection whose rows are not contiguous is copied at every
@@ -262,14 +262,20 @@ def mlp(x: Tensor, mlp: MLP) -> Tensor:
             gate_bias=_contiguous(mlp.gate_bias),
             up_bias=_contiguous(mlp.up_bias),
         )
-        h = (_hidden if x.shape[0] == 1 else batch.hidden)(x.contiguous(), block)
-        return down(h, mlp.down, _contiguous(mlp.down_bias))
+        rows = _tokens(x)
+        h = (_hidden if rows.shape[0] == 1 else batch.hidden)(rows, block)
+        return down(h, mlp.down, _contiguous(mlp.down_bias)).view(x.shape)
 
 
 def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``h [T, F]`` to ``[T, D]``, T at least 1; ``weight [D, F]`` neuron-major."""
+    """``h [..., F]`` to ``[..., D]``, at least one token; ``weight [D, F]`` neuron-major."""
     with torch.cuda.device_of(h):
-        return down(h.contiguous(), weight, _contiguous(bias))
+        return down(_tokens(h), weight, _contiguous(bias)).view(*h.shape[:-1], weight.shape[0])
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """``[..., n]`` as contiguous ``[T, n]``."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 def _hidden(x: Tensor, mlp: MLP) -> Tensor:

@@ -63,9 +63,11 @@ def _checked(name: str, source: str) -> str:
 @torch.compiler.assume_constant_result
 def forced_backend() -> str:
     """The backend of the innermost :func:`backend` block, else of the environment, else ``"auto"``."""
-    name = _forced.get()
-    if name is not None:
-        return name
+    return _forced.get() or _from_environment()
+
+
+@cache
+def _from_environment() -> str:
     return _checked(os.environ.get(ENVIRONMENT) or "auto", ENVIRONMENT)
 
 
@@ -97,8 +99,9 @@ def wants_sparse(
 
     Args:
         tokens: in this call, over all leading dimensions.
-        weight: the gate, or the up projection of a plain MLP, ``[F, D]``; its device, dtype and shape count,
-            not its values. Under ``torch.compile`` its shape must be static, as a module's parameter has it.
+        weight: the gate, or the up projection of a plain MLP, ``[F, D]``; with ``"linear"`` its own weight,
+            ``[D, F]``. Its device, dtype and shape count, not its values. Under ``torch.compile`` its shape
+            must be static, as a module's parameter has it.
         kind: the operator: ``"gated"`` (:func:`gated_mlp`), ``"plain"`` (:func:`plain_mlp`) or ``"linear"``
             (:func:`sparse_linear`).
         certified: ask whether to pass a certificate.
@@ -110,10 +113,16 @@ def wants_sparse(
         False under autocast, which the operators leave to torch.
 
     """
-    device, (neurons, hidden) = weight.device.type, weight.shape
+    device = weight.device.type
     if autocasts(device):
         return False
-    return choose(tokens, device, weight.dtype, hidden, neurons, kind, certified, density) != "dense"
+    return choose(tokens, device, weight.dtype, *_sizes(weight, kind), kind, certified, density) != "dense"
+
+
+def _sizes(weight: Tensor, kind: Kind) -> tuple[int, int]:
+    """Hidden size and neurons."""
+    first, second = weight.shape
+    return (first, second) if kind == "linear" else (second, first)
 
 
 def choose(
@@ -188,8 +197,10 @@ def torch_stalls(device: str, dtype: torch.dtype) -> bool:
 
 def forget() -> None:
     """Choose anew from now on, after a measurement or a change of the environment."""
+    _from_environment.cache_clear()
     _best.cache_clear()
     _own_product.cache_clear()
+    _runnable.cache_clear()
 
 
 @cache
@@ -211,29 +222,33 @@ def _best(
 
 def _usable(name: str, device: str, dtype: torch.dtype) -> bool:
     try:
-        return path(name).unusable(torch.device(device), dtype) is None
-    except RuntimeError:  # measured where Triton was installed, and used where it is not
+        _runnable(name, device, dtype)
+    except RuntimeError:  # also where Triton was measured, and is not installed now
         return False
+    return True
 
 
 def select(tokens: int, weight: Tensor, kind: Kind, certified: bool = False) -> ModuleType | None:
-    """The path that the operator takes, None for dense. ``weight`` is ``[F, D]``.
+    """The path that the operator takes, None for dense; arguments as in :func:`wants_sparse`.
 
     Raises:
         RuntimeError: a forced backend cannot run here; the message says why.
 
     """
-    neurons, hidden = weight.shape
-    sizes = tokens, weight.device.type, weight.dtype, hidden, neurons, kind
+    device, dtype = weight.device.type, weight.dtype
+    sizes = tokens, device, dtype, *_sizes(weight, kind), kind
     name = choose(*sizes, certified, density=0.0)
     if name == "dense" and certified:  # a certificate may be given where it is of no use
         name = choose(*sizes, density=0.0)
     if name == "dense" and kind == "linear" and wants_product(weight):
         name = "cpp"
-    if name == "dense":
-        return None
+    return None if name == "dense" else _runnable(name, device, dtype)
+
+
+@cache
+def _runnable(name: str, device: str, dtype: torch.dtype) -> ModuleType:
     found = path(name)
-    reason = found.unusable(weight.device, weight.dtype)
+    reason = found.unusable(torch.device(device), dtype)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} was forced but cannot run here: {reason}.")
     return found

@@ -13,7 +13,10 @@ from torch import Tensor
 
 def is_neuron_major(weight: Tensor) -> bool:
     """Whether the 2-D ``weight [D, F]`` lies in memory neuron by neuron, with strides ``(1, D)``."""
-    return weight.ndim == 2 and weight.t().is_contiguous()
+    if weight.ndim != 2:
+        return False
+    # The second question is also right for sizes 0 and 1, but makes a view, which takes longer.
+    return weight.stride() == (1, weight.shape[0]) or weight.t().is_contiguous()
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from triton_ops import dispatch, reference
 from triton_ops.certificate import Certificate, weight_stamp
+from triton_ops.direct import unobserved
 from triton_ops.layout import is_neuron_major
 from triton_ops.mlp import MLP
 
@@ -81,10 +82,9 @@ def gated_mlp(
         return reference.gated_mlp(
             x, gate, up, down, gate_bias, up_bias, down_bias, activation=activation, threshold=threshold
         )
-    q, bounds = certificate or (None, None)
-    return torch.ops.hf_sparse.gated_mlp.default(
-        x, gate, up, down, gate_bias, up_bias, down_bias, q, bounds, stamp, activation, threshold
-    )
+    tensors = x, gate, up, down, gate_bias, up_bias, down_bias, *(certificate or (None, None))
+    call = _gated_mlp if unobserved(*tensors) else torch.ops.hf_sparse.gated_mlp.default
+    return call(*tensors, stamp, activation, threshold)
 
 
 def plain_mlp(
@@ -109,10 +109,9 @@ def plain_mlp(
         return reference.plain_mlp(
             x, up, down, up_bias, down_bias, activation=activation, threshold=threshold
         )
-    q, bounds = certificate or (None, None)
-    return torch.ops.hf_sparse.plain_mlp.default(
-        x, up, down, up_bias, down_bias, q, bounds, stamp, activation, threshold
-    )
+    tensors = x, up, down, up_bias, down_bias, *(certificate or (None, None))
+    call = _plain_mlp if unobserved(*tensors) else torch.ops.hf_sparse.plain_mlp.default
+    return call(*tensors, stamp, activation, threshold)
 
 
 def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -133,7 +132,8 @@ def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     """
     if dispatch.autocasts(h.device.type):
         return reference.sparse_linear(h, weight, bias)
-    return torch.ops.hf_sparse.sparse_linear.default(h, weight, bias)
+    call = _sparse_linear if unobserved(h, weight, bias) else torch.ops.hf_sparse.sparse_linear.default
+    return call(h, weight, bias)
 
 
 def _check(
@@ -200,7 +200,7 @@ def _mlp(x: Tensor, mlp: MLP, stamp: list[int] | None) -> Tensor:
     path = dispatch.select(tokens, mlp.gate, "plain" if mlp.up is None else "gated", certified)
     if path is None or not is_neuron_major(mlp.down) or not (tokens and neurons):
         return _dense(x, mlp)
-    return path.mlp(x.reshape(tokens, hidden), mlp).view(x.shape)
+    return path.mlp(x, mlp)
 
 
 def _dense(x: Tensor, mlp: MLP) -> Tensor:
@@ -259,11 +259,10 @@ def _sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     _check_sparse_linear(h, weight, bias)
     hidden, neurons = weight.shape
     tokens = h.numel() // neurons if neurons else 0
-    path = dispatch.select(tokens, weight.t(), "linear")
+    path = dispatch.select(tokens, weight, "linear")
     if path is None or not is_neuron_major(weight) or not (tokens and hidden):
         return reference.sparse_linear(h, weight, bias)
-    y = path.sparse_linear(h.reshape(tokens, neurons), weight, bias)
-    return y.view(*h.shape[:-1], hidden)
+    return path.sparse_linear(h, weight, bias)
 
 
 for _device in ("CPU", "CUDA"):

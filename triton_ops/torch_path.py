@@ -28,17 +28,17 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def mlp(x: Tensor, mlp: MLP) -> Tensor:
-    """``x [T, D]`` to ``[T, D]``; above ``MAX_DENSITY`` a token's up rows are all read."""
+    """``x [..., D]`` to ``[..., D]``; above ``MAX_DENSITY`` a token's up rows are all read."""
     a = reference.activation(F.linear(x, mlp.gate, mlp.gate_bias), mlp.activation, mlp.threshold)
     rows = []
-    for t in range(x.shape[0]):
-        idx = a[t].nonzero().squeeze(1)
-        h = a[t].index_select(0, idx)
+    for token, active in zip(_tokens(x), _tokens(a), strict=True):
+        idx = active.nonzero().squeeze(1)
+        h = active.index_select(0, idx)
         if mlp.up is not None:
-            u = _up(x[t], mlp.up, mlp.up_bias, idx)
+            u = _up(token, mlp.up, mlp.up_bias, idx)
             h = h * (torch.relu(u) if mlp.activation == "drelu" else u)
         rows.append(_down(h, idx, mlp.down, mlp.down_bias))
-    return torch.stack(rows) if rows else x.new_empty(0, mlp.down.shape[0])
+    return torch.stack(rows).view(x.shape)
 
 
 def _up(x: Tensor, up: Tensor, bias: Tensor | None, idx: Tensor) -> Tensor:
@@ -49,12 +49,16 @@ def _up(x: Tensor, up: Tensor, bias: Tensor | None, idx: Tensor) -> Tensor:
 
 
 def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``h [T, F]``, ``weight [D, F]`` to ``[T, D]``."""
+    """``h [..., F]``, ``weight [D, F]`` to ``[..., D]``."""
     rows = []
-    for t in range(h.shape[0]):
-        idx = h[t].nonzero().squeeze(1)
-        rows.append(_down(h[t].index_select(0, idx), idx, weight, bias))
-    return torch.stack(rows) if rows else h.new_empty(0, weight.shape[0])
+    for active in _tokens(h):
+        idx = active.nonzero().squeeze(1)
+        rows.append(_down(active.index_select(0, idx), idx, weight, bias))
+    return torch.stack(rows).view(*h.shape[:-1], weight.shape[0])
+
+
+def _tokens(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 def _down(h: Tensor, idx: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

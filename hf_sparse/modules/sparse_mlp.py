@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 import triton_ops
 from hf_sparse.activations import MixedActivation, kernel_kind
@@ -107,13 +108,11 @@ class SparseMLP(nn.Module):
         Without gradient, where torch multiplies slowly with a weight in the layout for decoding, the down
         projection is :func:`triton_ops.sparse_linear`, which is made for that layout.
         """
-        down = None if self.training or torch.is_grad_enabled() else self._linear(self.roles.down, x)
-        if (
-            down is not None
-            and triton_ops.is_neuron_major(down.weight)
-            and triton_ops.wants_product(down.weight)
-        ):
-            return triton_ops.sparse_linear(self.hidden(x), down.weight, down.bias)
+        inference = not (self.training or torch.is_grad_enabled())
+        if inference and (read := self._weights(x, self.roles.down)) is not None:
+            ((down, bias),) = read
+            if triton_ops.is_neuron_major(down) and triton_ops.wants_product(down):
+                return triton_ops.sparse_linear(self.hidden(x), down, bias)
         self._store_for_torch()
         return self._stock_forward(x)
 
@@ -147,7 +146,7 @@ class SparseMLP(nn.Module):
         if self.kernel() is None:
             return
         if (down := self.readable(self.roles.down)) is not None:
-            triton_ops.neuron_major_(down.weight)
+            prepare_down(down.weight)
         if (first := self.readable(self.deciding)) is not None:
             self._certificate(1, first.weight)
 
@@ -199,20 +198,28 @@ class SparseMLP(nn.Module):
     def kernel(self) -> tuple[str, float] | None:
         """What the kernels call the activation; None if it must be called as a module."""
         act = self.activation
-        hooked = act._forward_hooks or act._forward_pre_hooks or "forward" in vars(act)
+        hooked = (
+            act._forward_hooks or act._forward_pre_hooks or "forward" in vars(act) or _has_any_global_hook()
+        )
         return None if hooked else kernel_kind(act)
 
-    def _linear(self, name: str, x: Tensor) -> nn.Linear | None:
-        """The child ``name`` if its weight may be read directly for ``x``, None if it must be called."""
-        linear = self.readable(name)
-        if (
-            linear is not None
-            and linear.weight.dtype == x.dtype
-            and linear.weight.device == x.device
-            and not dispatch.autocasts(x.device.type)
-        ):
-            return linear
-        return None
+    def _weights(self, x: Tensor, *names: str) -> list[tuple[Tensor, Tensor | None]] | None:
+        """Weight and bias of the children ``names``, to be read for ``x``; None if one must be called."""
+        if dispatch.autocasts(x.device.type) or _has_any_global_hook():
+            return None
+        found: list[tuple[Tensor, Tensor | None]] = []
+        for name in names:
+            linear = self.readable(name)
+            if linear is None:
+                return None
+            parameters = (
+                linear._parameters
+            )  # looked up in the module they cost more than all that is done here
+            weight = cast(nn.Parameter, parameters["weight"])
+            if weight.dtype != x.dtype or weight.device != x.device:
+                return None
+            found.append((weight, parameters["bias"]))
+        return found
 
     def readable(self, name: str) -> nn.Linear | None:
         """The child ``name`` if its weight may be read directly, None if it must be called as a module.
@@ -220,15 +227,15 @@ class SparseMLP(nn.Module):
         LoRA, quantised, offloaded, tensor-parallel and hooked layers all fail one of these tests, which is
         what makes skipping right for them: they are called, and do what they do.
         """
-        linear = self._child(name)
-        if (
-            type(linear) is nn.Linear
-            and type(linear.weight) is nn.Parameter
-            and "forward" not in vars(linear)
-            and not (linear._forward_hooks or linear._forward_pre_hooks)
-        ):
-            return linear
-        return None
+        linear = self._modules[name]
+        if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks:
+            return None
+        own = linear.__dict__
+        return (
+            linear
+            if "forward" not in own and type(own["_parameters"].get("weight")) is nn.Parameter
+            else None
+        )
 
 
 class SparseGatedMLP(SparseMLP):
@@ -256,27 +263,32 @@ class SparseGatedMLP(SparseMLP):
         if self.relu_up:
             k = self.mix
             u = torch.relu(u) if k == 1 else (1 - k) * u + k * torch.relu(u)
+        # In place where nothing else can hold the activation's output: a new tensor of T F elements means new
+        # pages for many tokens.
+        if not torch.is_grad_enabled() and a.dtype == u.dtype and self.kernel() is not None:
+            return a.mul_(u)
         return a * u
 
     def _skip_silent(self, x: Tensor) -> Tensor:
         kind = self.kernel()
-        gate, up, down = (self._linear(name, x) for name in (self.deciding, self.roles.up, self.roles.down))
-        if kind is None or gate is None or up is None or down is None:
+        read = self._weights(x, self.deciding, self.roles.up, self.roles.down)
+        if kind is None or read is None:
             return self.dense(x)
+        (gate, gate_bias), (up, up_bias), (down, down_bias) = read
         tokens = x.numel() // x.shape[-1]
-        held = self._certificate(tokens, gate.weight)
-        if held is None and not self._wants(tokens, gate.weight, "gated"):
+        held = self._certificate(tokens, gate)
+        if held is None and not self._wants(tokens, gate, "gated"):
             return self.dense(x)
         prepare_down(down)
         name, threshold = ("drelu", 0.0) if self.relu_up else kind
         return triton_ops.gated_mlp(
             x,
-            gate.weight,
-            up.weight,
-            down.weight,
-            gate.bias,
-            up.bias,
-            down.bias,
+            gate,
+            up,
+            down,
+            gate_bias,
+            up_bias,
+            down_bias,
             activation=name,
             threshold=threshold,
             certificate=held.certificate if held else None,
@@ -289,37 +301,39 @@ class SparsePlainMLP(SparseMLP):
 
     def _skip_silent(self, x: Tensor) -> Tensor:
         kind = self.kernel()
-        up, down = (self._linear(name, x) for name in (self.roles.up, self.roles.down))
-        if kind is None or down is None:
+        read = self._weights(x, self.roles.down)
+        if kind is None or read is None:
             return self.dense(x)
+        ((down, down_bias),) = read
         tokens = x.numel() // x.shape[-1]
-        if up is not None:
-            held = self._certificate(tokens, up.weight)
-            if held is not None or self._wants(tokens, up.weight, "plain"):
+        if (read := self._weights(x, self.roles.up)) is not None:
+            ((up, up_bias),) = read
+            held = self._certificate(tokens, up)
+            if held is not None or self._wants(tokens, up, "plain"):
                 prepare_down(down)
                 name, threshold = kind
                 return triton_ops.plain_mlp(
                     x,
-                    up.weight,
-                    down.weight,
-                    up.bias,
-                    down.bias,
+                    up,
+                    down,
+                    up_bias,
+                    down_bias,
                     activation=name,
                     threshold=threshold,
                     certificate=held.certificate if held else None,
                     stamp=held.stamp if held else None,
                 )
         # Where the up projection must be called, or there are too many tokens for the fused operator to pay.
-        if not self._wants(tokens, down.weight.t(), "linear"):
+        if not self._wants(tokens, down, "linear"):
             return self.dense(x)
         prepare_down(down)
-        return triton_ops.sparse_linear(self.hidden(x), down.weight, down.bias)
+        return triton_ops.sparse_linear(self.hidden(x), down, down_bias)
 
 
-def prepare_down(down: nn.Linear) -> None:
-    """Store the down projection neuron-major, once: same values and shape, other strides.
+def prepare_down(down: Tensor) -> None:
+    """Store the weight of a down projection neuron-major, once: same values and shape, other strides.
 
     Not while compiling: a graph must not change its own inputs, and the operators are right either way.
     """
-    if not torch.compiler.is_compiling() and not triton_ops.is_neuron_major(down.weight):
-        triton_ops.neuron_major_(down.weight)
+    if not torch.compiler.is_compiling() and not triton_ops.is_neuron_major(down):
+        triton_ops.neuron_major_(down)

@@ -9,7 +9,9 @@
 // sum of a token depends on the other tokens only through the list of active neurons.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
+#include <utility>
 
 #include "vector.h"
 
@@ -64,6 +66,18 @@ struct Step<BFloat16> {
 };
 #endif
 
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define HFS_SHUFFLES
+// a0 b0 a1 b1 …, in two vectors.
+template <int... I>
+void interleave(Bits a, Bits b, Bits& first, Bits& second, std::integer_sequence<int, I...>) {
+  first = __builtin_shufflevector(a, b, (I / 2 + I % 2 * kLanes)...);
+  second = __builtin_shufflevector(a, b, (kLanes / 2 + I / 2 + I % 2 * kLanes)...);
+}
+#endif
+#endif
+
 template <class W>
 struct Linear {
   typedef typename W::Type Type;
@@ -71,8 +85,7 @@ struct Linear {
   static constexpr int kTokens = kManyRegisters ? 8 : 4;  // in a tile
   static constexpr int64_t kSteps = 128;                  // in a block of rows
   static constexpr int64_t kRows = kSteps * Step<W>::kRows;
-  static constexpr int64_t kColumns = 256;  // in a block of columns; for many tokens twice as many
-  static constexpr int64_t kMany = 192;
+  static constexpr int64_t kColumns = 256;  // in a block of columns
   static constexpr int64_t kMaxT = 512;     // tokens at once, whose outputs of one block of columns stay in the cache
   static constexpr int64_t kMarked = 512;   // neurons
   // Panels at a power of two from each other would share lines of the cache.
@@ -101,8 +114,16 @@ struct Linear {
   void mark(int64_t begin) const {
     const int64_t n = F - begin < kMarked ? F - begin : kMarked;
     typename W::Magnitude seen[kMarked] = {};  // not in place, so that compilers see that nothing is read after a change
-    for (int64_t t = 0; t < T; ++t)
+    // With many tokens all neurons are soon known to be active.
+    bool all = false;
+    for (int64_t t = 0; t < T && !all; ++t) {
       for (int64_t i = 0; i < n; ++i) seen[i] |= W::magnitude(h[t * F + begin + i]);
+      if (t % kTokens == kTokens - 1) {
+        int32_t active = 0;
+        for (int64_t i = 0; i < n; ++i) active += seen[i] != 0;
+        all = active == n;
+      }
+    }
     for (int64_t i = 0; i < n; ++i) any[begin + i] = seen[i] != 0;
   }
 
@@ -117,6 +138,28 @@ struct Linear {
     return n;
   }
 
+  // A tile of kTokens tokens; the rows of all steps are neighbours.
+  void pack_adjacent(const Type* at, int64_t steps, In* out) const {
+    int64_t s = 0;
+#if defined(HFS_SHUFFLES)
+    if constexpr (kTokens == 8 && sizeof(In) == 4 && Step<W>::kRows * sizeof(Type) == 4)
+      for (; s + kLanes <= steps; s += kLanes) {
+        Bits v[8], shuffled[8];
+        for (int t = 0; t < 8; ++t) v[t] = *reinterpret_cast<const BitsLoose*>(at + t * F + s * Step<W>::kRows);
+        // Each round rotates the bits of an element's place in all of v: from (token, step) to (step, token).
+        for (int round = 0; round < 3; ++round) {
+          for (int i = 0; i < 4; ++i)
+            interleave(v[i], v[i + 4], shuffled[2 * i], shuffled[2 * i + 1],
+                       std::make_integer_sequence<int, kLanes>());
+          std::memcpy(v, shuffled, sizeof v);
+        }
+        for (int i = 0; i < 8; ++i) *reinterpret_cast<BitsLoose*>(out + s * 8 + i * kLanes) = v[i];
+      }
+#endif
+    for (; s < steps; ++s)
+      for (int t = 0; t < kTokens; ++t) out[s * kTokens + t] = Step<W>::adjacent(at + t * F + s * Step<W>::kRows);
+  }
+
   void pack_inputs(int64_t block) const {
     const int64_t steps = steps_in(block), rows = rows_in(block);
     const int32_t* const own = index + block * kRows;
@@ -127,9 +170,7 @@ struct Linear {
       const Type* const at = h + first * F;
       const int64_t whole = rows / Step<W>::kRows;
       if (adjacent && n == kTokens)
-        for (int64_t s = 0; s < whole; ++s)
-          for (int t = 0; t < kTokens; ++t)
-            out[s * kTokens + t] = Step<W>::adjacent(at + t * F + own[0] + s * Step<W>::kRows);
+        pack_adjacent(at + own[0], whole, out);
       else
         for (int64_t s = 0; s < whole; ++s)
           for (int64_t t = 0; t < n; ++t) out[s * n + t] = Step<W>::input(at + t * F, own + s * Step<W>::kRows);
@@ -194,8 +235,13 @@ struct Linear {
 #pragma GCC unroll 8
     for (int t = 0; t < N; ++t) a[t] = b[t] = Vec{};
     const Type* const* line = ahead.lines;
+    const float* next_out = out + N * kStep;
     for (const In* const end = panel + steps * kStep; panel < end;) {
       for (int64_t i = 0; i < ahead.n; ++i) __builtin_prefetch(*line++, 0, 2);
+      // Of the next tile: sums of one token, and inputs of as many steps as now.
+      __builtin_prefetch(next_out, 1, 3), __builtin_prefetch(next_out + kLanes, 1, 3), next_out += kStep;
+#pragma GCC unroll 8
+      for (int t = 0; t < N; ++t) __builtin_prefetch(x + steps * N + t * Ahead::kPiece, 0, 2);
       const In* const until = end - panel > Ahead::kPiece * kStep ? panel + Ahead::kPiece * kStep : end;
       for (; panel < until; panel += kStep, x += N) {
         Vec wa, wb;
@@ -220,13 +266,17 @@ struct Linear {
       multiply<N - 1>(n, panel, x, steps, fresh, out, ahead);
   }
 
-  // Columns begin … end - 1 of all tokens.
-  void run_columns(int64_t begin, int64_t end, float* sum, In* panel) const {
+  int64_t end_of(int64_t begin) const { return begin + columns < D ? begin + columns : D; }
+
+  // One block of columns of all tokens; `after` is that which this thread takes next, D for none.
+  void run_columns(int64_t begin, int64_t after, float* sum, In* panel) const {
+    const int64_t end = end_of(begin);
     const int64_t count = (end - begin + kStep - 1) / kStep;
     for (int64_t block = 0; block < blocks(); ++block) {
       pack_rows(block, begin, end, panel);
-      const int64_t steps = steps_in(block), next = block + 1;
-      Ahead ahead(*this, index + next * kRows, next < blocks() ? rows_in(next) : 0, begin, end, count * tiles());
+      const bool last = block + 1 == blocks();
+      const int64_t steps = steps_in(block), next = last ? 0 : block + 1, from = last ? after : begin;
+      Ahead ahead(*this, index + next * kRows, rows_in(next), from, end_of(from), count * tiles());
       float* out = sum;
       for (int64_t p = 0; p < count; ++p) {
         const In* x = inputs + block * kSteps * T;
@@ -242,34 +292,39 @@ struct Linear {
 
   // One token's bias and rounding; step p of the columns is at sum[p * T * kStep].
   void finish(int64_t t, int64_t begin, int64_t end, const float* sum) const {
-    // An infinite weight of a neuron that is silent for this token has become NaN, in some step.
-    const bool whole = !active || finite(sum, (end - begin + kStep - 1) / kStep);
-    for (int64_t i = begin; i < end; i += kStep, sum += T * kStep) {
-      const int64_t n = end - i < kStep ? end - i : kStep;
+    Vec check = {};
+    for (int64_t i = begin; i < end; i += kStep) {
       Vec a = {}, b = {};
-      if (active) Float32::load(sum, a, b);
-      if (!whole && !finite(sum, 1)) exactly(t, i, n, a, b);
-      Type out[kStep], biases[kStep] = {};
-      if (bias) {
-        Vec ba, bb;
-        std::memcpy(biases, bias + i, n * sizeof(Type));
-        W::load(biases, ba, bb);
-        a += ba, b += bb;
-      }
-      W::store(out, a, b);
-      std::memcpy(y + t * D + i, out, n * sizeof(Type));
+      if (active) Float32::load(sum + (i - begin) * T, a, b);
+      check += not_finite(a, b);
+      put(t, i, end, a, b);
+    }
+    // An infinite weight of a neuron that is silent for this token has become NaN, in some step.
+    if (::sum(check) == 0.0f) return;
+    for (int64_t i = begin; i < end; i += kStep) {
+      Vec a, b;
+      Float32::load(sum + (i - begin) * T, a, b);
+      if (::sum(not_finite(a, b)) == 0.0f) continue;
+      exactly(t, i, end - i < kStep ? end - i : kStep, a, b);
+      put(t, i, end, a, b);
     }
   }
 
-  // Whether these steps of one token's columns are.
-  bool finite(const float* sum, int64_t steps) const {
-    Vec check = {};
-    for (int64_t p = 0; p < steps; ++p) {
-      Vec a, b;
-      Float32::load(sum + p * T * kStep, a, b);
-      check += 0.0f * a + 0.0f * b;
+  // Zeros, but for NaN in the place of an infinity or a NaN.
+  static Vec not_finite(Vec a, Vec b) { return 0.0f * a + 0.0f * b; }
+
+  // The sums of one step of columns into y, as far as there are columns.
+  void put(int64_t t, int64_t i, int64_t end, Vec a, Vec b) const {
+    const int64_t n = end - i < kStep ? end - i : kStep;
+    Type out[kStep], biases[kStep] = {};
+    if (bias) {
+      Vec ba, bb;
+      std::memcpy(biases, bias + i, n * sizeof(Type));
+      W::load(biases, ba, bb);
+      a += ba, b += bb;
     }
-    return ::sum(check) == 0.0f;
+    W::store(out, a, b);
+    std::memcpy(y + t * D + i, out, n * sizeof(Type));
   }
 
   // The sums of one token and the n columns from i, of only the rows that this token needs.
@@ -300,16 +355,18 @@ struct Linear {
       // What prefetchers ask for behind the sums, which are written all the time, is then this thread's own as well.
       float* const sums = (float*)(own + workers.fetch_add(1) * each());
       In* const panels = (In*)(sums + columns * T);
-      for (int64_t begin; (begin = columns * next.fetch_add(1)) < D;)
-        run_columns(begin, begin + columns < D ? begin + columns : D, sums, panels);
+      const auto take = [&] { return std::min(columns * next.fetch_add(1), D); };
+      for (int64_t begin = take(), after; begin < D; begin = after) {
+        after = take();
+        run_columns(begin, after, sums, panels);
+      }
     }
   }
 
   // Gives out the scratch memory; returns its size in bytes. With null it only counts.
   int64_t carve(char* scratch, int threads) {
     less = T / tiles(), more = T % tiles();
-    const int64_t most = T < kMany ? kColumns : 2 * kColumns;
-    const int64_t blocks = ((D + most - 1) / most + threads - 1) / threads * threads;
+    const int64_t blocks = ((D + kColumns - 1) / kColumns + threads - 1) / threads * threads;
     columns = ((D + blocks - 1) / blocks + kStep - 1) / kStep * kStep;
     Carver take{scratch};
     take(any, F);

@@ -4,6 +4,7 @@
 
 #include "fused.h"
 #include "linear.h"
+#include "scratch.h"
 
 namespace {
 
@@ -68,30 +69,40 @@ int64_t run(Fused<W> mlp, int threads, char* scratch) {
   return before + bytes;
 }
 
+// One call. Weights and vectors lie in memory as their comments say; strides count elements between neurons.
+struct Call {
+  const void* x;  // [T, D], without a gate h [T, F], of which only the down projection is made
+  const void *gate, *up, *down;                    // [F, D]; without an up projection h is the activated gate
+  const void *gate_bias, *up_bias, *down_bias;     // [F], [F], [D], or null
+  const void *q, *bounds;                          // [F, D] and [F, 3], or null; used for one token
+  void* y;                                         // [T, D]
+  int64_t T, D, F, gate_stride, up_stride, down_stride;
+  int32_t dtype, kind, threads;                    // dtype: 0 float32, 1 bfloat16, 2 float16
+  float threshold;
+};
+
+template <class W>
+int run(const Call& call) {
+  typedef typename W::Type Type;
+  Fused<W> mlp = {};
+  mlp.x = (const Type*)call.x, mlp.y = (Type*)call.y;
+  mlp.gate = (const Type*)call.gate, mlp.up = (const Type*)call.up, mlp.down = (const Type*)call.down;
+  mlp.gate_bias = (const Type*)call.gate_bias, mlp.up_bias = (const Type*)call.up_bias;
+  mlp.down_bias = (const Type*)call.down_bias;
+  if (call.T == 1) mlp.q = (const int8_t*)call.q, mlp.bounds = (const float*)call.bounds;
+  mlp.T = call.T, mlp.D = call.D, mlp.F = call.F;
+  mlp.gate_stride = call.gate_stride, mlp.up_stride = call.up_stride, mlp.down_stride = call.down_stride;
+  mlp.kind = call.kind, mlp.threshold = rounded<W>(call.threshold);
+  char* const scratch = take_scratch(size_t(run(mlp, call.threads, nullptr)));
+  if (!scratch) return 1;
+  run(mlp, call.threads, scratch);
+  give_back_scratch(scratch);
+  return 0;
+}
+
 }  // namespace
 
-extern "C" {
-
-// y [T, D] from x [T, D]; with gate == nullptr, x is h [T, F] and only the down projection is done; with up ==
-// nullptr, h is the activated gate. q [F, D] and bounds [F, 3] may be null; with them T must be 1.
-// dtype: 0 float32, 1 bfloat16, 2 float16. Strides count elements between neurons.
-// Returns the bytes that scratch must hold; with scratch == nullptr it does nothing else.
-int64_t hfs_mlp(int dtype, const void* x, const void* gate, const void* up, const void* down, const void* gate_bias,
-                const void* up_bias, const void* down_bias, const void* q, const void* bounds, void* y,
-                void* scratch, int64_t T, int64_t D, int64_t F, int64_t gate_stride, int64_t up_stride,
-                int64_t down_stride, int kind, float threshold, int threads) {
-  auto call = [&](auto w) {
-    typedef decltype(w) W;
-    typedef typename W::Type Type;
-    Fused<W> mlp = {};
-    mlp.x = (const Type*)x, mlp.gate = (const Type*)gate, mlp.up = (const Type*)up, mlp.down = (const Type*)down;
-    mlp.gate_bias = (const Type*)gate_bias, mlp.up_bias = (const Type*)up_bias;
-    mlp.down_bias = (const Type*)down_bias, mlp.q = (const int8_t*)q, mlp.bounds = (const float*)bounds;
-    mlp.y = (Type*)y, mlp.T = T, mlp.D = D, mlp.F = F;
-    mlp.gate_stride = gate_stride, mlp.up_stride = up_stride, mlp.down_stride = down_stride;
-    mlp.kind = kind, mlp.threshold = rounded<W>(threshold);
-    return run(mlp, threads, (char*)scratch);
-  };
-  return dtype == 0 ? call(Float32{}) : dtype == 1 ? call(BFloat16{}) : call(Float16{});
-}
+// Returns 0, or 1 where there is no memory for intermediate values; y is then as it was.
+extern "C" int hfs_mlp(const Call* call) {
+  return call->dtype == 0 ? run<Float32>(*call) : call->dtype == 1 ? run<BFloat16>(*call) : run<Float16>(*call);
 }

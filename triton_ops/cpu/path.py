@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 from functools import cache
 from typing import Any
 
@@ -16,9 +17,9 @@ from triton_ops.reference import ACTIVATIONS
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-MAX_SIZES = 256
-_scratch_bytes: dict[tuple[object, ...], int] = {}
-"""What the kernel needs, by all that it depends on: decoding asks for the same sizes at every call."""
+# struct Call of mlp.cpp. Between two layers of decoding nothing of Python is left in the caches, so what is
+# done here for every call is kept small: ctypes would take longer to convert twenty arguments.
+_pack = struct.Struct("10P6q3if").pack
 
 # The threads of OpenMP do not survive a fork, and waiting for them hangs the child; it works on one instead.
 _forked = False
@@ -43,73 +44,59 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def mlp(x: Tensor, mlp: MLP) -> Tensor:
-    """``x [T, D]`` to ``[T, D]``; ``mlp.down [D, F]`` neuron-major."""
-    return _call(x, mlp, ACTIVATIONS.index(mlp.activation))
+    """``x [..., D]`` to ``[..., D]``; ``mlp.down [D, F]`` neuron-major."""
+    return _call(x, x.new_empty(x.shape), mlp, ACTIVATIONS.index(mlp.activation))
 
 
 def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``h [T, F]`` to ``[T, D]``; ``weight [D, F]`` neuron-major."""
-    return _call(h, MLP(None, None, weight, None, None, bias, "", 0.0), 0)  # type: ignore[arg-type]
+    """``h [..., F]`` to ``[..., D]``; ``weight [D, F]`` neuron-major."""
+    y = h.new_empty((*h.shape[:-1], weight.shape[0]))
+    return _call(h, y, MLP(None, None, weight, None, None, bias, "", 0.0), 0)  # type: ignore[arg-type]
 
 
-def _call(x: Tensor, mlp: MLP, kind: int) -> Tensor:
-    x, down = x.contiguous(), mlp.down.t()
-    gate, up = (None if w is None else _rows(w) for w in (mlp.gate, mlp.up))
-    biases = [None if b is None else b.contiguous() for b in (mlp.gate_bias, mlp.up_bias, mlp.down_bias)]
-    certificate = (
-        [c.contiguous() for c in mlp.certificate] if mlp.certificate and x.shape[0] == 1 else (None, None)
-    )
-    neurons, hidden = down.shape
-    y = x.new_empty(x.shape[0], hidden)
-    threads = 1 if _forked else torch.get_num_threads()
-
-    def run(scratch: int | None) -> int:
-        return _kernel()(
-            DTYPES[x.dtype],
-            x.data_ptr(),
-            *map(_pointer, (gate, up, down, *biases, *certificate)),
-            y.data_ptr(),
-            scratch,
-            x.shape[0],
+def _call(x: Tensor, y: Tensor, mlp: MLP, kind: int) -> Tensor:
+    gate, up, down, gate_bias, up_bias, down_bias, _, threshold, certificate = mlp
+    hidden, neurons = down.shape
+    tokens = y.numel() // hidden
+    rows = _rows(gate), _rows(up), down
+    vectors = map(_contiguous, (gate_bias, up_bias, down_bias, *(certificate or (None, None))))
+    tensors = (_contiguous(x), *rows, *vectors, y)  # named, for copies must live until the kernel is done
+    failed = _kernel()(
+        _pack(
+            *map(_pointer, tensors),
+            tokens,
             hidden,
             neurons,
-            *(0 if w is None else w.stride(0) for w in (gate, up, down)),
+            *[0 if w is None else w.stride(0) for w in rows[:2]],
+            down.stride(1),
+            DTYPES[x.dtype],
             kind,
-            mlp.threshold,
-            threads,
+            1 if _forked else torch.get_num_threads(),
+            threshold,
         )
-
-    sizes = (x.dtype, x.shape[0], hidden, neurons, gate is None, certificate[0] is None, threads)
-    if sizes not in _scratch_bytes:
-        if len(_scratch_bytes) >= MAX_SIZES:  # prompts come in any length
-            _scratch_bytes.clear()
-        _scratch_bytes[sizes] = run(None)
-    scratch = torch.empty(_scratch_bytes[sizes], dtype=torch.uint8)
-    run(scratch.data_ptr())
+    )
+    if failed:
+        raise MemoryError(f"no memory is left for the intermediate values of {tokens} tokens.")
     return y
 
 
-def _rows(weight: Tensor) -> Tensor:
+def _rows(weight: Tensor | None) -> Tensor | None:
     """``weight`` with contiguous rows, as the kernel needs them; an ``nn.Linear`` has them already."""
-    return weight if weight.stride(1) == 1 else weight.contiguous()
+    return weight if weight is None or weight.stride(1) == 1 else weight.contiguous()
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 @cache
 def _kernel() -> Any:
     library = build.library()
     assert not isinstance(library, str), library  # unusable() has been asked
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
-    library.hfs_mlp.restype = size
-    library.hfs_mlp.argtypes = [
-        ctypes.c_int,
-        *[pointer] * 11,
-        *[size] * 6,
-        ctypes.c_int,
-        ctypes.c_float,
-        ctypes.c_int,
-    ]
+    library.hfs_mlp.restype = ctypes.c_int
+    library.hfs_mlp.argtypes = [ctypes.c_char_p]
     return library.hfs_mlp

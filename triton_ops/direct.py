@@ -1,0 +1,49 @@
+"""Whether an operator may be called as the function that it is, without torch's dispatcher.
+
+After a layer has streamed its weights the dispatcher's code is in no cache any more, and going through it
+takes about a tenth of a millisecond. It is of use only where something watches or changes the call;
+:func:`unobserved` asks whether something does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch._C import DispatchKey, DispatchKeySet
+from torch.autograd import profiler
+
+
+def _keys(*names: str) -> DispatchKeySet:
+    found = DispatchKeySet(DispatchKey.Undefined)
+    for name in names:
+        found = found.add(getattr(DispatchKey, name))
+    return found
+
+
+# Keys are not public, but all that the dispatcher goes by. Where another version of torch has more of them,
+# every call goes through it. The second of each is that of inference mode.
+_OF_TENSORS = (_keys("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU"), _keys("CPU", "AutocastCPU"))
+_OF_THREADS = (_keys("BackendSelect", "ADInplaceOrView"), _keys("BackendSelect"))
+
+
+def unobserved(*tensors: Tensor | None) -> bool:
+    """Whether the dispatcher would only find the CPU function of an operator called with ``tensors``.
+
+    That is so without gradient, outside of compilers, tracers, ``torch.func`` transforms, modes and the
+    profiler, and for dense CPU tensors that are of no subclass and not lazily negated.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or profiler._is_profiler_enabled:
+        return False
+    if torch._C._is_torch_function_mode_enabled():
+        return False
+    if torch._C._dispatch_tls_local_include_set() not in _OF_THREADS:
+        return False
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        kind = type(tensor)
+        if (kind is not Tensor and kind is not nn.Parameter) or torch._C._dispatch_keys(
+            tensor
+        ) not in _OF_TENSORS:
+            return False
+    return True
