@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from compiler import CPP
 from skips import CountSkips
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook
 
 import hf_sparse
 from hf_sparse import PatchError, SparsityConfig
@@ -188,6 +189,35 @@ def test_a_hook_on_the_activation_is_called_when_decoding(tiny_model) -> None:
     with torch.no_grad(), hf_sparse.backend("torch"), CountSkips() as skips:
         assert not block.module(torch.randn(1, 32)).any()
     assert skips.count == 0
+
+
+def test_a_hook_on_all_modules_sees_those_of_a_block_when_decoding(tiny_model) -> None:
+    model = tiny_model("llama")
+    (block, *_) = hf_sparse.patch(model, "relu").blocks
+    seen: list[str] = []
+    handle = register_module_forward_hook(lambda module, args, out: seen.append(type(module).__name__))
+    try:
+        with torch.no_grad(), hf_sparse.backend("torch"), CountSkips() as skips:
+            block.module(torch.randn(1, 32))
+    finally:
+        handle.remove()
+    assert skips.count == 0
+    assert sorted(seen) == ["Linear", "Linear", "Linear", "ReLU", "SparseGatedMLP"]
+
+
+@pytest.mark.parametrize("activation", ["relu", "drelu"])
+@pytest.mark.parametrize("name", ["gate_proj", "act_fn", "up_proj"])
+def test_what_a_hook_has_kept_is_not_changed_afterwards(tiny_model, activation, name) -> None:
+    model = tiny_model("llama")
+    (block, *_) = hf_sparse.patch(model, activation).blocks
+    x = torch.randn(5, 32)
+    kept: list[tuple[Tensor, Tensor]] = []
+    block.module.get_submodule(name).register_forward_hook(lambda m, a, out: kept.append((out, out.clone())))
+    with torch.no_grad(), hf_sparse.backend("dense"):
+        y = block.module(x)
+    ((out, copied),) = kept
+    assert torch.equal(out, copied)
+    torch.testing.assert_close(y, block.module(x))
 
 
 def test_forward_on_the_meta_device(tiny_model) -> None:

@@ -177,6 +177,10 @@ def test_blocks_nest_and_win_over_the_environment(monkeypatch):
             assert dispatch.forced_backend() == "auto"
         assert dispatch.forced_backend() == "torch"
     assert dispatch.forced_backend() == "dense"
+    monkeypatch.setenv("HF_SPARSE_BACKEND", "torch")
+    assert dispatch.forced_backend() == "dense"  # read once
+    dispatch.forget()
+    assert dispatch.forced_backend() == "torch"
 
 
 def test_a_block_ends_with_an_exception():
