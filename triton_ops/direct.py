@@ -38,12 +38,8 @@ def unobserved(*tensors: Tensor | None) -> bool:
         return False
     if torch._C._dispatch_tls_local_include_set() not in _OF_THREADS:
         return False
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        kind = type(tensor)
-        if (kind is not Tensor and kind is not nn.Parameter) or torch._C._dispatch_keys(
-            tensor
-        ) not in _OF_TENSORS:
-            return False
-    return True
+    return all(tensor is None or _is_plain(tensor) for tensor in tensors)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and torch._C._dispatch_keys(tensor) in _OF_TENSORS

@@ -212,9 +212,7 @@ class SparseMLP(nn.Module):
             linear = self.readable(name)
             if linear is None:
                 return None
-            parameters = (
-                linear._parameters
-            )  # looked up in the module they cost more than all that is done here
+            parameters = linear._parameters  # as attributes each takes a call of __getattr__
             weight = cast(nn.Parameter, parameters["weight"])
             if weight.dtype != x.dtype or weight.device != x.device:
                 return None
@@ -230,12 +228,9 @@ class SparseMLP(nn.Module):
         linear = self._modules[name]
         if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks:
             return None
-        own = linear.__dict__
-        return (
-            linear
-            if "forward" not in own and type(own["_parameters"].get("weight")) is nn.Parameter
-            else None
-        )
+        if "forward" in vars(linear) or type(linear._parameters.get("weight")) is not nn.Parameter:
+            return None
+        return linear
 
 
 class SparseGatedMLP(SparseMLP):
