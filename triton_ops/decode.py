@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_ops import batch, triton_launch
+from triton_ops.layout import as_tokens
 from triton_ops.mlp import MLP
 from triton_ops.triton_down import down, interpreted, pick
 from triton_ops.triton_numerics import ACTIVATIONS, DRELU, activate, add_bias, is_silent, round_to
@@ -262,7 +263,7 @@ def mlp(x: Tensor, mlp: MLP) -> Tensor:
             gate_bias=_contiguous(mlp.gate_bias),
             up_bias=_contiguous(mlp.up_bias),
         )
-        rows = _tokens(x)
+        rows = as_tokens(x).contiguous()
         h = (_hidden if rows.shape[0] == 1 else batch.hidden)(rows, block)
         return down(h, mlp.down, _contiguous(mlp.down_bias)).view(x.shape)
 
@@ -270,12 +271,7 @@ def mlp(x: Tensor, mlp: MLP) -> Tensor:
 def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``h [..., F]`` to ``[..., D]``, at least one token; ``weight [D, F]`` neuron-major."""
     with torch.cuda.device_of(h):
-        return down(_tokens(h), weight, _contiguous(bias)).view(*h.shape[:-1], weight.shape[0])
-
-
-def _tokens(x: Tensor) -> Tensor:
-    """``[..., n]`` as contiguous ``[T, n]``."""
-    return x.reshape(-1, x.shape[-1]).contiguous()
+        return down(as_tokens(h).contiguous(), weight, _contiguous(bias)).view(*h.shape[:-1], weight.shape[0])
 
 
 def _hidden(x: Tensor, mlp: MLP) -> Tensor:

@@ -9,32 +9,37 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch._C import DispatchKey, DispatchKeySet
 from torch.autograd import profiler
 
+# Not public, but all that the dispatcher goes by. Where another version of torch has others, or none, every
+# call goes through it.
+_QUESTIONS = ("_dispatch_keys", "_dispatch_tls_local_include_set", "_is_torch_function_mode_enabled")
+_KNOWN = all(hasattr(torch._C, name) for name in (*_QUESTIONS, "DispatchKey", "DispatchKeySet"))
 
-def _keys(*names: str) -> DispatchKeySet:
-    found = DispatchKeySet(DispatchKey.Undefined)
+
+def _keys(*names: str) -> object:
+    found = torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
     for name in names:
-        found = found.add(getattr(DispatchKey, name))
+        found = found.add(getattr(torch._C.DispatchKey, name))
     return found
 
 
-# Keys are not public, but all that the dispatcher goes by. Where another version of torch has more of them,
-# every call goes through it. The second of each is that of inference mode.
-_OF_TENSORS = (_keys("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU"), _keys("CPU", "AutocastCPU"))
-_OF_THREADS = (_keys("BackendSelect", "ADInplaceOrView"), _keys("BackendSelect"))
+if _KNOWN:  # the second of each is that of inference mode
+    _OF_TENSORS = _keys("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU"), _keys("CPU", "AutocastCPU")
+    _OF_THREADS = _keys("BackendSelect", "ADInplaceOrView"), _keys("BackendSelect")
 
 
 def unobserved(*tensors: Tensor | None) -> bool:
     """Whether the dispatcher would only find the CPU function of an operator called with ``tensors``.
 
-    That is so without gradient, outside of compilers, tracers, ``torch.func`` transforms, modes and the
-    profiler, and for dense CPU tensors that are of no subclass and not lazily negated.
+    That is so without gradient, outside of compilers, tracers, ``torch.func`` transforms, modes (as
+    ``torch.set_default_device`` sets one) and ``torch.profiler.profile``, and for dense CPU tensors that are
+    of no subclass and not lazily negated. Not noticed are observers in C++ other than the profiler, such as
+    ``ExecutionTraceObserver`` on its own, and functions that somebody else registers for these operators.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or profiler._is_profiler_enabled:
+    if not _KNOWN or torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
-    if torch._C._is_torch_function_mode_enabled():
+    if profiler._is_profiler_enabled or torch._C._is_torch_function_mode_enabled():
         return False
     if torch._C._dispatch_tls_local_include_set() not in _OF_THREADS:
         return False

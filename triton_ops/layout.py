@@ -7,8 +7,12 @@ side while name, shape, values and saved checkpoints stay as they are.
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
+
+_changing = threading.Lock()
 
 
 def is_neuron_major(weight: Tensor) -> bool:
@@ -32,9 +36,9 @@ def neuron_major_(weight: Tensor) -> Tensor:
     """
     if weight.ndim != 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; a down projection is [hidden, neurons].")
-    if not is_neuron_major(weight):
-        # Outside of inference mode, also when called in it: a tensor made there could never be trained.
-        with torch.inference_mode(weight.is_inference()):
+    # Outside of inference mode, also when called in it: a tensor made there could never be trained.
+    with _changing, torch.inference_mode(weight.is_inference()):
+        if not is_neuron_major(weight):  # else another thread was first, and computes with it already
             weight.data = weight.data.t().contiguous().t()
     return weight
 
@@ -42,6 +46,11 @@ def neuron_major_(weight: Tensor) -> Tensor:
 @torch.no_grad()
 def stock_layout_(weight: Tensor) -> Tensor:
     """Undo :func:`neuron_major_`, in place: ``weight [D, F]`` as ``nn.Linear`` stores it; returns it."""
-    with torch.inference_mode(weight.is_inference()):
+    with _changing, torch.inference_mode(weight.is_inference()):
         weight.data = weight.data.contiguous()
     return weight
+
+
+def as_tokens(x: Tensor) -> Tensor:
+    """``[..., n]`` as ``[T, n]``, also for T = 0, where ``reshape(-1, n)`` may be ambiguous."""
+    return x.flatten(0, -2) if x.ndim > 1 else x.unsqueeze(0)

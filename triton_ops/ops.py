@@ -15,7 +15,7 @@ from torch import Tensor
 from triton_ops import dispatch, reference
 from triton_ops.certificate import Certificate, weight_stamp
 from triton_ops.direct import unobserved
-from triton_ops.layout import is_neuron_major
+from triton_ops.layout import as_tokens, is_neuron_major
 from triton_ops.mlp import MLP
 
 _LIB = torch.library.Library("hf_sparse", "DEF")
@@ -75,6 +75,7 @@ def gated_mlp(
     Raises:
         ValueError: a shape, dtype, device, activation or threshold does not fit; the message names it.
         RuntimeError: a forced backend cannot run here.
+        MemoryError: the compiled backend has no memory for its intermediate values.
 
     """
     if dispatch.autocasts(x.device.type):
@@ -128,6 +129,7 @@ def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     Raises:
         ValueError: a shape, dtype or device does not fit; the message names it.
         RuntimeError: a forced backend cannot run here.
+        MemoryError: the compiled backend has no memory for its intermediate values.
 
     """
     if dispatch.autocasts(h.device.type):
@@ -308,12 +310,12 @@ def _gated_mlp_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grad_u = grad_u * (u > 0)
     return (
         grad_p @ gate + grad_u @ up if need[0] else None,
-        _rows(grad_p).t() @ _rows(x) if need[1] else None,
-        _rows(grad_u).t() @ _rows(x) if need[2] else None,
-        _rows(grad).t() @ _rows(a * v) if need[3] else None,
-        _rows(grad_p).sum(0) if need[4] else None,
-        _rows(grad_u).sum(0) if need[5] else None,
-        _rows(grad).sum(0) if need[6] else None,
+        as_tokens(grad_p).t() @ as_tokens(x) if need[1] else None,
+        as_tokens(grad_u).t() @ as_tokens(x) if need[2] else None,
+        as_tokens(grad).t() @ as_tokens(a * v) if need[3] else None,
+        as_tokens(grad_p).sum(0) if need[4] else None,
+        as_tokens(grad_u).sum(0) if need[5] else None,
+        as_tokens(grad).sum(0) if need[6] else None,
         *[None] * 5,
     )
 
@@ -331,10 +333,10 @@ def _plain_mlp_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     a = reference.activation(p, ctx.activation, ctx.threshold)
     return (
         grad_p @ up if need[0] else None,
-        _rows(grad_p).t() @ _rows(x) if need[1] else None,
-        _rows(grad).t() @ _rows(a) if need[2] else None,
-        _rows(grad_p).sum(0) if need[3] else None,
-        _rows(grad).sum(0) if need[4] else None,
+        as_tokens(grad_p).t() @ as_tokens(x) if need[1] else None,
+        as_tokens(grad).t() @ as_tokens(a) if need[2] else None,
+        as_tokens(grad_p).sum(0) if need[3] else None,
+        as_tokens(grad).sum(0) if need[4] else None,
         *[None] * 5,
     )
 
@@ -348,14 +350,9 @@ def _sparse_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
     need = ctx.needs_input_grad
     return (
         grad @ weight if need[0] else None,
-        _rows(grad).t() @ _rows(h) if need[1] else None,
-        _rows(grad).sum(0) if need[2] else None,
+        as_tokens(grad).t() @ as_tokens(h) if need[1] else None,
+        as_tokens(grad).sum(0) if need[2] else None,
     )
-
-
-def _rows(x: Tensor) -> Tensor:
-    """``[..., n]`` as ``[T, n]``, also for T = 0, where ``reshape(-1, 0)`` would be ambiguous."""
-    return x.flatten(0, -2) if x.ndim > 1 else x.unsqueeze(0)
 
 
 torch.library.register_autograd(

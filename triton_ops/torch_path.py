@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from triton_ops import reference
+from triton_ops.layout import as_tokens
 from triton_ops.mlp import MLP
 
 MAX_DENSITY = {torch.bfloat16: 0.4, torch.float16: 0.25, torch.float32: 0.25}
@@ -31,7 +32,7 @@ def mlp(x: Tensor, mlp: MLP) -> Tensor:
     """``x [..., D]`` to ``[..., D]``; above ``MAX_DENSITY`` a token's up rows are all read."""
     a = reference.activation(F.linear(x, mlp.gate, mlp.gate_bias), mlp.activation, mlp.threshold)
     rows = []
-    for token, active in zip(_tokens(x), _tokens(a), strict=True):
+    for token, active in zip(as_tokens(x), as_tokens(a), strict=True):
         idx = active.nonzero().squeeze(1)
         h = active.index_select(0, idx)
         if mlp.up is not None:
@@ -51,14 +52,10 @@ def _up(x: Tensor, up: Tensor, bias: Tensor | None, idx: Tensor) -> Tensor:
 def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``h [..., F]``, ``weight [D, F]`` to ``[..., D]``."""
     rows = []
-    for active in _tokens(h):
+    for active in as_tokens(h):
         idx = active.nonzero().squeeze(1)
         rows.append(_down(active.index_select(0, idx), idx, weight, bias))
     return torch.stack(rows).view(*h.shape[:-1], weight.shape[0])
-
-
-def _tokens(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
 
 
 def _down(h: Tensor, idx: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

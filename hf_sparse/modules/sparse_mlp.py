@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as nn_module
 
 import triton_ops
 from hf_sparse.activations import MixedActivation, kernel_kind
@@ -199,13 +199,13 @@ class SparseMLP(nn.Module):
         """What the kernels call the activation; None if it must be called as a module."""
         act = self.activation
         hooked = (
-            act._forward_hooks or act._forward_pre_hooks or "forward" in vars(act) or _has_any_global_hook()
+            act._forward_hooks or act._forward_pre_hooks or "forward" in vars(act) or hooks_on_all_modules()
         )
         return None if hooked else kernel_kind(act)
 
     def _weights(self, x: Tensor, *names: str) -> list[tuple[Tensor, Tensor | None]] | None:
         """Weight and bias of the children ``names``, to be read for ``x``; None if one must be called."""
-        if dispatch.autocasts(x.device.type) or _has_any_global_hook():
+        if dispatch.autocasts(x.device.type) or hooks_on_all_modules():
             return None
         found: list[tuple[Tensor, Tensor | None]] = []
         for name in names:
@@ -228,7 +228,8 @@ class SparseMLP(nn.Module):
         linear = self._modules[name]
         if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks:
             return None
-        if "forward" in vars(linear) or type(linear._parameters.get("weight")) is not nn.Parameter:
+        own = linear._parameters
+        if "forward" in vars(linear) or type(own.get("weight")) is not nn.Parameter or "bias" not in own:
             return None
         return linear
 
@@ -258,11 +259,12 @@ class SparseGatedMLP(SparseMLP):
         if self.relu_up:
             k = self.mix
             u = torch.relu(u) if k == 1 else (1 - k) * u + k * torch.relu(u)
-        # In place where nothing else can hold the activation's output: a new tensor of T F elements means new
-        # pages for many tokens.
-        if not torch.is_grad_enabled() and a.dtype == u.dtype and self.kernel() is not None:
-            return a.mul_(u)
-        return a * u
+        # In place where nobody else can hold the activation's output: for many tokens, another tensor of this
+        # size means new pages.
+        shared = self.kernel() is None or getattr(self.activation, "inplace", False)
+        if torch.is_grad_enabled() or shared or a.dtype != u.dtype:
+            return a * u
+        return a.mul_(u)
 
     def _skip_silent(self, x: Tensor) -> Tensor:
         kind = self.kernel()
@@ -296,13 +298,13 @@ class SparsePlainMLP(SparseMLP):
 
     def _skip_silent(self, x: Tensor) -> Tensor:
         kind = self.kernel()
-        read = self._weights(x, self.roles.down)
-        if kind is None or read is None:
+        last = self._weights(x, self.roles.down)
+        if kind is None or last is None:
             return self.dense(x)
-        ((down, down_bias),) = read
+        ((down, down_bias),) = last
         tokens = x.numel() // x.shape[-1]
-        if (read := self._weights(x, self.roles.up)) is not None:
-            ((up, up_bias),) = read
+        if (first := self._weights(x, self.roles.up)) is not None:
+            ((up, up_bias),) = first
             held = self._certificate(tokens, up)
             if held is not None or self._wants(tokens, up, "plain"):
                 prepare_down(down)
@@ -323,6 +325,11 @@ class SparsePlainMLP(SparseMLP):
             return self.dense(x)
         prepare_down(down)
         return triton_ops.sparse_linear(self.hidden(x), down, down_bias)
+
+
+def hooks_on_all_modules() -> bool:
+    """Whether hooks are to be called with every module, as ``register_module_forward_hook`` asks."""
+    return bool(nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks)
 
 
 def prepare_down(down: Tensor) -> None:

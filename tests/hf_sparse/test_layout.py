@@ -25,6 +25,15 @@ def choices_of_this_machine_afterwards():
     dispatch.forget()
 
 
+def multiply_always(monkeypatch, dtype: torch.dtype) -> None:
+    """As on a machine whose torch is slower at it, and for blocks of any size."""
+    monkeypatch.setattr(break_even, "multiplies", lambda dtype: True)
+    monkeypatch.setattr(break_even, "has_own_float16", lambda: False)
+    limits = replace(break_even.DEFAULTS["cpp", dtype], min_bytes=0, beyond=0.0)
+    monkeypatch.setitem(break_even.DEFAULTS, ("cpp", dtype), limits)
+    dispatch.forget()
+
+
 class CountedProducts(TorchDispatchMode):
     calls = 0
 
@@ -41,11 +50,7 @@ class CountedProducts(TorchDispatchMode):
 def test_prompts_after_decoding_are_multiplied_in_the_layout_for_decoding(
     tiny_model, monkeypatch, family, activation, dtype
 ):
-    monkeypatch.setattr(break_even, "multiplies", lambda dtype: True)
-    monkeypatch.setattr(break_even, "has_own_float16", lambda: False)
-    limits = replace(break_even.DEFAULTS["cpp", dtype], min_bytes=0, beyond=0.0)
-    monkeypatch.setitem(break_even.DEFAULTS, ("cpp", dtype), limits)
-    dispatch.forget()
+    multiply_always(monkeypatch, dtype)
     model = tiny_model(family).to(dtype)
     hf_sparse.patch(model, activation)
     prompt = torch.randint(3, 128, (2, 40))
@@ -64,6 +69,26 @@ def test_prompts_after_decoding_are_multiplied_in_the_layout_for_decoding(
         torch.compiler.reset()
         compiled = torch.compile(model, fullgraph=True)(prompt).logits
         assert (compiled - expected).abs().max() <= rounding
+
+
+@needs_compiler
+@pytest.mark.parametrize("activation", ["relu", "drelu"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_what_a_hook_has_kept_is_not_changed_by_such_products(tiny_model, monkeypatch, activation, inplace):
+    multiply_always(monkeypatch, torch.float32)
+    model = tiny_model("llama")
+    (block, *_) = hf_sparse.patch(model, activation).blocks
+    hf_sparse.prepare(model)
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+    if inplace:
+        block.module.act_fn = torch.nn.ReLU(inplace=True)  # which changes what the gate has given
+    watched = block.module.gate_proj if inplace else block.module.act_fn
+    watched.register_forward_hook(lambda m, args, out: kept.append((out, out.clone())))
+    with torch.no_grad(), CountedProducts() as counted:
+        block.module(torch.randn(40, 32))
+    ((out, copied),) = kept
+    assert counted.calls == 1
+    assert torch.equal(out, copied.relu())
 
 
 @needs_compiler

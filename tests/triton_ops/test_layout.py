@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -24,6 +25,22 @@ def test_second_call_moves_nothing():
     weight = neuron_major_(torch.randn(8, 12))
     address = weight.data_ptr()
     assert neuron_major_(weight).data_ptr() == address
+
+
+def test_of_two_threads_one_moves_the_weight():
+    for _ in range(20):
+        weight, addresses, start = torch.randn(256, 1024), [], threading.Barrier(2)
+
+        def convert(weight=weight, addresses=addresses, start=start):
+            start.wait()
+            addresses.append(neuron_major_(weight).data_ptr())
+
+        threads = [threading.Thread(target=convert) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert addresses == [weight.data_ptr()] * 2
 
 
 def test_works_on_inference_tensors_and_inside_inference_mode():

@@ -119,9 +119,9 @@ struct Linear {
     for (int64_t t = 0; t < T && !all; ++t) {
       for (int64_t i = 0; i < n; ++i) seen[i] |= W::magnitude(h[t * F + begin + i]);
       if (t % kTokens == kTokens - 1) {
-        int32_t active = 0;
-        for (int64_t i = 0; i < n; ++i) active += seen[i] != 0;
-        all = active == n;
+        int32_t count = 0;
+        for (int64_t i = 0; i < n; ++i) count += seen[i] != 0;
+        all = count == n;
       }
     }
     for (int64_t i = 0; i < n; ++i) any[begin + i] = seen[i] != 0;
@@ -238,7 +238,7 @@ struct Linear {
     const float* next_out = out + N * kStep;
     for (const In* const end = panel + steps * kStep; panel < end;) {
       for (int64_t i = 0; i < ahead.n; ++i) __builtin_prefetch(*line++, 0, 2);
-      // Of the next tile: sums of one token, and inputs of as many steps as now.
+      // Of the next tile, if there is one: sums of one token, and inputs of as many steps as now.
       __builtin_prefetch(next_out, 1, 3), __builtin_prefetch(next_out + kLanes, 1, 3), next_out += kStep;
 #pragma GCC unroll 8
       for (int t = 0; t < N; ++t) __builtin_prefetch(x + steps * N + t * Ahead::kPiece, 0, 2);
@@ -268,13 +268,17 @@ struct Linear {
 
   int64_t end_of(int64_t begin) const { return begin + columns < D ? begin + columns : D; }
 
-  // One block of columns of all tokens; `after` is that which this thread takes next, D for none.
-  void run_columns(int64_t begin, int64_t after, float* sum, In* panel) const {
+  // One block of columns of all tokens. Returns where the next one begins, of take(), which is asked as late as its first
+  // rows can still be fetched ahead.
+  template <class Take>
+  int64_t run_columns(int64_t begin, Take take, float* sum, In* panel) const {
+    int64_t after = D;
     const int64_t end = end_of(begin);
     const int64_t count = (end - begin + kStep - 1) / kStep;
     for (int64_t block = 0; block < blocks(); ++block) {
       pack_rows(block, begin, end, panel);
       const bool last = block + 1 == blocks();
+      if (last) after = take();
       const int64_t steps = steps_in(block), next = last ? 0 : block + 1, from = last ? after : begin;
       Ahead ahead(*this, index + next * kRows, rows_in(next), from, end_of(from), count * tiles());
       float* out = sum;
@@ -288,6 +292,7 @@ struct Linear {
       }
     }
     for (int64_t t = 0; t < T; ++t) finish(t, begin, end, sum + t * kStep);
+    return active ? after : take();
   }
 
   // One token's bias and rounding; step p of the columns is at sum[p * T * kStep].
@@ -356,10 +361,9 @@ struct Linear {
       float* const sums = (float*)(own + workers.fetch_add(1) * each());
       In* const panels = (In*)(sums + columns * T);
       const auto take = [&] { return std::min(columns * next.fetch_add(1), D); };
-      for (int64_t begin = take(), after; begin < D; begin = after) {
-        after = take();
-        run_columns(begin, after, sums, panels);
-      }
+      int64_t begin = take();
+#pragma omp barrier  // each thread has a block before any takes its second
+      while (begin < D) begin = run_columns(begin, take, sums, panels);
     }
   }
 

@@ -6,6 +6,19 @@
 #include "linear.h"
 #include "scratch.h"
 
+// One call. Weights and vectors lie in memory as their comments say; strides count elements between neurons.
+struct Call {
+  const void* x;  // [T, D], without a gate h [T, F], of which only the down projection is made
+  const void *gate, *up, *down;                    // [F, D]; without an up projection h is the activated gate
+  const void *gate_bias, *up_bias, *down_bias;     // [F], [F], [D], or null
+  const void *q, *bounds;                          // [F, D] and [F, 3], or null; used for one token
+  void* y;                                         // [T, D]
+  int64_t T, D, F, gate_stride, up_stride, down_stride;
+  int32_t dtype, kind, threads;                    // dtype: 0 float32, 1 bfloat16, 2 float16
+  float threshold;
+};
+static_assert(sizeof(Call) == 16 * 8 + 4 * 4, "path.py packs it by hand");
+
 namespace {
 
 constexpr int64_t kManyTokens = 8;  // from here on the down projection may be a matrix product
@@ -68,18 +81,6 @@ int64_t run(Fused<W> mlp, int threads, char* scratch) {
   project(mlp, mlp.gate ? hidden : mlp.x, threads, rest, bytes);
   return before + bytes;
 }
-
-// One call. Weights and vectors lie in memory as their comments say; strides count elements between neurons.
-struct Call {
-  const void* x;  // [T, D], without a gate h [T, F], of which only the down projection is made
-  const void *gate, *up, *down;                    // [F, D]; without an up projection h is the activated gate
-  const void *gate_bias, *up_bias, *down_bias;     // [F], [F], [D], or null
-  const void *q, *bounds;                          // [F, D] and [F, 3], or null; used for one token
-  void* y;                                         // [T, D]
-  int64_t T, D, F, gate_stride, up_stride, down_stride;
-  int32_t dtype, kind, threads;                    // dtype: 0 float32, 1 bfloat16, 2 float16
-  float threshold;
-};
 
 template <class W>
 int run(const Call& call) {

@@ -58,16 +58,21 @@ def _call(x: Tensor, y: Tensor, mlp: MLP, kind: int) -> Tensor:
     gate, up, down, gate_bias, up_bias, down_bias, _, threshold, certificate = mlp
     hidden, neurons = down.shape
     tokens = y.numel() // hidden
-    rows = _rows(gate), _rows(up), down
-    vectors = map(_contiguous, (gate_bias, up_bias, down_bias, *(certificate or (None, None))))
-    tensors = (_contiguous(x), *rows, *vectors, y)  # named, for copies must live until the kernel is done
+    # Named, so that they live until the kernel is done: copies, and the storage of a weight whose layout
+    # another thread may change meanwhile.
+    tensors = _contiguous(x), _rows(gate), _rows(up)
+    storage = down.untyped_storage()
+    vectors = [_contiguous(v) for v in (gate_bias, up_bias, down_bias, *(certificate or (None, None)))]
     failed = _kernel()(
         _pack(
             *map(_pointer, tensors),
+            storage.data_ptr() + down.storage_offset() * down.itemsize,
+            *map(_pointer, vectors),
+            y.data_ptr(),
             tokens,
             hidden,
             neurons,
-            *[0 if w is None else w.stride(0) for w in rows[:2]],
+            *[0 if w is None else w.stride(0) for w in tensors[1:]],
             down.stride(1),
             DTYPES[x.dtype],
             kind,
@@ -76,7 +81,9 @@ def _call(x: Tensor, y: Tensor, mlp: MLP, kind: int) -> Tensor:
         )
     )
     if failed:
-        raise MemoryError(f"no memory is left for the intermediate values of {tokens} tokens.")
+        raise MemoryError(
+            f"no memory is left for the intermediate values of {tokens} tokens; use fewer in one call."
+        )
     return y
 
 

@@ -7,6 +7,7 @@
 #include <stdlib.h>
 
 #include <atomic>
+#include <cstring>
 
 namespace {
 
@@ -19,16 +20,22 @@ size_t& size_of(char* piece) { return *reinterpret_cast<size_t*>(piece - kHead);
 
 void release(char* piece) { free(piece - kHead); }
 
-// At least so many bytes, aligned to a cache line; null where there is no memory.
-char* take_scratch(size_t bytes) {
-  if (char* const kept = kept_piece.exchange(nullptr)) {
-    if (size_of(kept) >= bytes) return kept;
-    release(kept);
-  }
+char* new_piece(size_t bytes) {
   void* start = nullptr;
   if (posix_memalign(&start, kHead, kHead + bytes)) return nullptr;
   char* const piece = static_cast<char*>(start) + kHead;
   size_of(piece) = bytes;
+  return piece;
+}
+
+// At least so many bytes, aligned to a cache line; null where there is no memory.
+char* take_scratch(size_t bytes) {
+  char* piece = kept_piece.exchange(nullptr);
+  if (piece && size_of(piece) < bytes) release(piece), piece = nullptr;
+  if (!piece) piece = new_piece(bytes);
+#if defined(HFS_POISON)  // for tests: NaN in all that a call should write before it reads
+  if (piece) std::memset(piece, 0xff, size_of(piece));
+#endif
   return piece;
 }
 
