@@ -50,7 +50,7 @@ class Default:
 
 # From one two-core machine with AVX512-BF16, at the shapes of Llama-3.2-1B and Llama-2-7B;
 # `python -m triton_ops.tune` measures yours. There even a call in which no neuron is silent takes no longer
-# than 1 / 0.97 of torch's time. A certificate is one byte per weight and leaves more rows to read than are
+# than 1 / 0.96 of torch's time. A certificate is one byte per weight and leaves more rows to read than are
 # active; it pays while those are well below half of a 2-byte gate.
 DEFAULTS: dict[tuple[str, torch.dtype], Default] = {
     ("cpp", torch.bfloat16): Default(
