@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from compiler import needs_compiler
-from torch.utils._python_dispatch import TorchDispatchMode
+from recorders import Recorder
 
 import hf_sparse
 import triton_ops
@@ -34,12 +34,7 @@ def multiply_always(monkeypatch, dtype: torch.dtype) -> None:
     dispatch.forget()
 
 
-class CountedProducts(TorchDispatchMode):
-    calls = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.calls += func is torch.ops.hf_sparse.sparse_linear.default
-        return func(*args, **(kwargs or {}))
+PRODUCT = torch.ops.hf_sparse.sparse_linear.default
 
 
 @needs_compiler
@@ -56,14 +51,14 @@ def test_prompts_after_decoding_are_multiplied_in_the_layout_for_decoding(
     prompt = torch.randint(3, 128, (2, 40))
     layers = len(find_blocks(model)[0])
     with torch.no_grad():
-        with CountedProducts() as counted:
+        with Recorder() as recorded:
             expected = model(prompt).logits
-        assert (counted.calls, layouts(model)) == (0, {False})
+        assert (recorded.seen.count(PRODUCT), layouts(model)) == (0, {False})
         model(prompt[:1, :1])
         assert layouts(model) == {True}
-        with CountedProducts() as counted:
+        with Recorder() as recorded:
             found = model(prompt).logits
-        assert (counted.calls, layouts(model)) == (layers, {True})
+        assert (recorded.seen.count(PRODUCT), layouts(model)) == (layers, {True})
         rounding = 16 * torch.finfo(dtype).eps * expected.abs().max()
         assert (found - expected).abs().max() <= rounding
         torch.compiler.reset()
@@ -84,10 +79,10 @@ def test_what_a_hook_has_kept_is_not_changed_by_such_products(tiny_model, monkey
         block.module.act_fn = torch.nn.ReLU(inplace=True)  # which changes what the gate has given
     watched = block.module.gate_proj if inplace else block.module.act_fn
     watched.register_forward_hook(lambda m, args, out: kept.append((out, out.clone())))
-    with torch.no_grad(), CountedProducts() as counted:
+    with torch.no_grad(), Recorder() as recorded:
         block.module(torch.randn(40, 32))
     ((out, copied),) = kept
-    assert counted.calls == 1
+    assert recorded.seen.count(PRODUCT) == 1
     assert torch.equal(out, copied.relu())
 
 

@@ -8,33 +8,13 @@ import pytest
 import torch
 from compiler import CPP
 from kernel_blocks import make_block
+from recorders import FunctionRecorder, Recorder
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import triton_ops
 from triton_ops.direct import unobserved
 
 OPERATORS = ("gated_mlp", "plain_mlp", "sparse_linear")
-
-
-class Recorder(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen.append(func)
-        return func(*args, **(kwargs or {}))
-
-
-class FunctionRecorder(torch.overrides.TorchFunctionMode):
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.seen.append(func)
-        return func(*args, **(kwargs or {}))
 
 
 class Subclass(torch.Tensor):
