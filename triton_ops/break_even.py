@@ -42,30 +42,26 @@ class Default:
     """The same of ``sparse_linear``."""
 
     beyond: float = 0.0
-    """Break-even density of all three for more tokens than those."""
+    """Break-even density of all three for more tokens than those, on a CPU that :func:`multiplies`."""
 
     certified: tuple[float, ...] = ()
     """Density up to which a certificate makes an MLP faster still, for 1 token; none: no use for one."""
 
 
 # From one two-core machine with AVX512-BF16, at the shapes of Llama-3.2-1B and Llama-2-7B;
-# `python -m triton_ops.tune` measures yours. There even a call in which no neuron is silent takes no longer
-# than 1 / 0.96 of torch's time. A certificate is one byte per weight and leaves more rows to read than are
-# active; it pays while those are well below half of a 2-byte gate.
+# `python -m triton_ops.tune` measures yours. With up to four tokens any machine spends its time reading
+# weights. A certificate is one byte per weight and leaves more rows to read than are active; it pays while
+# those are well below half of a 2-byte gate.
+_FEW = (1.0,) * 4
 DEFAULTS: dict[tuple[str, torch.dtype], Default] = {
     ("cpp", torch.bfloat16): Default(
-        min_bytes=1 << 20,
-        gated=(1.0,) * 24 + (0.5,) * 8,
-        plain=(1.0,) * 32,
-        linear=(1.0,) * 32,
-        certified=(0.12,),
+        min_bytes=1 << 20, gated=_FEW, plain=_FEW, linear=_FEW, beyond=1.0, certified=(0.12,)
     ),
-    # Where torch has no float16 product of its own (see default), ours is faster for any number of tokens.
     ("cpp", torch.float16): Default(
-        min_bytes=4 << 20, gated=(1.0,), plain=(1.0,), linear=(1.0,), beyond=1.0, certified=(0.12,)
+        min_bytes=4 << 20, gated=_FEW, plain=_FEW, linear=_FEW, beyond=1.0, certified=(0.12,)
     ),
     ("cpp", torch.float32): Default(
-        min_bytes=4 << 20, gated=(1.0,) * 32, plain=(1.0,) * 32, linear=(1.0,) * 32, certified=(0.3,)
+        min_bytes=4 << 20, gated=_FEW, plain=_FEW, linear=_FEW, beyond=1.0, certified=(0.3,)
     ),
     ("torch", torch.bfloat16): Default(min_bytes=16 << 20, gated=(1.0,), plain=(1.0,), linear=(1.0,)),
     ("torch", torch.float32): Default(min_bytes=16 << 20, gated=(1.0,), plain=(1.0,), linear=(1.0,)),
@@ -92,31 +88,26 @@ def beyond(backend: str, dtype: torch.dtype) -> float:
 
 def _default(backend: str, dtype: torch.dtype) -> Default | None:
     found = DEFAULTS.get((backend, dtype))
-    if found is None or (dtype == torch.float16 and has_own_float16()):
+    if found is None or multiplies(dtype):
+        return found
+    if dtype == torch.float16:
         return None  # not measured on such a machine
-    if dtype != torch.float16 and not _like_the_measured(dtype):
-        few = slice(4)  # tokens, with which any machine spends its time reading weights
-        return replace(found, gated=found.gated[few], plain=found.plain[few], linear=found.linear[few])
-    return found
-
-
-def _like_the_measured(dtype: torch.dtype) -> bool:
-    """Whether this CPU has the vectors of the machine that the defaults are from, and nothing better."""
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return False
-    return dtype != torch.bfloat16 or (has_bfloat16_products() and not has_matrix_unit())
+    return replace(found, beyond=0.0)
 
 
 def multiplies(dtype: torch.dtype) -> bool:
-    """Whether the kernel's product of many tokens with a neuron-major weight is no slower than torch's.
+    """Whether the kernel's products of many tokens are no slower than torch's, even if no neuron is silent.
 
-    Measured on an AMD CPU with AVX-512, where torch is slower with such a weight than with a stock one by 5
-    to 40 % in bfloat16 and by up to 25 % in float32 (MKL, which prefers Intel), and out of the question in
-    float16.
+    Measured on an AMD CPU with AVX-512: in bfloat16 about as fast as oneDNN's for hundreds of tokens and faster
+    for fewer, in float32 faster than MKL's, which prefers Intel, and torch has none worth the name in float16.
     """
     if dtype == torch.float16:
         return not has_own_float16()
-    return _like_the_measured(dtype) and (dtype == torch.bfloat16 or "AMD" in _cpu())
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    if dtype == torch.float32:
+        return "AMD" in _cpu()
+    return dtype == torch.bfloat16 and has_bfloat16_products() and not has_matrix_unit()
 
 
 @cache

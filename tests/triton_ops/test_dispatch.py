@@ -30,11 +30,14 @@ def weight(neurons: int = 2048, hidden: int = 2048, dtype: torch.dtype = torch.b
 
 
 @needs_compiler
-def test_auto_skips_for_one_token_of_a_large_block_and_is_dense_for_many():
+@pytest.mark.parametrize("multiplies", [False, True])
+def test_auto_skips_for_one_token_of_a_large_block_and_for_many_if_products_are_fast(monkeypatch, multiplies):
+    monkeypatch.setattr(break_even, "multiplies", lambda dtype: multiplies)
+    dispatch.forget()
     assert triton_ops.wants_sparse(1, weight(), "gated")
     assert triton_ops.wants_sparse(1, weight(dtype=torch.float32), "linear")
     assert not triton_ops.wants_sparse(0, weight(), "gated")
-    assert not triton_ops.wants_sparse(512, weight(), "gated")
+    assert triton_ops.wants_sparse(512, weight(), "gated") == multiplies
 
 
 def test_auto_is_dense_for_small_blocks_other_dtypes_and_devices():
@@ -67,9 +70,8 @@ def test_what_was_measured_with_avx512_bf16_holds_only_with_it(monkeypatch, prod
     dispatch.forget()
     measured = products and not matrix_unit
     assert triton_ops.wants_sparse(4, weight(), "gated")
-    for tokens, density in ((5, 1.0), (24, 1.0), (32, 0.5)):
-        assert triton_ops.wants_sparse(tokens, weight(), "gated", density=density) == measured
-    assert not triton_ops.wants_sparse(33, weight(), "gated", density=0.01)
+    for tokens in (5, 32, 33, 4096):
+        assert triton_ops.wants_sparse(tokens, weight(), "gated") == measured
     assert triton_ops.wants_product(weight()) == measured
     assert break_even.default("torch", torch.bfloat16, 1 << 30, "gated") == (1.0,)
 
@@ -86,7 +88,8 @@ def test_torch_keeps_float32_products_that_were_not_measured(monkeypatch, capabi
     single = weight(dtype=torch.float32)
     assert triton_ops.wants_product(single) == measured
     assert triton_ops.wants_sparse(4, single, "gated")
-    assert triton_ops.wants_sparse(32, single, "gated") == (capability == "AVX512")
+    for tokens in (5, 4096):
+        assert triton_ops.wants_sparse(tokens, single, "gated") == measured
 
 
 @needs_compiler

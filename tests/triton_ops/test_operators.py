@@ -8,7 +8,7 @@ from compiler import CPP, needs_compiler
 from kernel_blocks import make_block
 
 import triton_ops
-from triton_ops import ACTIVATIONS, reference
+from triton_ops import ACTIVATIONS, break_even, dispatch, reference
 from triton_ops.certificate import weight_stamp
 
 GATED = torch.ops.hf_sparse.gated_mlp.default
@@ -111,10 +111,21 @@ class MLP(torch.nn.Module):
         return reference.gated_mlp(*args, activation="relu") * 1.5
 
 
+@pytest.fixture
+def slow_products(monkeypatch):
+    """As on a CPU where torch's products of many tokens are faster than the kernel's."""
+    monkeypatch.setattr(break_even, "multiplies", lambda dtype: False)
+    dispatch.forget()
+    yield
+    monkeypatch.undo()
+    dispatch.forget()
+
+
+@pytest.mark.usefixtures("slow_products")
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_without_graph_breaks(dynamic):
     torch.compiler.reset()
-    # Large enough that "auto" skips for one token and is dense for many.
+    # "auto" skips for one token and is dense for many.
     mlp = MLP(1024, 1024)
     compiled = torch.compile(mlp, fullgraph=True, dynamic=dynamic)
     with torch.no_grad():

@@ -3,7 +3,9 @@
 // Shapes: T tokens, D hidden size, F neurons. The weights hold one neuron per contiguous row of D elements.
 
 #include "fused.h"
+#include "hidden.h"
 #include "linear.h"
+#include "pairs.h"
 #include "scratch.h"
 
 // One call. Weights and vectors lie in memory as their comments say; strides count elements between neurons.
@@ -21,9 +23,11 @@ static_assert(sizeof(Call) == 16 * 8 + 4 * 4, "path.py packs it by hand");
 
 namespace {
 
-constexpr int64_t kManyTokens = 8;  // from here on the down projection may be a matrix product
+constexpr int64_t kManyTokens = 8;    // from here on the down projection may be a matrix product …
+constexpr int64_t kGateTokens = 16;   // … and here the gate is one
+constexpr int64_t kMostTokens = 512;  // at once, so that intermediate values do not grow with T
 
-// Splits T into equal parts of at most `most`, and calls run(first, count) for each.
+// Calls run(first, count) for equal parts of T, of at most `most`.
 template <class Run>
 void in_parts(int64_t T, int64_t most, Run run) {
   const int64_t parts = (T + most - 1) / most;
@@ -38,47 +42,61 @@ void run_part(Job job, int threads, char* scratch, int64_t& bytes) {
   if (scratch) job.run(threads);
 }
 
-// Down projection of h [T, F] for T >= kManyTokens: row by row if few pairs of token and neuron are active, else as a
+// Down projection of h [T, F] for many tokens: pair by pair of token and active neuron, if these are few, else as a
 // product.
 template <class W>
-void project(Fused<W> mlp, const typename W::Type* h, int threads, char* scratch, int64_t& bytes) {
-  mlp.gate = mlp.up = nullptr;
-  const double least = mlp.T <= kMaxTokens ? Step<W>::kDensity : Step<W>::kDensityOfMany;
-  const bool silent = scratch && density<W>(h, mlp.T, mlp.F, threads) < least;
+void project(const Fused<W>& mlp, const typename W::Type* h, int threads, char* scratch, int64_t& bytes) {
+  const bool silent = scratch && density<W>(h, mlp.T, mlp.F, threads) < Step<W>::kDensity;
   if (silent || !scratch)
-    in_parts(mlp.T, kMaxTokens, [&](int64_t first, int64_t n) {
-      Fused<W> part = mlp;
-      part.x = h + first * mlp.F, part.y = mlp.y + first * mlp.D, part.T = n;
-      run_part(part, threads, scratch, bytes);
+    in_parts(mlp.T, Pairs<W>::kMaxT, [&](int64_t first, int64_t n) {
+      Pairs<W> pairs = {};
+      pairs.h = h + first * mlp.F, pairs.w = mlp.down, pairs.bias = mlp.down_bias, pairs.y = mlp.y + first * mlp.D;
+      pairs.T = n, pairs.D = mlp.D, pairs.F = mlp.F, pairs.stride = mlp.down_stride;
+      run_part(pairs, threads, scratch, bytes);
     });
   if (silent) return;
-  in_parts(mlp.T, Linear<W>::kMaxT, [&](int64_t first, int64_t n) {
-    Linear<W> linear = {};
-    linear.h = h + first * mlp.F, linear.w = mlp.down, linear.bias = mlp.down_bias, linear.y = mlp.y + first * mlp.D;
-    linear.T = n, linear.D = mlp.D, linear.F = mlp.F, linear.stride = mlp.down_stride;
-    run_part(linear, threads, scratch, bytes);
-  });
+  Linear<W> linear = {};
+  linear.h = h, linear.w = mlp.down, linear.bias = mlp.down_bias, linear.y = mlp.y;
+  linear.T = mlp.T, linear.D = mlp.D, linear.F = mlp.F, linear.stride = mlp.down_stride;
+  run_part(linear, threads, scratch, bytes);
+}
+
+// h [T, F] of many tokens.
+template <class W>
+void activate(const Fused<W>& mlp, typename W::Type* h, int threads, char* scratch, int64_t& bytes) {
+  if (mlp.T < kGateTokens) {
+    Fused<W> part = mlp;
+    part.stores = true, part.hidden = h;
+    return run_part(part, threads, scratch, bytes);
+  }
+  Hidden<W> hidden = {};
+  hidden.x = mlp.x, hidden.gate = mlp.gate, hidden.up = mlp.up, hidden.h = h;
+  hidden.gate_bias = mlp.gate_bias, hidden.up_bias = mlp.up_bias, hidden.T = mlp.T, hidden.D = mlp.D, hidden.F = mlp.F;
+  hidden.gate_stride = mlp.gate_stride, hidden.up_stride = mlp.up_stride;
+  hidden.kind = mlp.kind, hidden.threshold = mlp.threshold;
+  run_part(hidden, threads, scratch, bytes);
 }
 
 template <class W>
-int64_t run(Fused<W> mlp, int threads, char* scratch) {
-  int64_t bytes = 0;
+int64_t run(const Fused<W>& mlp, int threads, char* scratch) {
+  int64_t bytes = 0, before = 0;
   if (mlp.T < kManyTokens) {
     run_part(mlp, threads, scratch, bytes);
     return bytes;
   }
-  Carver take{scratch};
-  typename W::Type* hidden = nullptr;
-  if (mlp.gate) take(hidden, mlp.T * mlp.F);
-  const int64_t before = take.at - scratch;
-  char* const rest = scratch ? take.at : nullptr;
-  if (mlp.gate)
-    in_parts(mlp.T, kMaxTokens, [&](int64_t first, int64_t n) {
-      Fused<W> part = mlp;
-      part.x += first * mlp.D, part.T = n, part.stores = true, part.hidden = hidden + first * mlp.F;
-      run_part(part, threads, rest, bytes);
-    });
-  project(mlp, mlp.gate ? hidden : mlp.x, threads, rest, bytes);
+  in_parts(mlp.T, kMostTokens, [&](int64_t first, int64_t n) {
+    Fused<W> part = mlp;
+    part.T = n, part.y += first * mlp.D;
+    if (!mlp.gate) return project(part, mlp.x + first * mlp.F, threads, scratch, bytes);
+    part.x += first * mlp.D;
+    Carver take{scratch};
+    typename W::Type* h;
+    take(h, n * mlp.F);
+    before = std::max(before, take.at - scratch);
+    char* const rest = scratch ? take.at : nullptr;
+    activate(part, h, threads, rest, bytes);
+    project(part, h, threads, rest, bytes);
+  });
   return before + bytes;
 }
 

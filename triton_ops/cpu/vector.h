@@ -21,6 +21,7 @@ constexpr int kBytes = 32;
 constexpr int kBytes = 16;
 #endif
 constexpr int kLanes = kBytes / 4;
+constexpr int kLaneBits = kLanes == 16 ? 4 : kLanes == 8 ? 3 : 2;
 constexpr int64_t kStep = 2 * kLanes;  // elements that one load() turns into two float vectors
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr bool kManyRegisters = true;  // 32 vectors; else 16
@@ -54,11 +55,19 @@ void fetch(const Type* p, int64_t bytes) {
   for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(reinterpret_cast<const char*>(p) + b);
 }
 
+// kLanes neighbouring elements, in their order.
+template <class W>
+Vec widened(const typename W::Type* p) {
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) v[i] = W::widen(p[i]);
+  return v;
+}
+
 struct Float32 {
   typedef float Type;
+  static Vec lanes(const float* p) { return *reinterpret_cast<const VecLoose*>(p); }
   static void load(const float* p, Vec& a, Vec& b) {
-    a = *reinterpret_cast<const VecLoose*>(p);
-    b = *reinterpret_cast<const VecLoose*>(p + kLanes);
+    a = lanes(p), b = lanes(p + kLanes);
   }
   static void store(float* p, Vec a, Vec b) {
     *reinterpret_cast<VecLoose*>(p) = a;
@@ -68,11 +77,13 @@ struct Float32 {
   static uint32_t magnitude(float v) { return as_bits(v) & 0x7fffffffu; }
   static float widen(float v) { return v; }
   static float narrow(float v) { return v; }
+  static int64_t place(int64_t i) { return i; }  // of element i in the two vectors of load()
 };
 
 // Two neighbouring bfloat16 share a 32-bit lane: the even elements become vector a, the odd ones b.
 struct BFloat16 {
   typedef uint16_t Type;
+  static Vec lanes(const uint16_t* p) { return widened<BFloat16>(p); }
   static void load(const uint16_t* p, Vec& a, Vec& b) {
     const Bits v = *reinterpret_cast<const BitsLoose*>(p);
     a = reinterpret_cast<Vec>(v << 16);
@@ -90,6 +101,7 @@ struct BFloat16 {
   }
   typedef uint16_t Magnitude;
   static uint16_t magnitude(uint16_t v) { return v & 0x7fffu; }
+  static int64_t place(int64_t i) { return i / 2 + i % 2 * kLanes; }
   static float widen(uint16_t v) { return as_float(uint32_t(v) << 16); }
   static uint16_t narrow(float f) {
     const uint32_t u = as_bits(f);
@@ -100,30 +112,24 @@ struct BFloat16 {
 
 struct Float16 {
   typedef uint16_t Type;
+  static int64_t place(int64_t i) { return i; }
+  static void load(const uint16_t* p, Vec& a, Vec& b) { a = lanes(p), b = lanes(p + kLanes); }
   typedef uint16_t Magnitude;
   static uint16_t magnitude(uint16_t v) { return v & 0x7fffu; }
 #if defined(__AVX512F__)
-  static void load(const uint16_t* p, Vec& a, Vec& b) {
-    a = (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
-    b = (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(p + kLanes)));
-  }
+  static Vec lanes(const uint16_t* p) { return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
   static void store(uint16_t* p, Vec a, Vec b) {
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)a, _MM_FROUND_TO_NEAREST_INT));
     _mm256_storeu_si256((__m256i*)(p + kLanes), _mm512_cvtps_ph((__m512)b, _MM_FROUND_TO_NEAREST_INT));
   }
 #elif defined(__F16C__)
-  static void load(const uint16_t* p, Vec& a, Vec& b) {
-    a = (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
-    b = (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + kLanes)));
-  }
+  static Vec lanes(const uint16_t* p) { return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
   static void store(uint16_t* p, Vec a, Vec b) {
     _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)a, _MM_FROUND_TO_NEAREST_INT));
     _mm_storeu_si128((__m128i*)(p + kLanes), _mm256_cvtps_ph((__m256)b, _MM_FROUND_TO_NEAREST_INT));
   }
 #else
-  static void load(const uint16_t* p, Vec& a, Vec& b) {
-    for (int i = 0; i < kLanes; ++i) a[i] = widen(p[i]), b[i] = widen(p[kLanes + i]);
-  }
+  static Vec lanes(const uint16_t* p) { return widened<Float16>(p); }
   static void store(uint16_t* p, Vec a, Vec b) {
     for (int i = 0; i < kLanes; ++i) p[i] = narrow(a[i]), p[kLanes + i] = narrow(b[i]);
   }

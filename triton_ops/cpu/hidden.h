@@ -1,0 +1,196 @@
+// What reaches the down projection, for many tokens: h [T, F] = act(x gate) * (x up).
+//
+// A thread makes a block of neurons: the gate as a product of matrices; then the up projection as another, or, if few
+// pairs of token and neuron are active, one dot product for each. Blocks are the same for any number of threads, for
+// the two differ in the order of additions.
+#pragma once
+
+#include "fused.h"
+#include "gemm.h"
+
+namespace {
+
+template <class W>
+struct Hidden {
+  typedef typename W::Type Type;
+  static constexpr int64_t kColumns = 128;  // in a block; with more their rows would crowd each other out of the cache
+  static constexpr double kDensity = 0.25;  // share of active pairs of a block below which dot products are faster
+  const Type *x, *gate, *up, *gate_bias, *up_bias;  // up null: a plain MLP; biases may be null
+  Type* h;                                          // [T, F]
+  int64_t T, D, F, gate_stride, up_stride;
+  int kind;
+  float threshold;
+  // Set by carve().
+  int32_t* all;     // 0, 1, 2, …
+  Type* activated;  // [threads, columns, T]
+  typename Product<W>::In* rows;  // [T, padded(D)]: inputs for single products
+  Gemm<W> gemm;
+
+  // One step of columns from i on, n of which there are: with their bias, rounded.
+  static void add_bias(Vec& a, Vec& b, const Type* bias, int64_t i, int64_t n) {
+    if (bias) {
+      Type own[kStep] = {};
+      Vec ba, bb;
+      std::memcpy(own, bias + i, n * sizeof(Type));
+      W::load(own, ba, bb);
+      a += ba, b += bb;
+    }
+    round(a, b);
+  }
+
+  static void round(Vec& a, Vec& b) {
+    Type narrow[kStep];
+    W::store(narrow, a, b);
+    W::load(narrow, a, b);
+  }
+
+  static Vec kept(Vec value, Mask on) { return (Vec)((Bits)value & (Bits)on); }
+
+  // Of rounded pre-activations.
+  template <int Kind>
+  void activate(Vec& a, Vec& b) const {
+    const Mask silent_a = Kind == kFat ? a < threshold : a <= threshold;
+    const Mask silent_b = Kind == kFat ? b < threshold : b <= threshold;
+    if (Kind == kRelu2) a = a * a, b = b * b, round(a, b);
+    if (Kind == kShifted) a = a - threshold, b = b - threshold, round(a, b);
+    if (Kind == kJSRelu) {
+      Vec half_a = a * a, half_b = b * b;
+      round(half_a, half_b);
+      half_a = 0.5f * half_a, half_b = 0.5f * half_b;
+      round(half_a, half_b);
+      a += half_a, b += half_b;
+      round(a, b);
+    }
+    a = kept(a, ~silent_a), b = kept(b, ~silent_b);
+  }
+
+  // The activated gates of a block of neurons, from their sums and in the same order. Returns how many are active.
+  template <int Kind>
+  int64_t activate(int64_t begin, int64_t end, const float* sums, Type* held) const {
+    Mask active_a = {}, active_b = {};
+    for (int64_t i = begin; i < end; i += kStep)
+      for (int64_t t = 0; t < T; ++t, sums += kStep, held += kStep) {
+        Vec a, b;
+        Float32::load(sums, a, b);
+        add_bias(a, b, gate_bias, i, std::min(end - i, kStep));
+        activate<Kind>(a, b);
+        active_a -= a != 0.0f, active_b -= b != 0.0f;
+        W::store(held, a, b);
+      }
+    active_a += active_b;
+    int64_t count = 0;
+    for (int i = 0; i < kLanes; ++i) count += active_a[i];
+    return count;
+  }
+
+  int64_t activate(int64_t begin, int64_t end, const float* sums, Type* held) const {
+    switch (kind) {
+      case kRelu2: return activate<kRelu2>(begin, end, sums, held);
+      case kJSRelu: return activate<kJSRelu>(begin, end, sums, held);
+      case kShifted: return activate<kShifted>(begin, end, sums, held);
+      case kFat: return activate<kFat>(begin, end, sums, held);
+      default: return activate<kRelu>(begin, end, sums, held);
+    }
+  }
+
+  // Times the up projection, whose sums these are.
+  void times_up(int64_t begin, int64_t end, const float* sums, Type* held) const {
+    const Mask relu_up = Mask{} - (kind == kDRelu);
+    for (int64_t i = begin; i < end; i += kStep)
+      for (int64_t t = 0; t < T; ++t, sums += kStep, held += kStep) {
+        Vec a, b, ha, hb;
+        Float32::load(sums, a, b);
+        W::load(held, ha, hb);
+        add_bias(a, b, up_bias, i, std::min(end - i, kStep));
+        a = kept(ha * a, (ha != 0.0f) & ~(relu_up & (a <= 0.0f)));
+        b = kept(hb * b, (hb != 0.0f) & ~(relu_up & (b <= 0.0f)));
+        W::store(held, a, b);
+      }
+  }
+
+  // Times the up projection, of active pairs alone.
+  void times_up_of_pairs(int64_t begin, int64_t end, Type* held) const {
+    int32_t column[kMaxTokens];
+    for (int32_t j = 0; j < kMaxTokens; ++j) column[j] = j;
+    for (int64_t first = 0; first < T; first += kMaxTokens)
+      for (int64_t i = begin; i < end; i += kStep) {
+        Type* const own = held + ((i - begin) / kStep * T + first) * kStep;
+        const int64_t tokens = std::min(T - first, kMaxTokens), n = std::min(end - i, kStep);
+        int32_t list[kStep][kMaxTokens], count[kStep] = {};
+        for (int32_t t = 0; t < tokens; ++t)
+          for (int64_t j = 0; j < kStep; ++j)
+            list[j][count[j]] = t, count[j] += W::magnitude(own[t * kStep + j]) != 0;
+        for (int64_t j = 0; j < n; ++j) {
+          const typename Product<W>::In* in[kMaxTokens];
+          float products[kMaxTokens], value[kMaxTokens];
+          for (int32_t k = 0; k < count[j]; ++k) {
+            in[k] = rows + (first + list[j][k]) * padded(D);
+            value[k] = W::widen(own[list[j][k] * kStep + j]);
+          }
+          const Type* const row = up + (i + j) * up_stride;
+          dots_inputs<W, 1>(&row, in, column, count[j], D, products, 1, false);
+          multiply<W>(products, up_bias ? W::widen(up_bias[i + j]) : 0.0f, kind == kDRelu, count[j], value);
+          for (int32_t k = 0; k < count[j]; ++k) own[list[j][k] * kStep + j] = W::narrow(value[k]);
+        }
+      }
+  }
+
+  void write(int64_t begin, int64_t end, const Type* held) const {
+    for (int64_t i = begin; i < end; i += kStep)
+      for (int64_t t = 0; t < T; ++t, held += kStep)
+        std::memcpy(h + t * F + i, held, std::min(end - i, kStep) * sizeof(Type));
+  }
+
+  void run(int threads) {
+    const Along<W> first = {gate, gate_stride, all}, second = {up, up_stride, all};
+    for (int64_t i = 0; i <= std::max(D, F); ++i) all[i] = int32_t(i);
+    std::atomic<int64_t> next{0}, workers{0};
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#pragma omp for schedule(static)
+      for (int64_t block = 0; block < gemm.blocks(); ++block) gemm.pack_inputs(block);
+#pragma omp for schedule(static)
+      for (int64_t t = 0; t < (up ? T : 0); ++t) Product<W>::prepare(x + t * D, rows + t * padded(D), D);
+      const auto take = [&] { return std::min(gemm.columns * next.fetch_add(1), F); };
+      const auto end_of = [&](int64_t begin) { return std::min(begin + gemm.columns, F); };
+      const int64_t worker = workers.fetch_add(1);
+      float* const sums = gemm.sums(worker);
+      Type* const held = activated + worker * gemm.columns * T;
+      int64_t begin = take(), after;
+#pragma omp barrier  // each thread has a block before any takes its second
+      for (; begin < F; begin = after) {
+        const int64_t end = end_of(begin);
+        const auto ahead_next = [&](int64_t calls) {
+          after = take();
+          return first.ahead(all, gemm.rows_in(0), after, end_of(after), calls);
+        };
+        const auto ahead_up = [&](int64_t calls) {
+          return up ? second.ahead(all, gemm.rows_in(0), begin, end, calls) : ahead_next(calls);
+        };
+        gemm.run(first, begin, end, ahead_up, sums, gemm.panels(worker));
+        const int64_t active = activate(begin, end, sums, held);
+        if (up && active < kDensity * double(T * (end - begin))) {
+          times_up_of_pairs(begin, end, held);
+          after = take();
+        } else if (up) {
+          gemm.run(second, begin, end, ahead_next, sums, gemm.panels(worker));
+          times_up(begin, end, sums, held);
+        }
+        write(begin, end, held);
+      }
+    }
+  }
+
+  // Gives out the scratch memory; returns its size in bytes. With null it only counts.
+  int64_t carve(char* scratch, int threads) {
+    Carver take{scratch};
+    take(all, std::max(D, F) + 1);
+    gemm.x = x, gemm.T = T, gemm.width = gemm.K = D, gemm.index = all;
+    gemm.carve(take, kColumns, threads);
+    take(activated, threads * gemm.columns * T);
+    take(rows, up ? T * padded(D) : 0);
+    return take.at - scratch;
+  }
+};
+
+}  // namespace

@@ -1,0 +1,166 @@
+// The down projection of many tokens of which each has few active neurons: y [T, D] = h [T, F] times rows [F, D], one
+// pair of token and active neuron after the other.
+//
+// A thread makes a block of columns of all tokens, whose sums stay in the second-level cache, as do the rows of a block
+// of neurons there. Rows that no token needs are not read. The sum of a token does not depend on the other tokens.
+#pragma once
+
+#include "gemm.h"
+
+namespace {
+
+template <class W>
+struct Pairs {
+  typedef typename W::Type Type;
+  typedef typename Step<W>::In In;
+  static constexpr int kRows = Step<W>::kRows;
+  static constexpr int64_t kNeurons = 256;                        // in a block
+  static constexpr int64_t kSteps = kManyRegisters ? 8 : 4;       // in a block of columns, whose sums are in registers
+  static constexpr int64_t kColumns = kSteps * kStep;
+  static constexpr int64_t kMaxT = 256;                           // tokens at once
+  // Rows that are added in one step: at places of their block, and the values of h there.
+  struct Entry {
+    In x;
+    int16_t place[kRows];  // -1: none
+  };
+
+  const Type *h, *w, *bias;  // bias may be null
+  Type* y;
+  int64_t T, D, F, stride;
+  // Set by carve().
+  Entry* entries;   // of each block T * kNeurons / kRows, those of a token behind those of the one before
+  int32_t* counts;  // [blocks, T]
+  int32_t* index;   // [blocks, kNeurons]: the neurons that are active for any token …
+  int32_t* used;    // [blocks] … of which there are so many
+  float* sums;      // [threads, T, kColumns]
+
+  int64_t blocks() const { return (F + kNeurons - 1) / kNeurons; }
+
+  void list(int64_t block) const {
+    const int64_t first = block * kNeurons, n = std::min(F - first, kNeurons);
+    uint8_t any[kNeurons] = {};
+    Entry* entry = entries + block * T * (kNeurons / kRows);
+    for (int64_t t = 0; t < T; ++t) {
+      const Type* const own = h + t * F + first;
+      int32_t active[kNeurons + 1], count = 0, i = 0;
+      for (int64_t j = 0; j < n; ++j) active[count] = int32_t(j), count += W::magnitude(own[j]) != 0;
+      for (int32_t j = 0; j < count; ++j) any[active[j]] = 1;
+      for (; i + kRows <= count; i += kRows, ++entry) {
+        entry->x = Step<W>::input(own, active + i);
+        for (int r = 0; r < kRows; ++r) entry->place[r] = int16_t(active[i + r]);
+      }
+      if (i < count) {
+        entry->x = Step<W>::last(own + active[i]);
+        for (int r = 0; r < kRows; ++r) entry->place[r] = r ? -1 : int16_t(active[i]);
+        ++entry;
+      }
+      counts[block * T + t] = (count + kRows - 1) / kRows;
+    }
+    int32_t count = 0;
+    for (int64_t i = 0; i < n; ++i)
+      if (any[i]) index[block * kNeurons + count++] = int32_t(first + i);
+    used[block] = count;
+  }
+
+  Ahead<Type> ahead(int64_t block, int64_t begin) const {
+    return {w + begin, stride, index + block * kNeurons, used[block], std::min(D - begin, kColumns), T};
+  }
+
+  // Adds one token's rows of a block: N steps of columns from `rows` on.
+  template <int N>
+  static void add(const Type* rows, int64_t stride, const Type* none, const Entry* entry, int64_t count, bool fresh,
+                  float* sum) {
+    Vec a[N], b[N];
+#pragma GCC unroll 8
+    for (int c = 0; c < N; ++c) a[c] = b[c] = Vec{};
+    for (; count > 0; --count, ++entry) {
+      const Type* at[kRows];
+      for (int r = 0; r < kRows; ++r) at[r] = entry->place[r] < 0 ? none : rows + entry->place[r] * stride;
+#pragma GCC unroll 8
+      for (int c = 0; c < N; ++c) {
+        Vec wa, wb;
+        Step<W>::load(at, c * kStep, wa, wb);
+        Step<W>::add(a[c], b[c], wa, wb, entry->x);
+      }
+    }
+#pragma GCC unroll 8
+    for (int c = 0; c < N; ++c) add_to(sum + c * kStep, a[c], b[c], fresh);
+  }
+
+  template <int N = kSteps>
+  static void add(int64_t n, const Type* rows, int64_t stride, const Type* none, const Entry* entry, int64_t count,
+                  bool fresh, float* sum) {
+    if (n == N)
+      add<N>(rows, stride, none, entry, count, fresh, sum);
+    else if constexpr (N > 1)
+      add<N - 1>(n, rows, stride, none, entry, count, fresh, sum);
+  }
+
+  // The same for the last columns, too few for a step.
+  static void add_tail(const Type* rows, int64_t stride, int64_t n, const Entry* entry, int64_t count, bool fresh,
+                       float* sum) {
+    Vec a = {}, b = {};
+    for (; count > 0; --count, ++entry) {
+      Type tails[kRows][kStep] = {};
+      const Type* at[kRows];
+      for (int r = 0; r < kRows; ++r) {
+        at[r] = tails[r];
+        if (entry->place[r] >= 0) std::memcpy(tails[r], rows + entry->place[r] * stride, n * sizeof(Type));
+      }
+      Vec wa, wb;
+      Step<W>::load(at, 0, wa, wb);
+      Step<W>::add(a, b, wa, wb, entry->x);
+    }
+    add_to(sum, a, b, fresh);
+  }
+
+  void run_columns(int64_t begin, float* sum) const {
+    static const Type none[kColumns] = {};
+    const int64_t n = std::min(D - begin, kColumns), whole = n / kStep, rest = n % kStep;
+    for (int64_t block = 0; block < blocks(); ++block) {
+      const Type* const rows = w + block * kNeurons * stride + begin;
+      const bool fresh = block == 0;
+      const Entry* own = entries + block * T * (kNeurons / kRows);
+      Ahead<Type> next = ahead(block + 1 < blocks() ? block + 1 : block, begin);
+      for (int64_t t = 0; t < T; ++t) {
+        next.plan(1);
+        for (int64_t i = 0; i < next.n; ++i) __builtin_prefetch(next.lines[i], 0, 2);
+        float* const to = sum + t * kColumns;
+        const int64_t count = counts[block * T + t];
+        if (whole) add(whole, rows, stride, none, own, count, fresh, to);
+        if (rest) add_tail(rows + whole * kStep, stride, rest, own, count, fresh, to + whole * kStep);
+        own += count;
+      }
+    }
+    for (int64_t t = 0; t < T; ++t)
+      for (int64_t i = 0; i < n; i += kStep) {
+        Vec a, b;
+        Float32::load(sum + t * kColumns + i, a, b);
+        store_with_bias<W>(a, b, bias ? bias + begin + i : nullptr, std::min(n - i, kStep), y + t * D + begin + i);
+      }
+  }
+
+  void run(int threads) {
+    std::atomic<int64_t> next{0}, workers{0};
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#pragma omp for schedule(static)
+      for (int64_t block = 0; block < blocks(); ++block) list(block);
+      float* const own = sums + workers.fetch_add(1) * T * kColumns;
+      for (int64_t begin; (begin = kColumns * next.fetch_add(1)) < D;) run_columns(begin, own);
+    }
+  }
+
+  // Gives out the scratch memory; returns its size in bytes. With null it only counts.
+  int64_t carve(char* scratch, int threads) {
+    Carver take{scratch};
+    take(entries, blocks() * T * (kNeurons / kRows));
+    take(counts, blocks() * T);
+    take(index, blocks() * kNeurons);
+    take(used, blocks());
+    take(sums, threads * T * kColumns);
+    return take.at - scratch;
+  }
+};
+
+}  // namespace
