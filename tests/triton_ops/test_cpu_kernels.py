@@ -89,6 +89,20 @@ def test_many_tokens(dtype, shape, shift):
             assert_as_exact_as_dense(block.run(triton_ops), block)
 
 
+@needs_compiler
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("dtype", DTYPES, ids=_id)
+@pytest.mark.parametrize("shape", [(16, 65, 300), (65, 40, 129), (530, 33, 70)], ids=_id)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_many_tokens_with_few_active_neurons_each(dtype, shape, activation):
+    for gated in (True,) if activation == "drelu" else (True, False):
+        block = make_block(*shape, dtype, activation, gated=gated, bias=True)
+        block.deciding_bias.sub_(2.0)
+        block.deciding_bias[::7] += 2.0  # and blocks of neurons that are not all alike
+        with triton_ops.backend("cpp"):
+            assert_as_exact_as_dense(block.run(triton_ops), block)
+
+
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=_id)
@@ -265,8 +279,10 @@ def test_one_tokens_infinite_weight_does_not_reach_another_token(path):
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES, ids=_id)
-def test_compiled_kernel_gives_the_same_bits_on_any_number_of_threads(dtype):
-    block = make_block(33, 129, 3000, dtype, bias=True)
+@pytest.mark.parametrize("threshold", [0.0, 1.0, 2.0])  # half of the neurons are silent, more, most
+def test_compiled_kernel_gives_the_same_bits_on_any_number_of_threads(dtype, threshold):
+    block = make_block(33, 129, 3000, dtype, "fatrelu", bias=True)
+    block.threshold = threshold
     block.down[5, 7] = math.inf  # its column is summed in another way
     before = torch.get_num_threads()
     try:
@@ -280,11 +296,11 @@ def test_compiled_kernel_gives_the_same_bits_on_any_number_of_threads(dtype):
             # Nor do the other tokens of a call change a token's bits, up to 7; from 8 on the down projection
             # may be one product over the neurons that any of them needs.
             tokens = 7
-            whole = triton_ops.gated_mlp(block.x[:tokens], *block.tensors()[1:], activation="relu")
+            options = {"activation": "fatrelu", "threshold": threshold}
+            whole = triton_ops.gated_mlp(block.x[:tokens], *block.tensors()[1:], **options)
             for begin, end in ((0, 1), (5, 7), (1, 6), (3, 8), (1, 10), (2, 20)):
-                some = triton_ops.gated_mlp(
-                    block.x[begin : min(end, tokens)], *block.tensors()[1:], activation="relu"
-                )
+                x = block.x[begin : min(end, tokens)]
+                some = triton_ops.gated_mlp(x, *block.tensors()[1:], **options)
                 assert torch.equal(some, whole[begin:end])
     finally:
         torch.set_num_threads(before)

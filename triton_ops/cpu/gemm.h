@@ -93,16 +93,22 @@ inline void add_to(float* sum, Vec a, Vec b, bool fresh) {
   Float32::store(sum, before_a + a, before_b + b);
 }
 
-// One step of sums, n of its columns, into y.
+// Adds the bias, which may be null, to one step of sums, n of which are of columns.
+template <class W>
+void add_bias(Vec& a, Vec& b, const typename W::Type* bias, int64_t n) {
+  if (!bias) return;
+  typename W::Type own[kStep] = {};
+  Vec ba, bb;
+  std::memcpy(own, bias, n * sizeof *bias);
+  W::load(own, ba, bb);
+  a += ba, b += bb;
+}
+
+// The same, and into y.
 template <class W>
 void store_with_bias(Vec a, Vec b, const typename W::Type* bias, int64_t n, typename W::Type* y) {
-  typename W::Type out[kStep], biases[kStep] = {};
-  if (bias) {
-    Vec ba, bb;
-    std::memcpy(biases, bias, n * sizeof *bias);
-    W::load(biases, ba, bb);
-    a += ba, b += bb;
-  }
+  typename W::Type out[kStep];
+  add_bias<W>(a, b, bias, n);
   W::store(out, a, b);
   std::memcpy(y, out, n * sizeof *y);
 }

@@ -14,6 +14,7 @@ template <class W>
 struct Hidden {
   typedef typename W::Type Type;
   static constexpr int64_t kColumns = 128;  // in a block; with more their rows would crowd each other out of the cache
+  static constexpr int64_t kTogether = 64;  // tokens whose dot products with one row are made together
   static constexpr double kDensity = 0.25;  // share of active pairs of a block below which dot products are faster
   const Type *x, *gate, *up, *gate_bias, *up_bias;  // up null: a plain MLP; biases may be null
   Type* h;                                          // [T, F]
@@ -23,20 +24,8 @@ struct Hidden {
   // Set by carve().
   int32_t* all;     // 0, 1, 2, …
   Type* activated;  // [threads, columns, T]
-  typename Product<W>::In* rows;  // [T, padded(D)]: inputs for single products
+  typename Product<W>::In* rows;  // [T, padded(D)]: inputs of dot products
   Gemm<W> gemm;
-
-  // One step of columns from i on, n of which there are: with their bias, rounded.
-  static void add_bias(Vec& a, Vec& b, const Type* bias, int64_t i, int64_t n) {
-    if (bias) {
-      Type own[kStep] = {};
-      Vec ba, bb;
-      std::memcpy(own, bias + i, n * sizeof(Type));
-      W::load(own, ba, bb);
-      a += ba, b += bb;
-    }
-    round(a, b);
-  }
 
   static void round(Vec& a, Vec& b) {
     Type narrow[kStep];
@@ -72,7 +61,8 @@ struct Hidden {
       for (int64_t t = 0; t < T; ++t, sums += kStep, held += kStep) {
         Vec a, b;
         Float32::load(sums, a, b);
-        add_bias(a, b, gate_bias, i, std::min(end - i, kStep));
+        add_bias<W>(a, b, gate_bias ? gate_bias + i : nullptr, std::min(end - i, kStep));
+        round(a, b);
         activate<Kind>(a, b);
         active_a -= a != 0.0f, active_b -= b != 0.0f;
         W::store(held, a, b);
@@ -101,7 +91,8 @@ struct Hidden {
         Vec a, b, ha, hb;
         Float32::load(sums, a, b);
         W::load(held, ha, hb);
-        add_bias(a, b, up_bias, i, std::min(end - i, kStep));
+        add_bias<W>(a, b, up_bias ? up_bias + i : nullptr, std::min(end - i, kStep));
+        round(a, b);
         a = kept(ha * a, (ha != 0.0f) & ~(relu_up & (a <= 0.0f)));
         b = kept(hb * b, (hb != 0.0f) & ~(relu_up & (b <= 0.0f)));
         W::store(held, a, b);
@@ -110,29 +101,38 @@ struct Hidden {
 
   // Times the up projection, of active pairs alone.
   void times_up_of_pairs(int64_t begin, int64_t end, Type* held) const {
-    int32_t column[kMaxTokens];
-    for (int32_t j = 0; j < kMaxTokens; ++j) column[j] = j;
-    for (int64_t first = 0; first < T; first += kMaxTokens)
+    for (int64_t first = 0; first < T; first += kTogether)
       for (int64_t i = begin; i < end; i += kStep) {
         Type* const own = held + ((i - begin) / kStep * T + first) * kStep;
-        const int64_t tokens = std::min(T - first, kMaxTokens), n = std::min(end - i, kStep);
-        int32_t list[kStep][kMaxTokens], count[kStep] = {};
+        const int64_t tokens = std::min(T - first, kTogether), n = std::min(end - i, kStep);
+        int32_t list[kStep][kTogether], count[kStep] = {};
         for (int32_t t = 0; t < tokens; ++t)
           for (int64_t j = 0; j < kStep; ++j)
             list[j][count[j]] = t, count[j] += W::magnitude(own[t * kStep + j]) != 0;
         for (int64_t j = 0; j < n; ++j) {
-          const typename Product<W>::In* in[kMaxTokens];
-          float products[kMaxTokens], value[kMaxTokens];
-          for (int32_t k = 0; k < count[j]; ++k) {
-            in[k] = rows + (first + list[j][k]) * padded(D);
-            value[k] = W::widen(own[list[j][k] * kStep + j]);
-          }
+          int64_t next = j + 1;  // whose row is fetched meanwhile
+          while (next < n && !count[next]) ++next;
           const Type* const row = up + (i + j) * up_stride;
-          dots_inputs<W, 1>(&row, in, column, count[j], D, products, 1, false);
-          multiply<W>(products, up_bias ? W::widen(up_bias[i + j]) : 0.0f, kind == kDRelu, count[j], value);
-          for (int32_t k = 0; k < count[j]; ++k) own[list[j][k] * kStep + j] = W::narrow(value[k]);
+          const Type* const both[] = {row, next < n ? up + (i + next) * up_stride : row};
+          times_up_of_neuron(both, i + j, list[j], count[j], rows + first * padded(D), own + j, first == 0);
         }
       }
+  }
+
+  // The same for one neuron and the listed tokens; fetch: row[1] as well.
+  void times_up_of_neuron(const Type* const* row, int64_t neuron, const int32_t* list, int32_t count,
+                          const typename Product<W>::In* inputs, Type* held, bool fetch) const {
+    const typename Product<W>::In* in[kTogether];
+    int32_t column[kTogether];
+    float products[kTogether], value[kTogether];
+    for (int32_t k = 0; k < count; ++k) {
+      in[k] = inputs + list[k] * padded(D);
+      column[k] = k;
+      value[k] = W::widen(held[list[k] * kStep]);
+    }
+    dots_inputs<W, 1>(row, in, column, count, D, products, 1, fetch);
+    multiply<W>(products, up_bias ? W::widen(up_bias[neuron]) : 0.0f, kind == kDRelu, count, value);
+    for (int32_t k = 0; k < count; ++k) held[list[k] * kStep] = W::narrow(value[k]);
   }
 
   void write(int64_t begin, int64_t end, const Type* held) const {
