@@ -1,4 +1,4 @@
-"""An MLP with 1 to 32 tokens in a call, every one with silent neurons of its own: skipping against dense.
+"""An MLP with 1 to 512 tokens in a call, every one with silent neurons of its own: skipping against dense.
 
     python benchmarks/mlp_batch.py --plot
     python benchmarks/mlp_batch.py --shapes llama-2-7b --dtypes bfloat16 --tokens 1 4 --union
@@ -130,7 +130,7 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
 
 def main() -> None:
     parser = blocks.parser(__doc__, (90,), repeats=9)
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 128, 512])
     parser.add_argument(
         "--union",
         nargs="*",

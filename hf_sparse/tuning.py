@@ -30,6 +30,8 @@ class TunedLayer:
     """Mean share of neurons per token whose h is not zero; None if unknown, which counts as 1 (all)."""
     break_even: tuple[float, ...]
     """For 1, 2, … tokens in a call, the density up to which skipping is no slower than dense."""
+    beyond: float
+    """The same for more tokens; at most what is built in, which is 0 on CPUs that it does not come from."""
     certified: float | None
     """For one token, the density up to which a certificate makes it faster still; None if there is none."""
     obstacle: str | None
@@ -37,7 +39,8 @@ class TunedLayer:
 
     def skips(self, tokens: int) -> bool:
         """Whether the block skips silent neurons for this many tokens in a call."""
-        limit = self.break_even[tokens - 1] if 0 < tokens <= len(self.break_even) else 0.0
+        measured = tokens <= len(self.break_even)
+        limit = self.break_even[tokens - 1] if measured and tokens > 0 else self.beyond if tokens > 0 else 0.0
         return limit > 0 and (1.0 if self.density is None else self.density) <= limit
 
     @property
@@ -60,6 +63,8 @@ class TunedLayer:
             else:
                 ranges.append([n])
         text = "skips at " + ", ".join("-".join(map(str, r)) for r in ranges)
+        if self.skips(len(self.break_even) + 1):
+            text += " and more"
         if self.certified is None:
             return text
         unused = f"; the certificate pays up to {self.certified:.0%}" if self.certified else ""
@@ -205,6 +210,7 @@ def tune(
                 shape=f"{block.hidden_size} x {block.intermediate_size} {dtype} {block.kind}",
                 density=module.density,
                 break_even=_larger(skips),
+                beyond=max((break_even.beyond(backend, weight.dtype, limit) for limit in skips), default=0.0),
                 certified=None if with_certificate is None else max(with_certificate, default=0.0),
                 obstacle=obstacle,
             )

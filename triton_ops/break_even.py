@@ -80,10 +80,13 @@ def default(
     return {"gated": found.gated, "plain": found.plain, "linear": found.linear}[kind]
 
 
-def beyond(backend: str, dtype: torch.dtype) -> float:
-    """The break-even density for more tokens than :func:`default` or :func:`measured` know of."""
+def beyond(backend: str, dtype: torch.dtype, limits: tuple[float, ...]) -> float:
+    """The break-even density for more tokens than ``limits`` of :func:`default` or :func:`measured` know of.
+
+    It is built in; but where a measurement of the most tokens says less, that counts.
+    """
     found = _default(backend, dtype)
-    return found.beyond if found else 0.0
+    return min(found.beyond, limits[-1]) if found and limits else 0.0
 
 
 def _default(backend: str, dtype: torch.dtype) -> Default | None:
@@ -98,8 +101,8 @@ def _default(backend: str, dtype: torch.dtype) -> Default | None:
 def multiplies(dtype: torch.dtype) -> bool:
     """Whether the kernel's products of many tokens are no slower than torch's, even if no neuron is silent.
 
-    Measured on an AMD CPU with AVX-512: in bfloat16 about as fast as oneDNN's for hundreds of tokens and faster
-    for fewer, in float32 faster than MKL's, which prefers Intel, and torch has none worth the name in float16.
+    Measured on an AMD CPU with AVX-512: in bfloat16 about as fast as oneDNN's for hundreds of tokens and
+    faster for fewer; in float32 faster than MKL's, which prefers Intel; in float16 several times faster.
     """
     if dtype == torch.float16:
         return not has_own_float16()

@@ -216,7 +216,7 @@ def _best(
         # In this order: asking a path whether it is usable may build it, which small models never need. A
         # measurement counts also when it says "never": no other backend has been measured to do better.
         if (limits or measured) and _usable(name, device, dtype):
-            return name, limits, 0.0 if certified else break_even.beyond(name, dtype)
+            return name, limits, 0.0 if certified else break_even.beyond(name, dtype, limits)
     return "dense", (), 0.0
 
 

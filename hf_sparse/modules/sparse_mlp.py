@@ -1,4 +1,4 @@
-"""MLP blocks that skip silent neurons when they decode, and are the stock block in every other respect.
+"""MLP blocks that skip silent neurons in inference, and are the stock block in every other respect.
 
 A sparse block *holds the children of the block it replaces*, under their own names: parameters, state dict
 keys, LoRA targets and tensor-parallel plans stay as they were, and nothing is copied. Its dense path is the

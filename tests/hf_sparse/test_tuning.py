@@ -65,6 +65,27 @@ def test_every_shape_is_measured_once_and_kept(tiny_model, backend, name, kinds)
 
 
 @needs_compiler
+@pytest.mark.parametrize("multiplies", [False, True])
+def test_more_tokens_than_measured_skip_as_the_most_did_if_that_is_built_in(
+    tiny_model, monkeypatch, multiplies
+) -> None:
+    monkeypatch.setattr(break_even, "multiplies", lambda dtype: multiplies)
+    model = tiny_model("llama")
+    hf_sparse.patch(model, "relu")
+    blocks = [block.module for block in hf_sparse.inspect(model).blocks]
+    blocks[0].density, blocks[1].density, blocks[2].density = 0.2, 0.3, 1.0
+    stored("cpp", "gated", *[1.0] * 31, 0.25)
+    assert skips(model, 40) == (1 if multiplies else 0)
+    layers = hf_sparse.tune(model).layers
+    assert [layer.skips(40) for layer in layers] == [multiplies, False, False]
+    assert [layer.choice for layer in layers] == [
+        "skips at 1-32 and more" if multiplies else "skips at 1-32",
+        "skips at 1-31",
+        "skips at 1-31",
+    ]
+
+
+@needs_compiler
 @pytest.mark.parametrize("name", ["llama", "gpt_neox"])
 def test_a_model_that_certifies_has_that_measured_too(tiny_model, name) -> None:
     model = tiny_model(name)

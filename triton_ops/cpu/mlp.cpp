@@ -23,9 +23,11 @@ static_assert(sizeof(Call) == 16 * 8 + 4 * 4, "path.py packs it by hand");
 
 namespace {
 
-constexpr int64_t kManyTokens = 8;    // from here on the down projection may be a matrix product …
-constexpr int64_t kGateTokens = 16;   // … and here the gate is one
-constexpr int64_t kMostTokens = 512;  // at once, so that intermediate values do not grow with T
+constexpr int64_t kManyTokens = 8;   // from here on the down projection may be a matrix product …
+constexpr int64_t kGateTokens = 16;  // … and here the gate is one
+// At once, so that intermediate values do not grow with T, and are few enough to be kept (scratch.h).
+template <class W>
+constexpr int64_t kMostTokens = 256 * Step<W>::kRows;
 
 // Calls run(first, count) for equal parts of T, of at most `most`.
 template <class Run>
@@ -84,7 +86,7 @@ int64_t run(const Fused<W>& mlp, int threads, char* scratch) {
     run_part(mlp, threads, scratch, bytes);
     return bytes;
   }
-  in_parts(mlp.T, kMostTokens, [&](int64_t first, int64_t n) {
+  in_parts(mlp.T, kMostTokens<W>, [&](int64_t first, int64_t n) {
     Fused<W> part = mlp;
     part.T = n, part.y += first * mlp.D;
     if (!mlp.gate) return project(part, mlp.x + first * mlp.F, threads, scratch, bytes);
