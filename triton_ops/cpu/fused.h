@@ -1,8 +1,7 @@
 // One pass over the neurons of an MLP: gate dot product, activation test, and only for active neurons the up
 // dot product and the addition of the down row to the output. What silent neurons own is not read.
 //
-// For few tokens weights are streamed once and everything else stays in cache, so time is bytes of weights read
-// / bandwidth; for many it is the number of products of active (neuron, token) pairs.
+// Weights are streamed once and everything else stays in cache, so time is bytes of weights read / bandwidth.
 //
 // Deterministic: F is cut into fixed groups (independent of the numbers of threads and tokens); threads take whole
 // groups in any order, each group sums its neurons in order into its own partial output, and partial outputs are
@@ -23,8 +22,6 @@ constexpr int64_t kBatchBlock = 128; // the same for more than one token, whose 
 constexpr int64_t kMinGroup = 128;   // neurons; the last groups are small so that no thread waits long
 constexpr int64_t kGroupShare = 8;
 constexpr int64_t kUnionTokens = 8;  // up to here an up row is multiplied by all tokens if any needs it
-constexpr int64_t kChunkTokens = 8;  // above, the outputs of all tokens do not fit the cache beside a block's rows
-constexpr int64_t kChunk = 1024;     // columns
 constexpr int64_t kMaxValues = kMaxBlock > kBatchBlock * kMaxTokens ? kMaxBlock : kBatchBlock * kMaxTokens;
 
 // In the order of triton_ops.reference.ACTIVATIONS.
@@ -193,26 +190,17 @@ struct Fused {
       for (int64_t t = 0; t < T; ++t) h[i * T + t] = W::widen(x[t * F + begin + i]);
   }
 
-  // Adds a block's neurons to the partial outputs of group g.
+  // Adds a block's neurons to the partial outputs of group g. The second token that needs a row finds it in the cache.
   void add_block(int64_t g, int64_t begin, int64_t n, const float* h) const {
-    const int64_t step = T > kChunkTokens ? kChunk : D;
-    for (int64_t first = 0; first < D; first += step) {
-      const int64_t last = first + step < D ? first + step : D;
-      for (int64_t t = 0; t < T; ++t) add_token(g, t, begin, n, h, first, last);
-    }
-    for (int64_t t = 0; t < T; ++t)
-      for (int64_t i = 0; i < n && !written[g * T + t]; ++i) written[g * T + t] = h[i * T + t] != 0.0f;
-  }
-
-  // Columns first … last - 1 of one token. The second token that needs a row finds it in the cache.
-  void add_token(int64_t g, int64_t t, int64_t begin, int64_t n, const float* h, int64_t first,
-                 int64_t last) const {
     const Type* rows[kMaxBlock];
     float own[kMaxBlock];
-    int64_t count = 0;
-    for (int64_t i = 0; i < n; ++i)
-      if (h[i * T + t] != 0.0f) own[count] = h[i * T + t], rows[count++] = down + (begin + i) * down_stride;
-    add_rows<W>(partial + (g * T + t) * D, rows, own, count, first, last, !written[g * T + t]);
+    for (int64_t t = 0; t < T; ++t) {
+      int64_t count = 0;
+      for (int64_t i = 0; i < n; ++i)
+        if (h[i * T + t] != 0.0f) own[count] = h[i * T + t], rows[count++] = down + (begin + i) * down_stride;
+      add_rows<W>(partial + (g * T + t) * D, rows, own, count, 0, D, !written[g * T + t]);
+      written[g * T + t] |= count > 0;
+    }
   }
 
   void store_block(int64_t begin, int64_t n, const float* h) const {

@@ -53,7 +53,8 @@ struct Hidden {
     a = kept(a, ~silent_a), b = kept(b, ~silent_b);
   }
 
-  // The activated gates of a block of neurons, from their sums and in the same order. Returns how many are active.
+  // The activated gates of a block of neurons, from their sums and in the same order. Returns how many are active, those
+  // that fill up the last step included.
   template <int Kind>
   int64_t activate(int64_t begin, int64_t end, const float* sums, Type* held) const {
     Mask active_a = {}, active_b = {};
@@ -113,8 +114,8 @@ struct Hidden {
           int64_t next = j + 1;  // whose row is fetched meanwhile
           while (next < n && !count[next]) ++next;
           const Type* const row = up + (i + j) * up_stride;
-          const Type* const both[] = {row, next < n ? up + (i + next) * up_stride : row};
-          times_up_of_neuron(both, i + j, list[j], count[j], rows + first * padded(D), own + j, first == 0);
+          const Type* const both[] = {row, up + (i + next) * up_stride};
+          times_up_of_neuron(both, i + j, list[j], count[j], rows + first * padded(D), own + j, first == 0 && next < n);
         }
       }
   }
@@ -147,9 +148,9 @@ struct Hidden {
     std::atomic<int64_t> next{0}, workers{0};
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
       for (int64_t block = 0; block < gemm.blocks(); ++block) gemm.pack_inputs(block);
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
       for (int64_t t = 0; t < (up ? T : 0); ++t) Product<W>::prepare(x + t * D, rows + t * padded(D), D);
       const auto take = [&] { return std::min(gemm.columns * next.fetch_add(1), F); };
       const auto end_of = [&](int64_t begin) { return std::min(begin + gemm.columns, F); };
@@ -157,7 +158,7 @@ struct Hidden {
       float* const sums = gemm.sums(worker);
       Type* const held = activated + worker * gemm.columns * T;
       int64_t begin = take(), after;
-#pragma omp barrier  // each thread has a block before any takes its second
+#pragma omp barrier  // inputs are packed, and each thread has a block before any takes its second
       for (; begin < F; begin = after) {
         const int64_t end = end_of(begin);
         const auto ahead_next = [&](int64_t calls) {
@@ -169,7 +170,7 @@ struct Hidden {
         };
         gemm.run(first, begin, end, ahead_up, sums, gemm.panels(worker));
         const int64_t active = activate(begin, end, sums, held);
-        if (up && active < kDensity * double(T * (end - begin))) {
+        if (up && active < kDensity * double(T * padded(end - begin))) {
           times_up_of_pairs(begin, end, held);
           after = take();
         } else if (up) {

@@ -18,7 +18,7 @@ struct Linear {
   // Set by carve().
   uint8_t* any;    // [F]
   int32_t* index;  // [F + 1]
-  Gemm<W> gemm;    // its K, the number of active neurons, is set by run()
+  Gemm<W> gemm;    // its K, the number of active neurons, is set by find()
 
   void mark(int64_t begin) const {
     const int64_t n = F - begin < kMarked ? F - begin : kMarked;
@@ -92,23 +92,26 @@ struct Linear {
     }
   }
 
-  void run(int threads) {
+  // The active neurons, to be found before run().
+  void find(int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t f = 0; f < F; f += kMarked) mark(f);
+    gemm.K = list();
+  }
+
+  void run(int threads) const {
     const Across<W> rows = {w, stride};
     std::atomic<int64_t> next{0}, workers{0};
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-#pragma omp for schedule(static)
-      for (int64_t f = 0; f < F; f += kMarked) mark(f);
-#pragma omp single
-      gemm.K = list();
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
       for (int64_t block = 0; block < gemm.blocks(); ++block) gemm.pack_inputs(block);
       const auto take = [&] { return std::min(gemm.columns * next.fetch_add(1), D); };
       const auto end_of = [&](int64_t begin) { return std::min(begin + gemm.columns, D); };
       const int64_t worker = workers.fetch_add(1);
       float* const sums = gemm.sums(worker);
       int64_t begin = take(), after;
-#pragma omp barrier  // each thread has a block before any takes its second
+#pragma omp barrier  // inputs are packed, and each thread has a block before any takes its second
       for (; begin < D; begin = after) {
         after = -1;
         const auto ahead = [&](int64_t calls) {

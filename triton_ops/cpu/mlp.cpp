@@ -25,6 +25,7 @@ namespace {
 
 constexpr int64_t kManyTokens = 8;   // from here on the down projection may be a matrix product …
 constexpr int64_t kGateTokens = 16;  // … and here the gate is one
+static_assert(kGateTokens <= kMaxTokens, "up to there all tokens are worked on at once");
 // At once, so that intermediate values do not grow with T, and are few enough to be kept (scratch.h).
 template <class W>
 constexpr int64_t kMostTokens = 256 * Step<W>::kRows;
@@ -40,7 +41,7 @@ void in_parts(int64_t T, int64_t most, Run run) {
 template <class Job>
 void run_part(Job job, int threads, char* scratch, int64_t& bytes) {
   const int64_t own = job.carve(scratch, threads);
-  bytes = own > bytes ? own : bytes;
+  bytes = std::max(bytes, own);
   if (scratch) job.run(threads);
 }
 
@@ -48,19 +49,22 @@ void run_part(Job job, int threads, char* scratch, int64_t& bytes) {
 // product.
 template <class W>
 void project(const Fused<W>& mlp, const typename W::Type* h, int threads, char* scratch, int64_t& bytes) {
-  const bool silent = scratch && density<W>(h, mlp.T, mlp.F, threads) < Step<W>::kDensity;
-  if (silent || !scratch)
-    in_parts(mlp.T, Pairs<W>::kMaxT, [&](int64_t first, int64_t n) {
-      Pairs<W> pairs = {};
-      pairs.h = h + first * mlp.F, pairs.w = mlp.down, pairs.bias = mlp.down_bias, pairs.y = mlp.y + first * mlp.D;
-      pairs.T = n, pairs.D = mlp.D, pairs.F = mlp.F, pairs.stride = mlp.down_stride;
-      run_part(pairs, threads, scratch, bytes);
-    });
-  if (silent) return;
   Linear<W> linear = {};
   linear.h = h, linear.w = mlp.down, linear.bias = mlp.down_bias, linear.y = mlp.y;
   linear.T = mlp.T, linear.D = mlp.D, linear.F = mlp.F, linear.stride = mlp.down_stride;
-  run_part(linear, threads, scratch, bytes);
+  bytes = std::max(bytes, linear.carve(scratch, threads));
+  if (scratch) linear.find(threads);
+  // The product is over the neurons that any token needs.
+  const double pairs = scratch ? density<W>(h, mlp.T, mlp.F, threads) * double(mlp.F) : 0.0;
+  const bool few = scratch && pairs < Step<W>::kDensity * double(linear.gemm.K);
+  if (few || !scratch)
+    in_parts(mlp.T, Pairs<W>::kMaxT, [&](int64_t first, int64_t n) {
+      Pairs<W> job = {};
+      job.h = h + first * mlp.F, job.w = mlp.down, job.bias = mlp.down_bias, job.y = mlp.y + first * mlp.D;
+      job.T = n, job.D = mlp.D, job.F = mlp.F, job.stride = mlp.down_stride;
+      run_part(job, threads, scratch, bytes);
+    });
+  if (scratch && !few) linear.run(threads);
 }
 
 // h [T, F] of many tokens.

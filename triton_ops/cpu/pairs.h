@@ -18,7 +18,10 @@ struct Pairs {
   static constexpr int64_t kSteps = kManyRegisters ? 8 : 4;       // in a block of columns, whose sums are in registers
   static constexpr int64_t kColumns = kSteps * kStep;
   static constexpr int64_t kMaxT = 256;                           // tokens at once
-  // Rows that are added in one step: at places of their block, and the values of h there.
+  static constexpr int64_t kShares = 3;                           // of the work, for each thread
+  static constexpr int64_t kFewTokens = 16;                       // for which it is not worth while to read rows
+  // Rows that are added in one step: at places of their block, and the values of h there. (Subnormal bfloat16 values
+  // count as zero in the product, so with an infinite weight they give NaN.)
   struct Entry {
     In x;
     int16_t place[kRows];  // -1: none
@@ -29,7 +32,7 @@ struct Pairs {
   int64_t T, D, F, stride;
   // Set by carve().
   Entry* entries;   // of each block T * kNeurons / kRows, those of a token behind those of the one before
-  int32_t* counts;  // [blocks, T]
+  int32_t* starts;  // [blocks, T + 1]: of a token's entries in those of the block
   int32_t* index;   // [blocks, kNeurons]: the neurons that are active for any token …
   int32_t* used;    // [blocks] … of which there are so many
   float* sums;      // [threads, T, kColumns]
@@ -39,8 +42,10 @@ struct Pairs {
   void list(int64_t block) const {
     const int64_t first = block * kNeurons, n = std::min(F - first, kNeurons);
     uint8_t any[kNeurons] = {};
-    Entry* entry = entries + block * T * (kNeurons / kRows);
+    Entry* const all = entries + block * T * (kNeurons / kRows);
+    Entry* entry = all;
     for (int64_t t = 0; t < T; ++t) {
+      starts[block * (T + 1) + t] = int32_t(entry - all);
       const Type* const own = h + t * F + first;
       int32_t active[kNeurons + 1], count = 0, i = 0;
       for (int64_t j = 0; j < n; ++j) active[count] = int32_t(j), count += W::magnitude(own[j]) != 0;
@@ -54,16 +59,18 @@ struct Pairs {
         for (int r = 0; r < kRows; ++r) entry->place[r] = r ? -1 : int16_t(active[i]);
         ++entry;
       }
-      counts[block * T + t] = (count + kRows - 1) / kRows;
     }
+    starts[block * (T + 1) + T] = int32_t(entry - all);
     int32_t count = 0;
     for (int64_t i = 0; i < n; ++i)
       if (any[i]) index[block * kNeurons + count++] = int32_t(first + i);
     used[block] = count;
   }
 
-  Ahead<Type> ahead(int64_t block, int64_t begin) const {
-    return {w + begin, stride, index + block * kNeurons, used[block], std::min(D - begin, kColumns), T};
+  // The rows of a block, if there is one.
+  Ahead<Type> ahead(int64_t block, int64_t begin, int64_t calls) const {
+    const int64_t rows = block < blocks() ? used[block] : 0;
+    return {w + begin, stride, index + block * kNeurons, rows, std::min(D - begin, kColumns), calls};
   }
 
   // Adds one token's rows of a block: N steps of columns from `rows` on.
@@ -114,40 +121,49 @@ struct Pairs {
     add_to(sum, a, b, fresh);
   }
 
-  void run_columns(int64_t begin, float* sum) const {
+  // One block of columns of tokens first … last - 1.
+  void run_columns(int64_t begin, int64_t first, int64_t last, float* sum) const {
     static const Type none[kColumns] = {};
     const int64_t n = std::min(D - begin, kColumns), whole = n / kStep, rest = n % kStep;
     for (int64_t block = 0; block < blocks(); ++block) {
       const Type* const rows = w + block * kNeurons * stride + begin;
       const bool fresh = block == 0;
-      const Entry* own = entries + block * T * (kNeurons / kRows);
-      Ahead<Type> next = ahead(block + 1 < blocks() ? block + 1 : block, begin);
-      for (int64_t t = 0; t < T; ++t) {
+      const int32_t* const start = starts + block * (T + 1);
+      const Entry* own = entries + block * T * (kNeurons / kRows) + start[first];
+      Ahead<Type> next = ahead(block + 1, begin, last - first);
+      for (int64_t t = first; t < last; ++t) {
         next.plan(1);
         for (int64_t i = 0; i < next.n; ++i) __builtin_prefetch(next.lines[i], 0, 2);
-        float* const to = sum + t * kColumns;
-        const int64_t count = counts[block * T + t];
+        float* const to = sum + (t - first) * kColumns;
+        const int64_t count = start[t + 1] - start[t];
         if (whole) add(whole, rows, stride, none, own, count, fresh, to);
         if (rest) add_tail(rows + whole * kStep, stride, rest, own, count, fresh, to + whole * kStep);
         own += count;
       }
     }
-    for (int64_t t = 0; t < T; ++t)
+    for (int64_t t = first; t < last; ++t)
       for (int64_t i = 0; i < n; i += kStep) {
         Vec a, b;
-        Float32::load(sum + t * kColumns + i, a, b);
+        Float32::load(sum + (t - first) * kColumns + i, a, b);
         store_with_bias<W>(a, b, bias ? bias + begin + i : nullptr, std::min(n - i, kStep), y + t * D + begin + i);
       }
   }
 
-  void run(int threads) {
+  void run(int threads) const {
+    // Tokens are shared out as well where there are too few blocks of columns for all threads.
+    const int64_t blocks_of_columns = (D + kColumns - 1) / kColumns;
+    const int64_t wanted = (kShares * threads + blocks_of_columns - 1) / blocks_of_columns;
+    const int64_t shares = std::max<int64_t>(1, std::min(wanted, T / kFewTokens));
     std::atomic<int64_t> next{0}, workers{0};
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #pragma omp for schedule(static)
       for (int64_t block = 0; block < blocks(); ++block) list(block);
       float* const own = sums + workers.fetch_add(1) * T * kColumns;
-      for (int64_t begin; (begin = kColumns * next.fetch_add(1)) < D;) run_columns(begin, own);
+      for (int64_t i; (i = next.fetch_add(1)) < blocks_of_columns * shares;) {
+        const int64_t share = i % shares;
+        run_columns(i / shares * kColumns, share * T / shares, (share + 1) * T / shares, own);
+      }
     }
   }
 
@@ -155,7 +171,7 @@ struct Pairs {
   int64_t carve(char* scratch, int threads) {
     Carver take{scratch};
     take(entries, blocks() * T * (kNeurons / kRows));
-    take(counts, blocks() * T);
+    take(starts, blocks() * (T + 1));
     take(index, blocks() * kNeurons);
     take(used, blocks());
     take(sums, threads * T * kColumns);
