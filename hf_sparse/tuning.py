@@ -39,8 +39,9 @@ class TunedLayer:
 
     def skips(self, tokens: int) -> bool:
         """Whether the block skips silent neurons for this many tokens in a call."""
-        measured = tokens <= len(self.break_even)
-        limit = self.break_even[tokens - 1] if measured and tokens > 0 else self.beyond if tokens > 0 else 0.0
+        if tokens < 1:
+            return False
+        limit = self.break_even[tokens - 1] if tokens <= len(self.break_even) else self.beyond
         return limit > 0 and (1.0 if self.density is None else self.density) <= limit
 
     @property

@@ -32,17 +32,11 @@ class Default:
     min_bytes: int
     """Size of the weights of a block below which the call of the operator costs more than skipping saves."""
 
-    gated: tuple[float, ...]
-    """Break-even density of ``gated_mlp`` for 1, 2, … tokens; for more tokens than these, ``beyond``."""
-
-    plain: tuple[float, ...]
-    """The same of ``plain_mlp``."""
-
-    linear: tuple[float, ...]
-    """The same of ``sparse_linear``."""
+    few: int
+    """Number of tokens up to which skipping is no slower at any density, for all three operators."""
 
     beyond: float = 0.0
-    """Break-even density of all three for more tokens than those, on a CPU that :func:`multiplies`."""
+    """Break-even density for more tokens than those, on a CPU that :func:`multiplies`."""
 
     certified: tuple[float, ...] = ()
     """Density up to which a certificate makes an MLP faster still, for 1 token; none: no use for one."""
@@ -52,32 +46,23 @@ class Default:
 # `python -m triton_ops.tune` measures yours. With up to four tokens any machine spends its time reading
 # weights. A certificate is one byte per weight and leaves more rows to read than are active; it pays while
 # those are well below half of a 2-byte gate.
-_FEW = (1.0,) * 4
 DEFAULTS: dict[tuple[str, torch.dtype], Default] = {
-    ("cpp", torch.bfloat16): Default(
-        min_bytes=1 << 20, gated=_FEW, plain=_FEW, linear=_FEW, beyond=1.0, certified=(0.12,)
-    ),
-    ("cpp", torch.float16): Default(
-        min_bytes=4 << 20, gated=_FEW, plain=_FEW, linear=_FEW, beyond=1.0, certified=(0.12,)
-    ),
-    ("cpp", torch.float32): Default(
-        min_bytes=4 << 20, gated=_FEW, plain=_FEW, linear=_FEW, beyond=1.0, certified=(0.3,)
-    ),
-    ("torch", torch.bfloat16): Default(min_bytes=16 << 20, gated=(1.0,), plain=(1.0,), linear=(1.0,)),
-    ("torch", torch.float32): Default(min_bytes=16 << 20, gated=(1.0,), plain=(1.0,), linear=(1.0,)),
+    ("cpp", torch.bfloat16): Default(min_bytes=1 << 20, few=4, beyond=1.0, certified=(0.12,)),
+    ("cpp", torch.float16): Default(min_bytes=4 << 20, few=4, beyond=1.0, certified=(0.12,)),
+    ("cpp", torch.float32): Default(min_bytes=4 << 20, few=4, beyond=1.0, certified=(0.3,)),
+    ("torch", torch.bfloat16): Default(min_bytes=16 << 20, few=1),
+    ("torch", torch.float32): Default(min_bytes=16 << 20, few=1),
 }
 
 
 def default(
-    backend: str, dtype: torch.dtype, weight_bytes: int, kind: Kind, certified: bool = False
+    backend: str, dtype: torch.dtype, weight_bytes: int, certified: bool = False
 ) -> tuple[float, ...]:
     """The built-in break-even densities for 1, 2, … tokens; none where it is not worth it."""
     found = _default(backend, dtype)
     if found is None or weight_bytes < found.min_bytes:
         return ()
-    if certified:
-        return found.certified
-    return {"gated": found.gated, "plain": found.plain, "linear": found.linear}[kind]
+    return found.certified if certified else (1.0,) * found.few
 
 
 def beyond(backend: str, dtype: torch.dtype, limits: tuple[float, ...]) -> float:

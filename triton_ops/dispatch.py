@@ -212,7 +212,7 @@ def _best(
         limits = break_even.measured(name, device, dtype, hidden, neurons, kind, certified)
         measured = limits is not None
         if limits is None:
-            limits = break_even.default(name, dtype, weight_bytes, kind, certified)
+            limits = break_even.default(name, dtype, weight_bytes, certified)
         # In this order: asking a path whether it is usable may build it, which small models never need. A
         # measurement counts also when it says "never": no other backend has been measured to do better.
         if (limits or measured) and _usable(name, device, dtype):

@@ -73,7 +73,7 @@ def test_what_was_measured_with_avx512_bf16_holds_only_with_it(monkeypatch, prod
     for tokens in (5, 32, 33, 4096):
         assert triton_ops.wants_sparse(tokens, weight(), "gated") == measured
     assert triton_ops.wants_product(weight()) == measured
-    assert break_even.default("torch", torch.bfloat16, 1 << 30, "gated") == (1.0,)
+    assert break_even.default("torch", torch.bfloat16, 1 << 30) == (1.0,)
 
 
 @needs_compiler
@@ -133,7 +133,7 @@ def test_a_measurement_that_skipping_never_wins_is_obeyed():
 
 @needs_compiler
 def test_a_certificate_is_wanted_up_to_a_break_even_of_its_own():
-    limit = break_even.default("cpp", torch.bfloat16, 1 << 30, "gated", certified=True)[0]
+    limit = break_even.default("cpp", torch.bfloat16, 1 << 30, certified=True)[0]
     assert 0 < limit < 1
     assert triton_ops.wants_sparse(1, weight(), "gated", certified=True, density=limit)
     assert not triton_ops.wants_sparse(1, weight(), "gated", certified=True)
@@ -143,7 +143,7 @@ def test_a_certificate_is_wanted_up_to_a_break_even_of_its_own():
     assert triton_ops.wants_sparse(1, weight(), "gated", certified=True)
     assert break_even.measured("cpp", "cpu", torch.bfloat16, 2048, 2048, "gated") is None
     assert "torch" not in dispatch.CERTIFYING
-    assert break_even.default("torch", torch.bfloat16, 1 << 30, "gated", certified=True) == ()
+    assert break_even.default("torch", torch.bfloat16, 1 << 30, certified=True) == ()
 
 
 @needs_compiler
