@@ -4,7 +4,7 @@ from hf_sparse._version import __version__
 from hf_sparse.config import SparsityConfig
 from hf_sparse.errors import PatchError
 from hf_sparse.hooks import install, uninstall
-from hf_sparse.measure import SparsityReport, measure
+from hf_sparse.metrics import SparsityReport, measure
 from hf_sparse.patching import inspect, patch, prepare, set_mix, unpatch
 from hf_sparse.tuning import TuneReport, tune
 from triton_ops import backend

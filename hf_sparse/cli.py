@@ -12,7 +12,7 @@ from typing import Any
 
 from hf_sparse._version import __version__
 from hf_sparse.config import ACTIVATIONS, SparsityConfig
-from hf_sparse.data import EMBEDDED, evaluation_texts, file_texts
+from hf_sparse.texts import EMBEDDED, evaluation_texts, file_texts
 
 _MODEL_HELP = f"a Hub id, a local folder, or {EMBEDDED!r}, the model embedded in this package"
 _BACKENDS = ("auto", "dense", "torch", "cpp", "triton")
@@ -177,7 +177,7 @@ def _add_measure(commands: Any) -> None:
 
 
 def _measure(arguments: argparse.Namespace, _: list[str]) -> int:
-    from hf_sparse.measure import measure
+    from hf_sparse.metrics import measure
 
     model, tokenizer = _load(arguments.model)
     report = measure(

@@ -12,8 +12,8 @@ import functools
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
+from hf_sparse.checkpoint_block import KEY
 from hf_sparse.patching import patch_from_config
-from hf_sparse.record import KEY
 from hf_sparse.stock import UnpatchedActivation
 
 

@@ -10,14 +10,14 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from hf_sparse import record as records
+from hf_sparse import checkpoint_block
 from hf_sparse.activations import build_activation, kernel_kind
 from hf_sparse.adapters import Block, Skipped, find_blocks
+from hf_sparse.checkpoint_block import Record
 from hf_sparse.config import ACTIVATIONS, SparsityConfig
 from hf_sparse.errors import PatchError
 from hf_sparse.modules import SparseGatedMLP, SparseMLP, SparsePlainMLP
-from hf_sparse.record import Record
-from hf_sparse.report import PatchReport
+from hf_sparse.patch_report import PatchReport
 from hf_sparse.stock import UnpatchedActivation, activation_field, builds_same
 
 
@@ -70,7 +70,7 @@ def unpatch(model: nn.Module) -> PatchReport:
 
     """
     base = transformers_model(model)
-    record = records.read(base.config)
+    record = checkpoint_block.read(base.config)
     if record is None:
         raise PatchError(f"this {type(base).__name__} is not patched: its config has no hf_sparse block.")
     blocks, skipped = find_blocks(base)
@@ -84,12 +84,12 @@ def inspect(model: nn.Module) -> PatchReport:
     """What :func:`patch` would change, or, on a patched model, what is patched. Changes nothing."""
     base = transformers_model(model)
     blocks, skipped = find_blocks(base)
-    record = records.read(base.config)
+    record = checkpoint_block.read(base.config)
     if record is None:
         return PatchReport(type(base).__name__, None, blocks, skipped)
     blocks = [block for block in blocks if isinstance(block.module, SparseMLP)]
     value = getattr(base.config, record.field)
-    stock_name = None if value == records.KEY else value
+    stock_name = None if value == checkpoint_block.KEY else value
     return PatchReport(type(base).__name__, record.config, blocks, skipped, record.activation, stock_name)
 
 
@@ -104,7 +104,7 @@ def set_mix(model: nn.Module, k: float) -> None:
 
     """
     base = transformers_model(model)
-    record = records.read(base.config)
+    record = checkpoint_block.read(base.config)
     if record is None:
         raise PatchError(f"set_mix needs a patched model; this {type(base).__name__} is not patched.")
     config = replace(record.config, mix=k)
@@ -126,7 +126,7 @@ def patch_from_config(model: PreTrainedModel) -> None:
         ValueError: the block is malformed.
 
     """
-    record = records.read(model.config)
+    record = checkpoint_block.read(model.config)
     if record is None:
         return
     blocks, skipped = find_blocks(model)
@@ -140,7 +140,7 @@ def patch_from_config(model: PreTrainedModel) -> None:
             if isinstance(child, UnpatchedActivation):
                 module._modules[name] = ACT2FN[record.activation]
         for name, value in vars(module).items():
-            if isinstance(value, str) and value == records.KEY:
+            if isinstance(value, str) and value == checkpoint_block.KEY:
                 vars(module)[name] = record.activation
     _exchange(model, {id(b.module): _sparse_block(b, record.config, index) for index, b in enumerate(chosen)})
 
@@ -273,7 +273,7 @@ def _stock_block(block: Block) -> nn.Module:
 
 def _stock_activation(model: PreTrainedModel, blocks: list[Block]) -> tuple[str, str]:
     """The config field that names the activation, and its stock value."""
-    record = records.read(model.config)
+    record = checkpoint_block.read(model.config)
     if record is not None:
         return record.field, record.activation
     names = [f"{block.name}.{block.roles.act}" for block in blocks]

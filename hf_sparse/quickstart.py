@@ -23,9 +23,9 @@ import triton_ops
 from hf_sparse.adapters import Block
 from hf_sparse.assets import TINY_MODEL
 from hf_sparse.assets.corpus import python_corpus
-from hf_sparse.data import EMBEDDED, evaluation_texts
 from hf_sparse.launch import finetune
-from hf_sparse.measure import DEFINITION, SparsityReport, measure
+from hf_sparse.metrics import DEFINITION, SparsityReport, measure
+from hf_sparse.texts import EMBEDDED, evaluation_texts
 
 DEFAULT_OUTPUT = "runs/quickstart"
 _HOLDOUT = 0.01

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
 from hf_sparse.activations.known import STOCK_ACTIVATIONS
-from hf_sparse.record import KEY
+from hf_sparse.checkpoint_block import KEY
 
 
 class UnpatchedActivation(nn.Module):

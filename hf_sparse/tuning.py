@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hf_sparse.errors import PatchError
-from hf_sparse.measure import measure
+from hf_sparse.metrics import measure
 from hf_sparse.modules import SparseMLP
 from hf_sparse.patching import inspect, transformers_model
 from triton_ops import break_even, dispatch

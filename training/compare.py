@@ -15,7 +15,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from records import read_log
+from run_log import read_log
 
 
 def main() -> None:

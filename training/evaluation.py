@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from hf_sparse.measure import SparsityReport, measure
+from hf_sparse.metrics import SparsityReport, measure
 
 
 def evaluate(

@@ -21,14 +21,14 @@ from arguments import parse_recipe
 from checkpoint import CheckpointError, Checkpoints, Progress, publish, read_state, write_whole
 from data import DataExhaustedError, TrainingData, evaluation_data, open_documents
 from evaluation import as_record, evaluate
-from loop import Run, build_optimizer, settings, train
+from loop import Run, build_optimizer, schedule_at, train
 from recipe import Recipe
-from records import RunLog, read_log
+from run_log import RunLog, read_log
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 import hf_sparse
-from hf_sparse.measure import SparsityReport
+from hf_sparse.metrics import SparsityReport
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -79,8 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # The change: another activation, in place. The dense baseline stays as it is.
     if recipe.activation != "original":
-        mix = settings(recipe, done or 1)["mix"]
-        say(hf_sparse.patch(model, recipe.sparsity(mix=mix)))
+        mix = schedule_at(recipe, done or 1)["mix"]
+        say(hf_sparse.patch(model, recipe.sparsity_config(mix=mix)))
     if recipe.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     model, optimizer = accelerator.prepare(model, build_optimizer(recipe, model))

@@ -14,12 +14,12 @@ from checkpoint import Checkpoints, Progress
 from data import Batch, DataExhaustedError, TrainingData
 from evaluation import as_record
 from recipe import Recipe
-from records import RunLog
+from run_log import RunLog
 from torch import Tensor, nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 import hf_sparse
-from hf_sparse.measure import SparsityReport
+from hf_sparse.metrics import SparsityReport
 from hf_sparse.objectives import L1Penalty
 from hf_sparse.schedules import learning_rate_share, linear_mix
 
@@ -87,7 +87,7 @@ def train(run: Run, progress: Progress) -> Progress:
             last = step == recipe.max_steps
             if step % recipe.log_every == 0 or last:
                 means = _settle(progress)
-                extra = {**settings(recipe, step), "tokens": progress.tokens}
+                extra = {**schedule_at(recipe, step), "tokens": progress.tokens}
                 run.log.write("train", step, {**means, **extra, "tokens_per_second": speed(progress.tokens)})
                 bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
                 progress.pending = {}
@@ -107,7 +107,7 @@ def train(run: Run, progress: Progress) -> Progress:
     return progress
 
 
-def settings(recipe: Recipe, step: int) -> dict[str, float]:
+def schedule_at(recipe: Recipe, step: int) -> dict[str, float]:
     """What the schedules prescribe for update ``step`` (from 1)."""
     share = learning_rate_share(
         step,
@@ -126,7 +126,7 @@ def settings(recipe: Recipe, step: int) -> dict[str, float]:
 def _update(run: Run, penalty: L1Penalty | None, batch: Batch, step: int) -> dict[str, Tensor]:
     """One optimizer update; returns the mean loss, penalty and gradient norm over all processes."""
     recipe, accelerator = run.recipe, run.accelerator
-    now = settings(recipe, step)
+    now = schedule_at(recipe, step)
     for group in run.optimizer.param_groups:
         group["lr"] = now["learning_rate"]
     if recipe.mix:

@@ -229,14 +229,14 @@ class Recipe:
             SineStages(tuple(self.l1_boundaries), tuple(self.l1_targets), self.l1_start)
         except ValueError as error:
             raise ValueError(f"l1_boundaries, l1_targets, l1_start: {error}") from None
-        self.sparsity()
+        self.sparsity_config()
 
     @property
     def has_l1(self) -> bool:
         """Whether the L1 coefficient is ever above 0."""
         return self.l1_scale > 0 and any(t > 0 for t in self.l1_targets)
 
-    def sparsity(self, mix: float = 1.0) -> SparsityConfig:
+    def sparsity_config(self, mix: float = 1.0) -> SparsityConfig:
         """What the model is patched with."""
         return SparsityConfig(activation=self.activation, threshold=self.threshold, shift=self.shift, mix=mix)
 

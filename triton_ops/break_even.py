@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from triton_ops.cache import cache_dir, write_atomically
+from triton_ops.storage import cache_dir, write_atomically
 
 FORMAT_VERSION = 2
 

@@ -19,9 +19,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from triton_ops import break_even, torch_path
+from triton_ops import break_even, stock_torch
 from triton_ops.break_even import MATRICES, Kind
-from triton_ops.cpu import path as cpp_path
+from triton_ops.cpu import backend as cpu_backend
 
 BACKENDS = ("auto", "dense", "torch", "cpp", "triton")
 # By device, the best first. On GPUs a cuBLAS product is hard to beat without a CUDA graph, so there Triton is
@@ -86,10 +86,10 @@ def path(name: str) -> ModuleType:
     if name == "triton":
         # Only here: importing Triton takes long, and it is not made for every platform.
         try:
-            return importlib.import_module("triton_ops.decode")
+            return importlib.import_module("triton_ops.gpu.backend")
         except ImportError as error:
             raise RuntimeError(f"backend 'triton' cannot run here: {error}; pip install triton.") from error
-    return {"torch": torch_path, "cpp": cpp_path}[name]
+    return {"torch": stock_torch, "cpp": cpu_backend}[name]
 
 
 def wants_sparse(

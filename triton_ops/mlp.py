@@ -12,17 +12,17 @@ from triton_ops.certificate import Certificate
 class MLP(NamedTuple):
     """One MLP block; T tokens, D hidden size, F neurons.
 
-    ``gate`` is the *deciding* projection: the gate of a gated MLP, or the up projection of a plain one, whose
-    ``up`` is None and whose h is ``act(gate(x))``.
+    ``first`` is the *deciding* projection: the gate of a gated MLP, or the up projection of a plain one,
+    whose ``up`` is None and whose h is ``act(first(x))``.
     """
 
-    gate: Tensor
+    first: Tensor
     """``[F, D]``."""
     up: Tensor | None
     """``[F, D]``, None in a plain MLP."""
     down: Tensor
     """``[D, F]``, neuron-major (:func:`triton_ops.neuron_major_`)."""
-    gate_bias: Tensor | None
+    first_bias: Tensor | None
     """``[F]``."""
     up_bias: Tensor | None
     """``[F]``."""
@@ -32,4 +32,4 @@ class MLP(NamedTuple):
     """One of :data:`triton_ops.ACTIVATIONS`; ``"drelu"`` only if gated."""
     threshold: float
     certificate: Certificate | None = None
-    """Of ``gate``; backends use it for one token."""
+    """Of ``first``; backends use it for one token."""

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from triton_ops import dispatch, reference
 from triton_ops.certificate import Certificate, weight_stamp
-from triton_ops.direct import unobserved
 from triton_ops.layout import as_tokens, is_neuron_major
 from triton_ops.mlp import MLP
+from triton_ops.unobserved import unobserved
 
 _LIB = torch.library.Library("hf_sparse", "DEF")
 # Strides carry the neuron-major layout, so a compiler must hand the operators the strides it was given.
@@ -162,12 +162,12 @@ def _check_mlp(x: Tensor, mlp: MLP) -> None:
     gated = mlp.up is not None
     first = "gate" if gated else "up"
     reference.check_activation(mlp.activation, mlp.threshold, gated=gated)
-    _check_input("x", x, mlp.gate, first)
-    neurons, hidden = mlp.gate.shape
-    _check(first, mlp.gate, (neurons, x.shape[-1]), x, "[F, D]")
+    _check_input("x", x, mlp.first, first)
+    neurons, hidden = mlp.first.shape
+    _check(first, mlp.first, (neurons, x.shape[-1]), x, "[F, D]")
     _check("up", mlp.up, (neurons, hidden), x, "[F, D]")
     _check("down", mlp.down, (hidden, neurons), x, "[D, F]")
-    _check(f"{first}_bias", mlp.gate_bias, (neurons,), x, "[F]")
+    _check(f"{first}_bias", mlp.first_bias, (neurons,), x, "[F]")
     _check("up_bias", mlp.up_bias, (neurons,), x, "[F]")
     _check("down_bias", mlp.down_bias, (hidden,), x, "[D]")
     if mlp.certificate is not None:
@@ -194,12 +194,12 @@ def _check_input(name: str, x: Tensor, weight: Tensor, weight_name: str) -> None
 
 def _mlp(x: Tensor, mlp: MLP, stamp: list[int] | None) -> Tensor:
     _check_mlp(x, mlp)
-    if mlp.certificate is not None and stamp is not None and tuple(stamp) != weight_stamp(mlp.gate):
+    if mlp.certificate is not None and stamp is not None and tuple(stamp) != weight_stamp(mlp.first):
         mlp = mlp._replace(certificate=None)
-    neurons, hidden = mlp.gate.shape
+    neurons, hidden = mlp.first.shape
     tokens = x.numel() // hidden if hidden else 0
     certified = mlp.certificate is not None
-    path = dispatch.select(tokens, mlp.gate, "plain" if mlp.up is None else "gated", certified)
+    path = dispatch.select(tokens, mlp.first, "plain" if mlp.up is None else "gated", certified)
     if path is None or not is_neuron_major(mlp.down) or not (tokens and neurons):
         return _dense(x, mlp)
     return path.mlp(x, mlp)
@@ -207,7 +207,7 @@ def _mlp(x: Tensor, mlp: MLP, stamp: list[int] | None) -> Tensor:
 
 def _dense(x: Tensor, mlp: MLP) -> Tensor:
     """The formula of the reference, in place where that saves memory traffic."""
-    h = reference.activation(F.linear(x, mlp.gate, mlp.gate_bias), mlp.activation, mlp.threshold)
+    h = reference.activation(F.linear(x, mlp.first, mlp.first_bias), mlp.activation, mlp.threshold)
     if mlp.up is not None:
         u = F.linear(x, mlp.up, mlp.up_bias)
         h *= u.relu_() if mlp.activation == "drelu" else u

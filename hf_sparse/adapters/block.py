@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import nn
 
-from hf_sparse.modules.roles import Roles
+from hf_sparse.adapters.roles import Roles
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from torch import nn
 
 from hf_sparse.activations.known import STOCK_ACTIVATIONS
 from hf_sparse.adapters.block import Block
+from hf_sparse.adapters.roles import Roles
 from hf_sparse.adapters.shapes import linears, recognise
-from hf_sparse.modules.sparse_mlp import SparseMLP
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Skipped:
 def find_blocks(model: nn.Module) -> tuple[list[Block], list[Skipped]]:
     """MLP blocks of ``model`` inside its repeated layers, stock or patched, in ``named_modules`` order.
 
-    Only modules under a ``ModuleList`` count: a classification head or a projector is not a layer's MLP.
+    Only modules that are, or are in, a numbered child (as those of a ``ModuleList`` are) count: a
+    classification head or a projector is not a layer's MLP.
     """
     blocks: list[Block] = []
     skipped: list[Skipped] = []
@@ -32,9 +33,9 @@ def find_blocks(model: nn.Module) -> tuple[list[Block], list[Skipped]]:
     for name, module in model.named_modules():
         if name.startswith(inside) or not any(part.isdigit() for part in name.split(".")):
             continue
-        if isinstance(module, SparseMLP):
-            blocks.append(Block(name, module, module.roles))
-        elif (roles := recognise(module)) is not None:
+        # A patched block says itself which child plays which part.
+        roles = own if isinstance(own := vars(module).get("roles"), Roles) else recognise(module)
+        if roles is not None:
             blocks.append(Block(name, module, roles))
         else:
             owns_activation = any(isinstance(child, STOCK_ACTIVATIONS) for child in module.children())

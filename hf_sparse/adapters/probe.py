@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hf_sparse.modules.roles import Roles
+from hf_sparse.adapters.roles import Roles
 
 _HIDDEN, _INTERMEDIATE = 3, 5
 

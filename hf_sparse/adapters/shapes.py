@@ -9,7 +9,7 @@ from torch import nn
 
 from hf_sparse.adapters.block import linear_size
 from hf_sparse.adapters.probe import computes
-from hf_sparse.modules.roles import Roles
+from hf_sparse.adapters.roles import Roles
 
 _NOT_ACTIVATIONS = (nn.Dropout, nn.Identity)
 

@@ -16,9 +16,9 @@ from torch.nn.modules import module as nn_module
 
 import triton_ops
 from hf_sparse.activations import MixedActivation, kernel_kind
+from hf_sparse.adapters.roles import Roles
 from hf_sparse.modules.certified import HeldCertificate
 from hf_sparse.modules.hooked import carry_device_hook
-from hf_sparse.modules.roles import Roles
 from triton_ops import dispatch
 from triton_ops.break_even import Kind
 from triton_ops.layout import stock_layout_

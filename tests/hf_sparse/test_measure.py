@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, Llama
 
 import hf_sparse
 from hf_sparse.assets import TINY_MODEL
-from hf_sparse.measure import DEFINITION, measure
+from hf_sparse.metrics import DEFINITION, measure
 
 TEXTS = ["Return the list of names.", "If the file does not exist, raise an error.", "x", ""] * 3
 

@@ -18,7 +18,7 @@ from data import (
 )
 from recipe import Recipe
 
-import hf_sparse.data
+import hf_sparse.texts
 from hf_sparse.documents import HeldOut
 
 
@@ -195,10 +195,10 @@ def test_without_a_validation_split_a_hash_holds_documents_out(tmp_path, tokeniz
     assert len(evaluated) >= len(held) - 1
     assert not set(documents_of(rows, tokenizer)) & held
 
-    # By the text alone: neither its place nor what else there is matters. hf_sparse.data holds out the same.
+    # By the text alone: neither its place nor what else there is matters. hf_sparse.texts holds out the same.
     reordered = [*helpers.sentences(400, 7)[::-1], "something more"]
     helpers.write_jsonl(tmp_path / "a.jsonl", reordered)
-    assert set(hf_sparse.data.evaluation_texts(str(tmp_path), holdout=0.2)) == out
+    assert set(hf_sparse.texts.evaluation_texts(str(tmp_path), holdout=0.2)) == out
 
 
 def test_hold_out_shares():

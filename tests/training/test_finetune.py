@@ -7,11 +7,11 @@ import torch
 from checkpoint import CheckpointError
 from data import DataExhaustedError, evaluation_data, open_documents
 from recipe import Recipe
-from records import read_log
+from run_log import read_log
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse
-from hf_sparse.measure import measure
+from hf_sparse.metrics import measure
 
 
 def records(output, kind):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from records import read_log
+from run_log import read_log
 from safetensors.torch import load_file
 
 FIELDS = {

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from records import read_log
+from run_log import read_log
 
 FIELDS = {
     "max_steps": 40,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-FILES = ("test_decode.py", "test_triton_certificate.py")
+FILES = ("test_gpu_kernels.py", "test_gpu_certificate.py")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the files run on the GPU")

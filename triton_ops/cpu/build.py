@@ -20,7 +20,7 @@ import warnings
 from functools import cache
 from pathlib import Path
 
-from triton_ops.cache import cache_dir, write_atomically
+from triton_ops.storage import cache_dir, write_atomically
 
 SOURCE = Path(__file__).with_name("mlp.cpp")
 SOURCES = (SOURCE, *sorted(SOURCE.parent.glob("*.h")))

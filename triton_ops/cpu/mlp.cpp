@@ -2,10 +2,10 @@
 //
 // Shapes: T tokens, D hidden size, F neurons. The weights hold one neuron per contiguous row of D elements.
 
-#include "fused.h"
-#include "hidden.h"
-#include "linear.h"
-#include "pairs.h"
+#include "one_pass.h"
+#include "hidden_product.h"
+#include "down_product.h"
+#include "down_pairs.h"
 #include "scratch.h"
 
 // One call. Weights and vectors lie in memory as their comments say; strides count elements between neurons.
@@ -19,7 +19,7 @@ struct Call {
   int32_t dtype, kind, threads;                    // dtype: 0 float32, 1 bfloat16, 2 float16
   float threshold;
 };
-static_assert(sizeof(Call) == 16 * 8 + 4 * 4, "path.py packs it by hand");
+static_assert(sizeof(Call) == 16 * 8 + 4 * 4, "backend.py packs it by hand");
 
 namespace {
 

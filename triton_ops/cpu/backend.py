@@ -1,4 +1,4 @@
-"""The compiled CPU path as a backend: tensors in, one call of ``mlp.cpp``, tensors out."""
+"""The compiled CPU backend: tensors in, one call of ``mlp.cpp``, tensors out."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _call(x: Tensor, y: Tensor, mlp: MLP, kind: int) -> Tensor:
-    gate, up, down, gate_bias, up_bias, down_bias, _, threshold, certificate = mlp
+    first, up, down, first_bias, up_bias, down_bias, _, threshold, certificate = mlp
     hidden, neurons = down.shape
     tokens = y.numel() // hidden
     # Named, so that they live until the kernel is done: copies, and the storage of a weight whose layout
     # another thread may change meanwhile.
-    tensors = _contiguous(x), _rows(gate), _rows(up)
+    tensors = _contiguous(x), _rows(first), _rows(up)
     storage = down.untyped_storage()
-    vectors = [_contiguous(v) for v in (gate_bias, up_bias, down_bias, *(certificate or (None, None)))]
+    vectors = [_contiguous(v) for v in (first_bias, up_bias, down_bias, *(certificate or (None, None)))]
     failed = _kernel()(
         _pack(
             *map(_pointer, tensors),

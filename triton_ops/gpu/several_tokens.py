@@ -4,7 +4,7 @@ Up to 32 tokens share a program, and so each read of a row. The gate is read who
 that are silent for the whole block are masked out, one by one. A compacted list would fill the tiles better,
 but costs a launch and saves no byte beyond that: what limits here is memory, and at the 60 % of the union of
 8 independent tokens at 90 % a tile is more than half full anyway. The down product compacts, at no launch
-(:mod:`triton_ops.triton_down`).
+(:mod:`triton_ops.gpu.down`).
 
 Shapes: T tokens, D hidden size, F neurons.
 """
@@ -19,10 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_ops import triton_launch
+from triton_ops.gpu import launch
+from triton_ops.gpu.down import upcast
+from triton_ops.gpu.numerics import ACTIVATIONS, DRELU, activate, add_bias, is_silent, round_to
 from triton_ops.mlp import MLP
-from triton_ops.triton_down import upcast
-from triton_ops.triton_numerics import ACTIVATIONS, DRELU, activate, add_bias, is_silent, round_to
 
 
 @triton.jit
@@ -112,27 +112,27 @@ def _hidden_kernel(
 def hidden(x: Tensor, mlp: MLP) -> Tensor:
     """The hidden layer ``[T, F]``, dtype of ``x``, of the contiguous tokens ``x [T, D]``, T at least 2.
 
-    The rows of ``mlp.gate`` and ``mlp.up`` and the biases are contiguous.
+    The rows of ``mlp.first`` and ``mlp.up`` and the biases are contiguous.
     """
-    tokens, (neurons, hidden) = x.shape[0], mlp.gate.shape
-    tile = triton_launch.hidden_several(tokens, hidden, x.dtype)
+    tokens, (neurons, hidden) = x.shape[0], mlp.first.shape
+    tile = launch.hidden_several(tokens, hidden, x.dtype)
     h = torch.empty(tokens, neurons, dtype=x.dtype, device=x.device)
     _hidden_kernel[triton.cdiv(tokens, tile.BLOCK_T), triton.cdiv(neurons, tile.BLOCK_F)](
         x,
-        mlp.gate,
+        mlp.first,
         mlp.up,
-        mlp.gate_bias,
+        mlp.first_bias,
         mlp.up_bias,
         h,
         tokens,
         hidden,
         neurons,
-        mlp.gate.stride(0),
+        mlp.first.stride(0),
         0 if mlp.up is None else mlp.up.stride(0),
         mlp.threshold,
         KIND=ACTIVATIONS.index(mlp.activation),
         GATED=mlp.up is not None,
-        GATE_BIAS=mlp.gate_bias is not None,
+        GATE_BIAS=mlp.first_bias is not None,
         UP_BIAS=mlp.up_bias is not None,
         UPCAST=upcast(x.dtype),
         **tile._asdict(),

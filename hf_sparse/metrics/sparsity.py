@@ -14,8 +14,8 @@ from torch.nn.functional import cross_entropy
 
 from hf_sparse.adapters import Block, find_blocks
 from hf_sparse.errors import PatchError
-from hf_sparse.measure.report import LayerSparsity, SparsityReport
-from hf_sparse.measure.windows import windows
+from hf_sparse.metrics.report import LayerSparsity, SparsityReport
+from hf_sparse.windows import windows
 
 _LONGEST_DEFAULT = 1024
 

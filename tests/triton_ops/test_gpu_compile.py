@@ -53,7 +53,7 @@ def compiled(kernel: Any, arguments: dict[str, Any], constants: dict[str, Any]) 
 def hidden_one(
     dtype: torch.dtype, *, certified: bool, gated: bool, kind: int = 0, hidden: int = HIDDEN
 ) -> Any:
-    from triton_ops import decode, triton_launch
+    from triton_ops.gpu import launch, one_token
 
     tensors = dict.fromkeys(("x_ptr", "gate_ptr", "gate_bias_ptr", "h_ptr"), dtype)
     tensors |= dict.fromkeys(("up_ptr", "up_bias_ptr"), dtype if gated else None)
@@ -65,12 +65,12 @@ def hidden_one(
     sizes = {"D": hidden, "F": NEURONS, "gate_stride": hidden, "up_stride": hidden if gated else 0}
     floats = dict.fromkeys(("threshold", "gate_error", "own_error", "underflow"), 1e-4)
     constants = {"KIND": kind, "GATED": gated, "GATE_BIAS": True, "UP_BIAS": gated, "CERTIFIED": certified}
-    tile = triton_launch.hidden_one(hidden, dtype, certified=certified)
-    return compiled(decode._hidden_kernel, tensors | sizes | floats, constants | tile._asdict())
+    tile = launch.hidden_one(hidden, dtype, certified=certified)
+    return compiled(one_token._hidden_kernel, tensors | sizes | floats, constants | tile._asdict())
 
 
 def hidden_several(dtype: torch.dtype, tokens: int, *, gated: bool, kind: int = 0) -> Any:
-    from triton_ops import batch, triton_launch
+    from triton_ops.gpu import launch, several_tokens
 
     tensors = dict.fromkeys(("x_ptr", "gate_ptr", "gate_bias_ptr", "h_ptr"), dtype)
     tensors |= dict.fromkeys(("up_ptr", "up_bias_ptr"), dtype if gated else None)
@@ -82,17 +82,19 @@ def hidden_several(dtype: torch.dtype, tokens: int, *, gated: bool, kind: int = 
         "up_stride": HIDDEN if gated else 0,
     }
     constants = {"KIND": kind, "GATED": gated, "GATE_BIAS": True, "UP_BIAS": gated, "UPCAST": False}
-    tile = triton_launch.hidden_several(tokens, HIDDEN, dtype)
-    return compiled(batch._hidden_kernel, tensors | sizes | {"threshold": 0.5}, constants | tile._asdict())
+    tile = launch.hidden_several(tokens, HIDDEN, dtype)
+    return compiled(
+        several_tokens._hidden_kernel, tensors | sizes | {"threshold": 0.5}, constants | tile._asdict()
+    )
 
 
 def partial(dtype: torch.dtype, tokens: int) -> Any:
-    from triton_ops import triton_down, triton_launch
+    from triton_ops.gpu import down, launch
 
-    tile, _, spans = triton_launch.down(tokens, HIDDEN, NEURONS)
+    tile, _, spans = launch.down(tokens, HIDDEN, NEURONS)
     tensors = {"h_ptr": dtype, "down_ptr": dtype, "partial_ptr": torch.float32}
     sizes = {"T": tokens, "D": HIDDEN, "F": NEURONS, "stride": HIDDEN, "spans": spans}
-    return compiled(triton_down._partial_kernel, tensors | sizes, {"UPCAST": False} | tile._asdict())
+    return compiled(down._partial_kernel, tensors | sizes, {"UPCAST": False} | tile._asdict())
 
 
 @pytest.mark.parametrize("certified", [False, True], ids=["exact", "certified"])
@@ -125,25 +127,25 @@ def test_down_compiles_in_float32(tokens):
 
 
 def test_the_sum_compiles():
-    from triton_ops import triton_down
+    from triton_ops.gpu import down
 
     tensors = {"partial_ptr": torch.float32, "bias_ptr": torch.bfloat16, "y_ptr": torch.bfloat16}
     constants = {"BIAS": True, "BLOCK_S": 32, "BLOCK_D": 32, "num_warps": 4, "num_stages": 1}
     sizes = {"T": 8, "D": HIDDEN, "splits": 16}
-    assert "atom" not in compiled(triton_down._sum_kernel, tensors | sizes, constants).asm["ptx"]
+    assert "atom" not in compiled(down._sum_kernel, tensors | sizes, constants).asm["ptx"]
 
 
 @pytest.mark.parametrize("hidden", [4096, 4095])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_gate_row_is_summed_in_the_same_order_with_a_certificate(dtype, hidden):
     # Lanes, warps and their order are what the layout of the summed tile says; equal bits need equal layouts.
-    from triton_ops import triton_launch
+    from triton_ops.gpu import launch
 
-    width = triton_launch.hidden_one(hidden, dtype, certified=True).BLOCK_D
+    width = launch.hidden_one(hidden, dtype, certified=True).BLOCK_D
 
     def layouts(certified: bool) -> set[str]:
         ir = hidden_one(dtype, certified=certified, gated=True, hidden=hidden).asm["ttgir"]
-        found = re.findall(rf"tensor<{triton_launch.ROWS}x{width}xf32, (#\w+)>\) -> tensor", ir)
+        found = re.findall(rf"tensor<{launch.ROWS}x{width}xf32, (#\w+)>\) -> tensor", ir)
         return {re.search(rf"^{name} = (.*)$", ir, re.MULTILINE)[1] for name in found}
 
     assert len(layouts(False)) == 1

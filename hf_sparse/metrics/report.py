@@ -136,7 +136,7 @@ class SparsityReport:
             ValueError: ``before`` is of a model with another number of blocks.
 
         """
-        from hf_sparse.measure.plot import draw
+        from hf_sparse.metrics.plot import draw
 
         return draw(self, Path(path), before)
 

@@ -1,13 +1,4 @@
-"""The Triton backend, and its kernel for one token; :mod:`triton_ops.batch` has the one for several.
-
-Three launches on a static grid: h (gate, activation test, up rows of active neurons), and the two of
-:mod:`triton_ops.triton_down`. There are no atomics, no host synchronisation and no sizes that depend on data,
-so the result is deterministic and can be captured in a CUDA graph.
-
-The boundary is at two tokens. One token needs no more than a product and a sum per weight. For several,
-tensor cores pad to 16 and are still idle most of the time, since memory is the limit, and their loads are
-pipelined; the same on ordinary cores would need tiles of tokens, rows and columns, whose layouts are
-converted through shared memory.
+"""The hidden layer of one token: gate, activation test, and the up rows of active neurons, in one launch.
 
 With a certificate (:mod:`triton_ops.certificate`), a program first reads its neurons as int8 and goes on with
 those that are not proven silent. What it then computes of a neuron is the same code with the same tiles, so
@@ -26,14 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_ops import batch, triton_launch
-from triton_ops.layout import as_tokens
+from triton_ops.gpu import launch
+from triton_ops.gpu.down import pick
+from triton_ops.gpu.numerics import ACTIVATIONS, DRELU, activate, add_bias, is_silent, round_to
 from triton_ops.mlp import MLP
-from triton_ops.triton_down import down, interpreted, pick
-from triton_ops.triton_numerics import ACTIVATIONS, DRELU, activate, add_bias, is_silent, round_to
 
 FOLD = tl.constexpr(16)  # int8 elements in one load of a lane
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @triton.jit
@@ -237,62 +226,25 @@ def _hidden_kernel(
         )
 
 
-def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why this path cannot run on ``device`` with ``dtype``; None if it can."""
-    if device.type == "cpu" and not interpreted():
-        return (
-            "Triton compiles for GPUs and the tensors are on the CPU "
-            "(TRITON_INTERPRET=1, set before Python starts, runs the kernels in its interpreter)"
-        )
-    if device.type not in ("cpu", "cuda"):
-        return f"it has not been written for {device.type} devices"
-    return None if dtype in DTYPES else f"it has no kernel for {dtype}"
-
-
-def mlp(x: Tensor, mlp: MLP) -> Tensor:
-    """The block of ``mlp`` for ``x [..., D]`` of any strides, at least one token; the result is contiguous.
-
-    The certificate counts for one token; with several the union of active neurons is too large for it to pay.
-    ``mlp.down`` is neuron-major. A gate or up projection whose rows are not contiguous is copied at every
-    call.
-    """
-    with torch.cuda.device_of(x):
-        block = mlp._replace(
-            gate=_with_rows(mlp.gate),
-            up=None if mlp.up is None else _with_rows(mlp.up),
-            gate_bias=_contiguous(mlp.gate_bias),
-            up_bias=_contiguous(mlp.up_bias),
-        )
-        rows = as_tokens(x).contiguous()
-        h = (_hidden if rows.shape[0] == 1 else batch.hidden)(rows, block)
-        return down(h, mlp.down, _contiguous(mlp.down_bias)).view(x.shape)
-
-
-def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``h [..., F]`` to ``[..., D]``, at least one token; ``weight [D, F]`` neuron-major."""
-    with torch.cuda.device_of(h):
-        return down(as_tokens(h).contiguous(), weight, _contiguous(bias)).view(*h.shape[:-1], weight.shape[0])
-
-
-def _hidden(x: Tensor, mlp: MLP) -> Tensor:
+def hidden(x: Tensor, mlp: MLP) -> Tensor:
     """The hidden layer ``[1, F]``, dtype of ``x``, of one contiguous token ``x [1, D]``."""
-    neurons, hidden = mlp.gate.shape
+    neurons, hidden = mlp.first.shape
     certified = mlp.certificate is not None
     q, bounds = (None, None) if mlp.certificate is None else (t.contiguous() for t in mlp.certificate)
-    tile = triton_launch.hidden_one(hidden, x.dtype, certified=certified)
+    tile = launch.hidden_one(hidden, x.dtype, certified=certified)
     h = torch.empty(1, neurons, dtype=x.dtype, device=x.device)
     _hidden_kernel[(triton.cdiv(neurons, tile.OWNED),)](
         x,
-        mlp.gate,
+        mlp.first,
         mlp.up,
-        mlp.gate_bias,
+        mlp.first_bias,
         mlp.up_bias,
         q,
         bounds,
         h,
         hidden,
         neurons,
-        mlp.gate.stride(0),
+        mlp.first.stride(0),
         0 if mlp.up is None else mlp.up.stride(0),
         mlp.threshold,
         _relative_error(hidden, tile.BLOCK_D),
@@ -301,7 +253,7 @@ def _hidden(x: Tensor, mlp: MLP) -> Tensor:
         hidden * 2.0**-120,
         KIND=ACTIVATIONS.index(mlp.activation),
         GATED=mlp.up is not None,
-        GATE_BIAS=mlp.gate_bias is not None,
+        GATE_BIAS=mlp.first_bias is not None,
         UP_BIAS=mlp.up_bias is not None,
         CERTIFIED=certified,
         **tile._asdict(),
@@ -318,11 +270,3 @@ def _relative_error(hidden: int, width: int) -> float:
     roundings = 1 + triton.cdiv(hidden, width) + width
     error = roundings * 2.0**-24
     return error / (1 - error) * (1 + 2.0**-20)
-
-
-def _with_rows(weight: Tensor) -> Tensor:
-    return weight if weight.stride(1) == 1 else weight.contiguous()
-
-
-def _contiguous(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.contiguous()

@@ -179,7 +179,7 @@ def test_same_bits_every_time(gated, tokens):
 
 
 def test_kernel_and_package_number_the_activations_alike():
-    from triton_ops import triton_numerics as kernels
+    from triton_ops.gpu import numerics as kernels
 
     assert kernels.ACTIVATIONS == ACTIVATIONS
     numbers = [kernels.RELU2, kernels.JSRELU, kernels.SHIFTED, kernels.FAT, kernels.DRELU]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hf_sparse.measure.report import SparsityReport
+    from hf_sparse.metrics.report import SparsityReport
 
 _GREY, _BLUE = "#b0b7c3", "#2563eb"
 

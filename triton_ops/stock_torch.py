@@ -30,7 +30,7 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def mlp(x: Tensor, mlp: MLP) -> Tensor:
     """``x [..., D]`` to ``[..., D]``; above ``MAX_DENSITY`` a token's up rows are all read."""
-    a = reference.activation(F.linear(x, mlp.gate, mlp.gate_bias), mlp.activation, mlp.threshold)
+    a = reference.activation(F.linear(x, mlp.first, mlp.first_bias), mlp.activation, mlp.threshold)
     rows = []
     for token, active in zip(as_tokens(x), as_tokens(a), strict=True):
         idx = active.nonzero().squeeze(1)

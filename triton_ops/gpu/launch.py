@@ -44,7 +44,7 @@ SMALLEST = 16  # side of a tile, whatever the shape
 
 
 class HiddenOne(NamedTuple):
-    """The kernel of :mod:`triton_ops.decode`."""
+    """The kernel of :mod:`triton_ops.gpu.one_token`."""
 
     BLOCK_F: int
     """Rows of the gate, or of up, that are read together."""
@@ -59,7 +59,7 @@ class HiddenOne(NamedTuple):
 
 
 class HiddenSeveral(NamedTuple):
-    """The kernel of :mod:`triton_ops.batch`."""
+    """The kernel of :mod:`triton_ops.gpu.several_tokens`."""
 
     BLOCK_T: int
     BLOCK_F: int
@@ -69,7 +69,7 @@ class HiddenSeveral(NamedTuple):
 
 
 class Down(NamedTuple):
-    """The kernel of :mod:`triton_ops.triton_down`."""
+    """The kernel of :mod:`triton_ops.gpu.down`."""
 
     BLOCK_T: int
     BLOCK_D: int

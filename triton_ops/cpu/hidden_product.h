@@ -5,7 +5,7 @@
 // the two differ in the order of additions.
 #pragma once
 
-#include "fused.h"
+#include "one_pass.h"
 #include "gemm.h"
 
 namespace {

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 
-from records import RunLog, read_log
+from run_log import RunLog, read_log
 
 
 def steps(folder) -> list[int]:

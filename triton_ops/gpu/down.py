@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_ops import triton_launch
-from triton_ops.triton_numerics import round_to
+from triton_ops.gpu import launch
+from triton_ops.gpu.numerics import round_to
 
 
 @triton.jit
@@ -173,7 +173,7 @@ def down(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     tokens, neurons = h.shape
     hidden = weight.shape[0]
-    tile, splits, spans = triton_launch.down(tokens, hidden, neurons)
+    tile, splits, spans = launch.down(tokens, hidden, neurons)
     partial = torch.empty(splits, tokens, hidden, dtype=torch.float32, device=h.device)
     y = torch.empty(tokens, hidden, dtype=h.dtype, device=h.device)
     grid = (triton.cdiv(tokens, tile.BLOCK_T), triton.cdiv(hidden, tile.BLOCK_D), splits)
@@ -189,7 +189,7 @@ def down(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         UPCAST=upcast(h.dtype),
         **tile._asdict(),
     )
-    width = triton_launch.SUM_WIDTH
+    width = launch.SUM_WIDTH
     _sum_kernel[(tokens, triton.cdiv(hidden, width))](
         partial,
         bias,
@@ -198,7 +198,7 @@ def down(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         hidden,
         splits,
         BIAS=bias is not None,
-        BLOCK_S=min(triton_launch.SUM_SPLITS, triton.next_power_of_2(splits)),
+        BLOCK_S=min(launch.SUM_SPLITS, triton.next_power_of_2(splits)),
         BLOCK_D=width,
         num_warps=4,
         num_stages=1,

@@ -12,7 +12,7 @@ from recorders import FunctionRecorder, Recorder
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import triton_ops
-from triton_ops.direct import unobserved
+from triton_ops.unobserved import unobserved
 
 OPERATORS = ("gated_mlp", "plain_mlp", "sparse_linear")
 

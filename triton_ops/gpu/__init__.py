@@ -1,0 +1,1 @@
+"""The Triton kernels: the backend's door, one file per regime, and how they are launched."""
