@@ -145,22 +145,39 @@ def patch_from_config(model: PreTrainedModel) -> None:
     _exchange(model, {id(b.module): _sparse_block(b, record.config, index) for index, b in enumerate(chosen)})
 
 
-def prepare(model: nn.Module) -> None:
-    """Get a patched model ready to skip: down projections neuron-major, and certificates with ``certify``.
+def prepare(model: nn.Module, *, certify: bool = False) -> None:
+    """Get a patched model ready to skip; otherwise the first call that skips does it, block by block.
 
-    Otherwise the first call that skips does it, block by block. Call it before ``torch.compile``: a compiled
-    graph can do neither, and runs dense on the stock layout and without certificates. Call it, too, after
-    changing weights in place through ``.data``: that is the one change that a certificate does not notice.
+    Down projections are stored neuron-major: same values and shape, other strides. That lasts until somebody
+    gets to the weights of the model (to train, save, move, list or change them), and is done again by the
+    next call that skips. A compiled graph can do neither: call this last before ``torch.compile``, else the
+    graph runs dense on the stock layout, and without certificates.
+
+    Args:
+        model: a patched model.
+        certify: decode single sequences without reading most of the projection that decides which neurons are
+            active. A certificate of it, one byte per weight (of the gate, or of the up projection of a plain
+            MLP) and 12 per neuron, proves most silent neurons silent. The result is the same, bit for bit. It
+            pays where few neurons are active; several tokens in a call are computed without it. It is used
+            while nobody but the model holds that projection, so that no change of it goes unnoticed: with an
+            optimizer or a list of its parameters at hand, decoding goes on without. False ends its use.
 
     Raises:
-        PatchError: the model is not patched.
+        PatchError: the model is not patched, or has an activation that is never exactly zero.
+
     """
     base = transformers_model(model)
     sparse = [module for module in base.modules() if isinstance(module, SparseMLP)]
     if not sparse:
         raise PatchError(f"prepare needs a patched model; this {type(base).__name__} is not patched.")
+    if certify and all(kernel_kind(module.activation) is None for module in sparse):
+        raise PatchError(
+            f"certify=True needs activations that can be exactly zero; the blocks of this "
+            f"{type(base).__name__} have {type(sparse[0].activation).__name__}. Patch with another one "
+            'first, such as "relu".'
+        )
     for module in sparse:
-        module.prepare()
+        module.prepare(certify=certify)
 
 
 def _as_config(config: Any, given: dict[str, Any]) -> SparsityConfig:
@@ -238,14 +255,6 @@ def _choose(
                 f'activation="drelu" computes the block itself, but {block.name} also has '
                 f'{", ".join(sorted(extra))}; use "relu".'
             )
-        if config.certify and config.activation == "original":
-            original = getattr(block.module, "original_activation", block.activation)
-            if kernel_kind(original) is None:
-                raise PatchError(
-                    f'certify=True with activation="original" needs a model that is sparse as it comes, but '
-                    f"{block.name} has {type(original).__name__}, which is never exactly zero; choose "
-                    'another activation, such as "relu", or leave certify off.'
-                )
         if "forward" in vars(block.module) and not hasattr(block.module, "_hf_hook"):
             raise PatchError(
                 f"the forward of {block.name} was replaced by another tool (Liger's use_liger_kernel does "
@@ -260,9 +269,9 @@ def _sparse_block(block: Block, config: SparsityConfig, index: int) -> SparseMLP
     sparse: SparseMLP
     if block.kind == "gated":
         relu_up = config.activation == "drelu"
-        sparse = SparseGatedMLP(stock, block.roles, activation, certify=config.certify, relu_up=relu_up)
+        sparse = SparseGatedMLP(stock, block.roles, activation, relu_up=relu_up)
     else:
-        sparse = SparsePlainMLP(stock, block.roles, activation, certify=config.certify)
+        sparse = SparsePlainMLP(stock, block.roles, activation)
     sparse.set_mix(config.mix)
     return sparse
 

@@ -7,7 +7,6 @@ forward of the stock class itself, so an unchanged activation gives bit-identica
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -17,24 +16,24 @@ from torch.nn.modules import module as nn_module
 import triton_ops
 from hf_sparse.activations import MixedActivation, kernel_kind
 from hf_sparse.adapters.roles import Roles
-from hf_sparse.modules.certified import HeldCertificate
+from hf_sparse.modules.certified import Certified
+from hf_sparse.modules.guarded import GuardedModule
 from hf_sparse.modules.hooked import carry_device_hook
-from triton_ops import dispatch
+from hf_sparse.modules.ownership import give_back, held_elsewhere, lend, shares_nothing
+from triton_ops import Certificate, dispatch
 from triton_ops.break_even import Kind
-from triton_ops.layout import stock_layout_
 
 # What belongs to one module object and is not taken over from the stock block.
 _NOT_SHARED = ("_modules", "forward", "_old_forward", "_hf_hook")
 
 
-class SparseMLP(nn.Module):
+class SparseMLP(GuardedModule):
     """Common part of :class:`SparseGatedMLP` and :class:`SparsePlainMLP`.
 
     Args:
         stock: the block to stand in for; it is not changed.
         roles: names of its children by part.
         activation: takes the place of the stock activation, ``[..., F] -> [..., F]``.
-        certify: decode single tokens with a certificate, as ``SparsityConfig.certify`` says.
 
     """
 
@@ -42,18 +41,18 @@ class SparseMLP(nn.Module):
     density: float | None
     """Mean share of active neurons per token, as :func:`hf_sparse.tune` measured it; None if it did not."""
 
-    def __init__(
-        self, stock: nn.Module, roles: Roles, activation: nn.Module, *, certify: bool = False
-    ) -> None:
+    def __init__(self, stock: nn.Module, roles: Roles, activation: nn.Module) -> None:
         super().__init__()
         # Sizes, flags, hooks and whatever else the stock forward reads from self.
         self.__dict__.update({k: v for k, v in vars(stock).items() if k not in _NOT_SHARED})
         self._modules = {**stock._modules, roles.act: activation}
         self.roles = roles
         self._stock = (stock,)  # in a tuple, so that it is not registered as a child
-        self.certify = certify
+        # The function that was recognised: other tools replace that of the class.
+        self._stock_function = type(stock).forward
         self.density = None
-        self._held: HeldCertificate | None = None
+        self._certified = Certified()
+        self._forward_ran = False
         carry_device_hook(stock, self)
 
     @property
@@ -84,11 +83,8 @@ class SparseMLP(nn.Module):
 
     def restore(self) -> nn.Module:
         """The stock block with its own activation and this block's linear layers as they are now."""
-        self._held = None
+        self.disclose()
         (stock,) = self._stock
-        down = self._child(self.roles.down)
-        if type(down) is nn.Linear and triton_ops.is_neuron_major(down.weight):
-            stock_layout_(down.weight)
         for name, child in self._modules.items():
             if name != self.roles.act:
                 stock._modules[name] = child
@@ -96,10 +92,52 @@ class SparseMLP(nn.Module):
         carry_device_hook(self, stock)
         return stock
 
+    def disclose(self) -> None:
+        """Give the down projection its stock layout back, and drop the certificate."""
+        self._certified.drop()
+        weight = self._weight_of(self.roles.down)
+        if weight is not None:
+            give_back(weight)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module, if the forward that runs is this block's.
+
+        Raises:
+            RuntimeError: another tool has replaced it.
+
+        """
+        if "forward" not in self.__dict__:
+            return super().__call__(*args, **kwargs)
+        self._forward_ran = False
+        output = super().__call__(*args, **kwargs)
+        if not self._forward_ran:
+            raise RuntimeError(
+                f"this {self.stock_class.__name__} was patched, and then its forward was replaced by "
+                f"{self.replaced_forward()} (Liger and kernel mappings do so), which does not compute what "
+                "the config of the model says. Turn that off for the MLP, or hf_sparse.unpatch(model) first."
+            )
+        return output
+
+    def replaced_forward(self) -> str | None:
+        """The name of what was put in the place of ``forward`` on this object; None if nothing was.
+
+        It may be a wrapper that calls the block's own, as Accelerate's for offloading is.
+        """
+        forward = self.__dict__.get("forward")
+        if forward is None or "_hf_hook" in self.__dict__:
+            return None
+        function = getattr(forward, "__func__", forward)
+        return f"{function.__module__}.{getattr(function, '__qualname__', function)}"
+
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., D] -> [..., D]``, any floating dtype."""
+        if "forward" in self.__dict__:
+            self._forward_ran = True
         if torch.is_grad_enabled() or self.training:
-            return self.dense(x)
+            # The weights belong to whoever trains them.
+            if not torch.compiler.is_compiling():
+                self.disclose()
+            return self._stock_forward(x)
         return self._skip_silent(x)
 
     def dense(self, x: Tensor) -> Tensor:
@@ -112,23 +150,23 @@ class SparseMLP(nn.Module):
         if inference and (read := self._weights(x, self.roles.down)) is not None:
             ((down, bias),) = read
             if triton_ops.is_neuron_major(down) and triton_ops.wants_product(down):
+                # A view: another thread may give the weight back meanwhile.
+                down = down if torch.compiler.is_compiling() else down.detach()
                 return triton_ops.sparse_linear(self.hidden(x), down, bias)
-        self._store_for_torch()
+            if dispatch.torch_stalls(down.device.type, down.dtype) and not torch.compiler.is_compiling():
+                give_back(down)
         return self._stock_forward(x)
 
-    def _store_for_torch(self) -> None:
-        """Give the down projection its stock layout back where torch cannot do without."""
-        down = self._child(self.roles.down)
-        if (
-            not torch.compiler.is_compiling()
-            and type(down) is nn.Linear
-            and dispatch.torch_stalls(down.weight.device.type, down.weight.dtype)
-            and triton_ops.is_neuron_major(down.weight)
-        ):
-            stock_layout_(down.weight)
-
     def _stock_forward(self, x: Tensor) -> Tensor:
-        return self.stock_class.forward(self, x)
+        return self._stock_function(self._unguarded(), x)
+
+    def _unguarded(self) -> nn.Module:
+        """This block as an object of the stock class: the same attributes, nothing disclosed by their use."""
+        if torch.compiler.is_compiling():
+            return self
+        view = object.__new__(self.stock_class)
+        object.__setattr__(view, "__dict__", self.__dict__)
+        return view
 
     def hidden(self, x: Tensor) -> Tensor:
         """What reaches the down projection, by calls of the modules: ``x [..., D] -> [..., F]``."""
@@ -140,60 +178,67 @@ class SparseMLP(nn.Module):
     def _child(self, name: str) -> nn.Module:
         return cast(nn.Module, self._modules[name])
 
-    def prepare(self) -> None:
-        """Store the down projection neuron-major and certify anew; else the first call that skips does so."""
-        self._held = None
+    def _weight_of(self, name: str) -> Tensor | None:
+        linear = self._modules[name]
+        return None if linear is None else linear._parameters.get("weight")
+
+    def prepare(self, *, certify: bool) -> None:
+        """Store the down projection neuron-major and certify; else the first call that skips does so."""
+        self._certified.wanted = certify
+        self._certified.drop()
         if self.kernel() is None:
             return
         if (down := self.readable(self.roles.down)) is not None:
-            prepare_down(down.weight)
-        if (first := self.readable(self.deciding)) is not None:
+            lend(down.weight)
+        if certify and self.owns_deciding() and (first := self.readable(self.deciding)) is not None:
             self._certificate(1, first.weight)
 
-    def train(self, mode: bool = True) -> SparseMLP:
-        """Training mode runs dense and changes the weights: a certificate is of no use there."""
-        if mode:
-            self._held = None
-        return super().train(mode)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, nn.Module):
-            # PEFT puts its layer in the place of one of ours, and ours back after changing its weight through
-            # .data, which counts no version.
-            self.__dict__["_held"] = None
-        super().__setattr__(name, value)
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SparseMLP:
-        self._held = None  # .to(), .half(), ... put new values into the weight, uncounted
-        return super()._apply(fn, recurse)
+    @property
+    def certify(self) -> bool:
+        """Whether single tokens are decoded with a certificate, as :func:`hf_sparse.prepare` was asked."""
+        return self._certified.wanted
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_held": None}  # a copy or a pickle has weights of its own
+        certified = Certified()  # a copy has weights of its own
+        certified.wanted = self.certify
+        return {**super().__getstate__(), "_certified": certified}
 
     @property
     def deciding(self) -> str:
         """The name of the projection that decides which neurons are active."""
         return self.roles.gate or self.roles.up
 
+    def owns_deciding(self) -> bool:
+        """Whether nobody else holds the deciding projection, so that no change of it goes unnoticed.
+
+        Not to be asked while a variable of the caller holds it.
+        """
+        modules, name = self._modules, self.deciding
+        if held_elsewhere(self._stock, 0) or held_elsewhere(
+            modules, name, holders=2
+        ):  # the other is the stock block
+            return False
+        parameters = modules[name]._parameters  # type: ignore[union-attr]
+        return not held_elsewhere(parameters, "weight") and shares_nothing(parameters["weight"])  # type: ignore[arg-type]
+
     def _wants(self, tokens: int, weight: Tensor, kind: Kind) -> bool:
         density = 1.0 if self.density is None else self.density
         return triton_ops.wants_sparse(tokens, weight, kind, density=density)
 
-    def _certificate(self, tokens: int, weight: Tensor) -> HeldCertificate | None:
-        """The certificate to decode with, made if need be; None where it is not wanted, or cannot be had.
+    def _may_certify(self, tokens: int) -> bool:
+        """Whether a certificate may be used for so many tokens; to be asked before fetching the weights."""
+        return tokens == 1 and self.certify and (torch.compiler.is_compiling() or self.owns_deciding())
+
+    def _certificate(self, tokens: int, weight: Tensor) -> tuple[Certificate, tuple[int, int]] | None:
+        """The certificate to decode with, made if need be, and its stamp; None where it is not wanted.
 
         ``weight [F, D]`` is that of the deciding projection. To ask for certificates is to say that the model
         is sparse; where the density was measured, that decides.
         """
         density = 0.0 if self.density is None else self.density
-        if not self.certify or tokens != 1:
-            return None
         if not triton_ops.wants_sparse(1, weight, self.roles.kind, certified=True, density=density):
             return None
-        # A graph can neither make a certificate nor ask a weight for its version; there the operator does.
-        if not torch.compiler.is_compiling() and not (self._held and self._held.holds_for(weight)):
-            self._held = HeldCertificate.make(weight)
-        return self._held
+        return self._certified.of(weight)
 
     def kernel(self) -> tuple[str, float] | None:
         """What the kernels call the activation; None if it must be called as a module."""
@@ -238,15 +283,9 @@ class SparseGatedMLP(SparseMLP):
     """``down(act(gate(x)) * up(x))``; with ``relu_up`` also ``relu`` on the up projection (dReLU)."""
 
     def __init__(
-        self,
-        stock: nn.Module,
-        roles: Roles,
-        activation: nn.Module,
-        *,
-        certify: bool = False,
-        relu_up: bool = False,
+        self, stock: nn.Module, roles: Roles, activation: nn.Module, *, relu_up: bool = False
     ) -> None:
-        super().__init__(stock, roles, activation, certify=certify)
+        super().__init__(stock, roles, activation)
         self.relu_up = relu_up
 
     def _stock_forward(self, x: Tensor) -> Tensor:
@@ -268,28 +307,30 @@ class SparseGatedMLP(SparseMLP):
 
     def _skip_silent(self, x: Tensor) -> Tensor:
         kind = self.kernel()
+        tokens = x.numel() // x.shape[-1]
+        certify = self._may_certify(tokens)
         read = self._weights(x, self.deciding, self.roles.up, self.roles.down)
         if kind is None or read is None:
             return self.dense(x)
         (gate, gate_bias), (up, up_bias), (down, down_bias) = read
-        tokens = x.numel() // x.shape[-1]
-        held = self._certificate(tokens, gate)
+        held = self._certificate(tokens, gate) if certify else None
         if held is None and not self._wants(tokens, gate, "gated"):
             return self.dense(x)
-        prepare_down(down)
+        if (rows := neuron_major(down)) is None:
+            return self.dense(x)
         name, threshold = ("drelu", 0.0) if self.relu_up else kind
         return triton_ops.gated_mlp(
             x,
             gate,
             up,
-            down,
+            rows,
             gate_bias,
             up_bias,
             down_bias,
             activation=name,
             threshold=threshold,
-            certificate=held.certificate if held else None,
-            stamp=held.stamp if held else None,
+            certificate=held[0] if held else None,
+            stamp=held[1] if held else None,
         )
 
 
@@ -298,33 +339,33 @@ class SparsePlainMLP(SparseMLP):
 
     def _skip_silent(self, x: Tensor) -> Tensor:
         kind = self.kernel()
+        tokens = x.numel() // x.shape[-1]
+        certify = self._may_certify(tokens)
         last = self._weights(x, self.roles.down)
         if kind is None or last is None:
             return self.dense(x)
         ((down, down_bias),) = last
-        tokens = x.numel() // x.shape[-1]
         if (first := self._weights(x, self.roles.up)) is not None:
             ((up, up_bias),) = first
-            held = self._certificate(tokens, up)
-            if held is not None or self._wants(tokens, up, "plain"):
-                prepare_down(down)
+            held = self._certificate(tokens, up) if certify else None
+            wanted = held is not None or self._wants(tokens, up, "plain")
+            if wanted and (rows := neuron_major(down)) is not None:
                 name, threshold = kind
                 return triton_ops.plain_mlp(
                     x,
                     up,
-                    down,
+                    rows,
                     up_bias,
                     down_bias,
                     activation=name,
                     threshold=threshold,
-                    certificate=held.certificate if held else None,
-                    stamp=held.stamp if held else None,
+                    certificate=held[0] if held else None,
+                    stamp=held[1] if held else None,
                 )
         # Where the up projection must be called, or there are too many tokens for the fused operator to pay.
-        if not self._wants(tokens, down, "linear"):
+        if not self._wants(tokens, down, "linear") or (rows := neuron_major(down)) is None:
             return self.dense(x)
-        prepare_down(down)
-        return triton_ops.sparse_linear(self.hidden(x), down, down_bias)
+        return triton_ops.sparse_linear(self.hidden(x), rows, down_bias)
 
 
 def hooks_on_all_modules() -> bool:
@@ -332,10 +373,10 @@ def hooks_on_all_modules() -> bool:
     return bool(nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks)
 
 
-def prepare_down(down: Tensor) -> None:
-    """Store the weight of a down projection neuron-major, once: same values and shape, other strides.
+def neuron_major(down: Tensor) -> Tensor | None:
+    """The weight of a down projection stored neuron-major: same values and shape, other strides.
 
-    Not while compiling: a graph must not change its own inputs, and the operators are right either way.
+    None where its layout must stay. While compiling it is what it is: a graph must not change its own inputs,
+    and the operators are right either way.
     """
-    if not torch.compiler.is_compiling() and not triton_ops.is_neuron_major(down):
-        triton_ops.neuron_major_(down)
+    return down if torch.compiler.is_compiling() else lend(down)

@@ -1,0 +1,77 @@
+"""A module that notices when somebody else than its own forward reaches its children.
+
+What a sparse block keeps about its weights, a layout for decoding and a certificate, is right only while
+nobody else sees or changes them. Everything outside (optimizers, sharding, saving, weight synchronisation,
+another tool's surgery) gets to them through the module tree: by traversal, as an attribute, in a state dict
+or a copy. Each of these ways calls :meth:`GuardedModule.disclose` first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._guards import CompileContext
+
+
+class GuardedModule(nn.Module):
+    """Calls :meth:`disclose` before its children are reached from outside.
+
+    Its own methods reach them through ``self._modules``. What is being compiled discloses nothing: Dynamo
+    looks at all parameters, and a graph must not change its own inputs.
+    """
+
+    def disclose(self) -> None:
+        """Bring the children into the state that everybody else may rely on; cheap if they are in it."""
+        raise NotImplementedError
+
+    def _reached(self) -> None:
+        if not torch.compiler.is_dynamo_compiling() and CompileContext.try_get() is None:
+            self.disclose()
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.__dict__.get("_modules", ()):
+            self._reached()
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Module):
+            self._reached()
+        super().__setattr__(name, value)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """As of any module; parameters and buffers of a whole model are listed through it, too."""
+        self._reached()
+        yield from super().named_modules(*args, **kwargs)
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """As of any module."""
+        self._reached()
+        yield from super().named_children()
+
+    def train(self, mode: bool = True) -> GuardedModule:
+        """As of any module. Evaluation mode, which changes nothing, discloses nothing."""
+        if mode:
+            self._reached()
+        self.training = mode
+        for child in self._modules.values():
+            if child is not None:
+                child.train(mode)
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module."""
+        self._reached()
+        return super().state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GuardedModule:
+        self._reached()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles."""
+        self._reached()
+        # A shallow copy holds the children, too, and can be told from their one owner by doing so.
+        return {**self.__dict__, "_modules": dict(self._modules)}
