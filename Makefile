@@ -1,12 +1,16 @@
 # make quickstart   patch, finetune, measure and run a small model, end to end
-# make test         the whole test suite
+# make test         the whole test suite; ARGS="tests/hf_sparse -k measure" for a part
+# make test-fast    without what takes seconds: for daily work, in under two minutes
 # make lint         ruff and mypy
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+# Two processes; tests of one file stay together, for what they share.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+INTERPRETED := tests/triton_ops/test_gpu_kernels.py tests/triton_ops/test_gpu_certificate.py
 
-.PHONY: quickstart test lint format setup clean
+.PHONY: quickstart test test-fast test-interpreter lint format setup clean
 
 setup: $(VENV)/.installed
 
@@ -19,7 +23,15 @@ quickstart: setup
 	$(BIN)/hf-sparse quickstart $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(if $(ARGS),,$(MAKE) --no-print-directory test-interpreter)
+	$(PYTEST) $(ARGS)
+
+test-fast: setup
+	$(PYTEST) -m "not slow" $(ARGS)
+
+# The Triton kernels without a GPU.
+test-interpreter: setup
+	TRITON_INTERPRET=1 $(PYTEST) $(INTERPRETED)
 
 lint: setup
 	$(BIN)/ruff check .

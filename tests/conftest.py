@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from triton_ops import break_even, dispatch
 
 # The models here are tiny: a second thread costs more than it gives, and much more on a busy machine.
 torch.set_num_threads(1)
@@ -24,6 +27,19 @@ def pytest_report_header() -> str:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(42)
+
+
+@pytest.fixture
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """An empty HF_SPARSE_CACHE; what this process knows of its machine is forgotten, before and after."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("HF_SPARSE_CACHE", str(folder))
+    monkeypatch.delenv("HF_SPARSE_BACKEND", raising=False)
+    break_even.forget()
+    dispatch.forget()
+    yield folder
+    break_even.forget()
+    dispatch.forget()
 
 
 @pytest.fixture(scope="session")

@@ -8,13 +8,13 @@ import io
 
 import pytest
 import torch
-from activation_fields import ACTIVATIONS
-from compiler import CPP, needs_compiler
-from skips import CountSkips
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse
 from hf_sparse import PatchError, SparsityConfig
+from support.activation_fields import ACTIVATIONS
+from support.compiler import CPP, needs_compiler
+from support.skips import CountSkips
 from triton_ops.certificate import weight_stamp
 
 

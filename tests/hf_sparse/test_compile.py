@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compiler import needs_compiler
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.utils import counters
 from transformers import StaticCache
 
 import hf_sparse
+from support.compiler import needs_compiler
 
 OPERATORS = (torch.ops.hf_sparse.gated_mlp.default, torch.ops.hf_sparse.plain_mlp.default)
 

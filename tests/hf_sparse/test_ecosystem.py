@@ -10,9 +10,9 @@ import torch
 from accelerate import cpu_offload, disk_offload
 from accelerate.hooks import remove_hook_from_module
 from peft import LoraConfig, PeftModel, get_peft_model
-from skips import CountSkips
 
 import hf_sparse
+from support.skips import CountSkips
 
 TARGETS = ["gate_proj", "up_proj", "down_proj"]
 

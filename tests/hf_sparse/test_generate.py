@@ -9,13 +9,13 @@ import sys
 
 import pytest
 import torch
-from activation_fields import ACTIVATIONS
-from compiler import CPP
-from skips import CountSkips
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse
 from hf_sparse.assets import TINY_MODEL
+from support.activation_fields import ACTIVATIONS
+from support.compiler import CPP
+from support.skips import CountSkips
 
 PROMPT = "Once upon a time, there was"
 

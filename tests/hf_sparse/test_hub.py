@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import torch
-from loopback_hub import LoopbackHub
 
 import hf_sparse
+from support.loopback_hub import LoopbackHub
 
 PUSH = """
 import sys, hf_sparse

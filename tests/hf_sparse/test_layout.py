@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from compiler import needs_compiler
-from recorders import Recorder
 
 import hf_sparse
 import triton_ops
 from hf_sparse.adapters import find_blocks
+from support.compiler import needs_compiler
+from support.recorders import Recorder
 from triton_ops import break_even, dispatch
 
 

@@ -10,28 +10,19 @@ import sys
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaForCausalLM
 
 import hf_sparse
 from hf_sparse.assets import TINY_MODEL
 from hf_sparse.metrics import DEFINITION, measure
+from support.models import untrained_llama
 
 TEXTS = ["Return the list of names.", "If the file does not exist, raise an error.", "x", ""] * 3
 
 
 @pytest.fixture
 def llama() -> LlamaForCausalLM:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=1536,
-            hidden_size=32,
-            intermediate_size=80,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=64,
-        )
-    ).eval()
+    return untrained_llama(vocab_size=1536, intermediate_size=80).eval()
 
 
 @pytest.fixture(scope="module")

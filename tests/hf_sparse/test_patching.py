@@ -7,14 +7,14 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from compiler import CPP
-from skips import CountSkips
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
 
 import hf_sparse
 from hf_sparse import PatchError, SparsityConfig
 from hf_sparse.adapters import find_blocks
+from support.compiler import CPP
+from support.skips import CountSkips
 
 SHIFT, THRESHOLD = 0.15, 0.2
 FUNCTIONS = {

@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compiler import needs_compiler
 from peft import LoraConfig, get_peft_model
-from skips import CountSkips
 
 import hf_sparse
 from hf_sparse import PatchError
 from hf_sparse.cli import main
+from support.compiler import needs_compiler
+from support.skips import CountSkips
 from triton_ops import break_even, dispatch
 from triton_ops.tune import available
 
 SHAPE = ("cpu", torch.float32, 32, 88)
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_SPARSE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("HF_SPARSE_BACKEND", raising=False)
-    break_even.forget()
-    dispatch.forget()
-    yield
-    break_even.forget()
-    dispatch.forget()
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture

@@ -1,23 +1,20 @@
-"""A tiny Llama, a tokenizer trained on the spot, text, and ways to run finetune.py as users do."""
+"""A tiny Llama, a tokenizer trained on the spot, text, and the command lines of short runs on them."""
 
 from __future__ import annotations
 
-import gzip
-import json
-import os
-import random
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-ROOT = Path(__file__).resolve().parents[2]
-FINETUNE = ROOT / "training" / "finetune.py"
+from support.models import untrained_llama
+from support.runs import TRAINING, sentences, write_jsonl
+
+FINETUNE = TRAINING / "finetune.py"
 SHORT = {
     "sequence_length": 16,
     "global_batch": 8,
@@ -30,23 +27,6 @@ SHORT = {
     "log_every": 2,
     "shuffle_buffer": 5,
 }
-
-
-def sentences(count: int, seed: int) -> list[str]:
-    """Documents of different lengths, no two alike."""
-    rng = random.Random(seed)
-    words = ["the", "cat", "dog", "tree", "river", "runs", "sleeps", "sees", "under", "green", "because"]
-    return [f"{seed}-{i} {' '.join(rng.choices(words, k=rng.randint(3, 60)))}" for i in range(count)]
-
-
-def write_jsonl(path: Path, texts: Sequence[str]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps({"text": t, "url": f"u{i}"}) + "\n" for i, t in enumerate(texts))
-    if path.suffix == ".gz":
-        path.write_bytes(gzip.compress(lines.encode()))
-    else:
-        path.write_text(lines)
-    return path
 
 
 @pytest.fixture(scope="session")
@@ -71,20 +51,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer_object=trained, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     )
     tokenizer.save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
     torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model = untrained_llama(
+        vocab_size=len(tokenizer), intermediate_size=48, num_hidden_layers=2, tie_word_embeddings=True
+    )
+    model.save_pretrained(folder)
     return folder
 
 
@@ -115,27 +86,6 @@ def command(tiny: Path, texts: Path) -> Callable[..., list[str]]:
         return [*launcher, str(FINETUNE), *options]
 
     return build
-
-
-def environment() -> dict[str, str]:
-    """One thread and no network, on the CPU."""
-    extra = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
-    return {**os.environ, **extra, "CUDA_VISIBLE_DEVICES": ""}
-
-
-def run(command: list[str], *, ok: bool = True) -> str:
-    """Run to the end; gives what it printed."""
-    done = subprocess.run(
-        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
-    )
-    assert (done.returncode == 0) == ok, done.stdout
-    return done.stdout
-
-
-@pytest.fixture(scope="session")
-def helpers() -> object:
-    """This file's helpers, for tests: pytest's importlib mode lets them import no sibling."""
-    return sys.modules[__name__]
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from recipe import Recipe
 
 import hf_sparse.texts
 from hf_sparse.documents import HeldOut
+from support.runs import sentences, write_jsonl
 
 
 def recipe_for(dataset: Path, **fields) -> Recipe:
@@ -68,19 +69,19 @@ def documents_of(rows: torch.Tensor, tokenizer) -> list[tuple[int, ...]]:
 
 
 @pytest.fixture(params=["jsonl", "json.gz", "parquet", "txt"])
-def any_format(request, tmp_path, helpers) -> Path:
+def any_format(request, tmp_path) -> Path:
     """One train file and one validation file in each format that is read."""
     from datasets import Dataset
 
     for split, seed, count in (("train", 0, 200), ("validation", 1, 40)):
-        texts = helpers.sentences(count, seed)
+        texts = sentences(count, seed)
         path = tmp_path / f"{split}.{request.param}"
         if request.param == "parquet":
             Dataset.from_dict({"text": texts}).to_parquet(path)
         elif request.param == "txt":
             path.write_text("\n\n".join(texts))
         else:
-            helpers.write_jsonl(path, texts)
+            write_jsonl(path, texts)
     return tmp_path
 
 
@@ -163,10 +164,10 @@ def test_the_seed_changes_the_order_and_the_same_seed_repeats_it(texts, tokenize
     assert not torch.equal(first(1), first(2))
 
 
-def test_the_validation_split_is_evaluated_and_its_texts_are_never_trained_on(tmp_path, tokenizer, helpers):
-    shared = helpers.sentences(30, 5)
-    helpers.write_jsonl(tmp_path / "train.jsonl", helpers.sentences(100, 6) + shared)
-    helpers.write_jsonl(tmp_path / "valid.jsonl", shared)
+def test_the_validation_split_is_evaluated_and_its_texts_are_never_trained_on(tmp_path, tokenizer):
+    shared = sentences(30, 5)
+    write_jsonl(tmp_path / "train.jsonl", sentences(100, 6) + shared)
+    write_jsonl(tmp_path / "valid.jsonl", shared)
     recipe = recipe_for(tmp_path, eval_tokens=100_000, data_streams=1, global_batch=1, shuffle_buffer=1)
     sequences, held_out = evaluation_data(recipe, open_documents(recipe), tokenizer)
     assert sequences.shape[1] == 16
@@ -180,8 +181,8 @@ def test_the_validation_split_is_evaluated_and_its_texts_are_never_trained_on(tm
     assert all(text in held_out for text in shared)
 
 
-def test_without_a_validation_split_a_hash_holds_documents_out(tmp_path, tokenizer, helpers):
-    helpers.write_jsonl(tmp_path / "a.jsonl", helpers.sentences(400, 7))
+def test_without_a_validation_split_a_hash_holds_documents_out(tmp_path, tokenizer):
+    write_jsonl(tmp_path / "a.jsonl", sentences(400, 7))
     recipe = recipe_for(tmp_path, holdout=0.2, eval_tokens=100_000, data_streams=1, global_batch=1)
     source = open_documents(recipe)
     assert not source.has_validation
@@ -196,8 +197,8 @@ def test_without_a_validation_split_a_hash_holds_documents_out(tmp_path, tokeniz
     assert not set(documents_of(rows, tokenizer)) & held
 
     # By the text alone: neither its place nor what else there is matters. hf_sparse.texts holds out the same.
-    reordered = [*helpers.sentences(400, 7)[::-1], "something more"]
-    helpers.write_jsonl(tmp_path / "a.jsonl", reordered)
+    reordered = [*sentences(400, 7)[::-1], "something more"]
+    write_jsonl(tmp_path / "a.jsonl", reordered)
     assert set(hf_sparse.texts.evaluation_texts(str(tmp_path), holdout=0.2)) == out
 
 
@@ -229,9 +230,9 @@ def test_a_missing_path_is_no_hub_id():
         open_documents(recipe_for("./not/there"))
 
 
-def test_test_files_are_left_alone(tmp_path, helpers):
-    helpers.write_jsonl(tmp_path / "test.jsonl", ["secret"])
-    helpers.write_jsonl(tmp_path / "part.jsonl", ["open"])
+def test_test_files_are_left_alone(tmp_path):
+    write_jsonl(tmp_path / "test.jsonl", ["secret"])
+    write_jsonl(tmp_path / "part.jsonl", ["open"])
     assert [t for t, _ in open_documents(recipe_for(tmp_path)).read("train", None)] == ["open"]
 
 
@@ -264,8 +265,8 @@ def test_processes_must_divide_the_streams(texts, tokenizer):
         training_data(recipe_for(texts), tokenizer, rank=0, world_size=3)
 
 
-def test_too_little_held_out_text_is_refused(tmp_path, tokenizer, helpers):
-    helpers.write_jsonl(tmp_path / "a.jsonl", helpers.sentences(20, 0))
+def test_too_little_held_out_text_is_refused(tmp_path, tokenizer):
+    write_jsonl(tmp_path / "a.jsonl", sentences(20, 0))
     recipe = recipe_for(tmp_path, holdout=0.0)
     with pytest.raises(ValueError, match="0 tokens, fewer than one sequence of 16"):
         evaluation_data(recipe, open_documents(recipe), tokenizer)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from loopback_hub import LoopbackHub
+from support.loopback_hub import LoopbackHub
+from support.runs import TRAINING, sentences
 
 CARD = """---
 configs:
@@ -39,14 +40,14 @@ print(json.dumps({
 """
 
 
-def test_streaming_from_the_hub(texts: Path, helpers, tmp_path) -> None:
+def test_streaming_from_the_hub(texts: Path, tmp_path) -> None:
     files = {f"en/{path.name}": path.read_bytes() for path in texts.iterdir()}
     home = tmp_path / "home"
     with LoopbackHub() as hub:
         hub.repositories["datasets/someone/c4"] = {"README.md": CARD.encode(), **files}
-        found = json.loads(hub.run(SCRIPT, str(helpers.ROOT / "training"), "someone/c4", "en", home=home))
-    assert found["train"] == sorted(helpers.sentences(260, 0) + helpers.sentences(240, 1))
-    assert found["validation"] == helpers.sentences(60, 2)
+        found = json.loads(hub.run(SCRIPT, str(TRAINING), "someone/c4", "en", home=home))
+    assert found["train"] == sorted(sentences(260, 0) + sentences(240, 1))
+    assert found["validation"] == sentences(60, 2)
     assert found["some"] + found["rest"] == found["whole"]
     # Read as a stream: no data file came to this machine.
     assert not list(home.rglob("*.json.gz"))

@@ -11,6 +11,8 @@ import torch
 from run_log import read_log
 from safetensors.torch import load_file
 
+from support.runs import run
+
 FIELDS = {
     "max_steps": 30,
     "micro_batch": 2,
@@ -51,16 +53,16 @@ def outputs(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def one(command, helpers, outputs) -> Path:
+def one(command, outputs) -> Path:
     if not (outputs / "one").exists():
-        helpers.run(command(outputs / "one", **FIELDS))
+        run(command(outputs / "one", **FIELDS))
     return outputs / "one"
 
 
 @pytest.fixture
-def two(command, helpers, outputs) -> Path:
+def two(command, outputs) -> Path:
     if not (outputs / "two").exists():
-        helpers.run(command(outputs / "two", processes=2, port=free_port(), **FIELDS))
+        run(command(outputs / "two", processes=2, port=free_port(), **FIELDS))
     return outputs / "two"
 
 
@@ -74,11 +76,11 @@ def test_two_processes_give_the_loss_curve_of_one(one, two):
         torch.testing.assert_close(weights_2[name], weights[name], rtol=1e-3, atol=1e-4)
 
 
-def test_a_run_of_two_processes_continues_in_one(one, two, command, helpers, tmp_path):
+def test_a_run_of_two_processes_continues_in_one(one, two, command, tmp_path):
     """The middle checkpoint of the two-process run, continued by one process."""
     output = tmp_path / "continued"
     shutil.copytree(two, output)
     shutil.rmtree(output / "checkpoints/step-00000030")
-    printed = helpers.run(command(output, resume=True, **FIELDS))
+    printed = run(command(output, resume=True, **FIELDS))
     assert "step-00000015" in printed
     same_curves(one, output)

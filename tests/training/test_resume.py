@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from run_log import read_log
 
+from support.runs import environment, run
+
 FIELDS = {
     "max_steps": 40,
     "save_every": 8,
@@ -43,10 +45,10 @@ _uninterrupted: dict[str, Path] = {}
 
 
 @pytest.fixture
-def uninterrupted(command, with_dropout, helpers, tmp_path_factory) -> Path:
+def uninterrupted(command, with_dropout, tmp_path_factory) -> Path:
     if "run" not in _uninterrupted:
         output = tmp_path_factory.mktemp("whole") / "run"
-        helpers.run(command(output, model=with_dropout, **FIELDS))
+        run(command(output, model=with_dropout, **FIELDS))
         _uninterrupted["run"] = output
     return _uninterrupted["run"]
 
@@ -68,8 +70,8 @@ def same_result(a: Path, b: Path) -> None:
     assert (a / "final/model.safetensors").read_bytes() == (b / "final/model.safetensors").read_bytes()
     assert (a / "final/config.json").read_bytes() == (b / "final/config.json").read_bytes()
     logs = []
-    for run in (a, b):
-        records = read_log(run / "log.jsonl")
+    for output in (a, b):
+        records = read_log(output / "log.jsonl")
         assert records.pop(0)["kind"] == "run"
         for record in records:
             record.pop("tokens_per_second", None)
@@ -83,28 +85,28 @@ def last_step(output: Path) -> int:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_killed_at_a_random_step(seed, command, with_dropout, uninterrupted, helpers, tmp_path):
+def test_killed_at_a_random_step(seed, command, with_dropout, uninterrupted, tmp_path):
     output = tmp_path / "run"
     at = random.Random(seed).randrange(3, 37)
     line = command(output, model=with_dropout, resume=True, **FIELDS)
-    kill_when(line, helpers.environment(), lambda: last_step(output) >= at)
+    kill_when(line, environment(), lambda: last_step(output) >= at)
     assert not (output / "final").exists()
-    helpers.run(line)
+    run(line)
     same_result(output, uninterrupted)
 
 
-def test_killed_while_saving(command, with_dropout, uninterrupted, helpers, tmp_path):
+def test_killed_while_saving(command, with_dropout, uninterrupted, tmp_path):
     for attempt in range(5):  # a save is short; try until the kill falls into one
         output = tmp_path / f"run{attempt}"
         line = command(output, model=with_dropout, resume=True, **FIELDS)
         half = output / "checkpoints/.incomplete-step-00000016/optimizer.bin"
-        kill_when(line, helpers.environment(), half.exists)
+        kill_when(line, environment(), half.exists)
         if half.exists():
             break
     assert half.exists()
     assert not (output / "checkpoints/step-00000016").exists()
     assert (output / "checkpoints/step-00000008").exists()
-    printed = helpers.run(line)
+    printed = run(line)
     assert "continuing from" in printed
     assert "step-00000008" in printed
     assert not list((output / "checkpoints").glob(".incomplete*"))

@@ -6,6 +6,8 @@ import sys
 
 from run_log import RunLog, read_log
 
+from support.runs import TRAINING, environment, run
+
 
 def steps(folder) -> list[int]:
     return [record["step"] for record in read_log(folder / "log.jsonl")]
@@ -40,12 +42,12 @@ def test_other_processes_write_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_runs_are_compared(command, in_process, helpers, tmp_path):
+def test_runs_are_compared(command, in_process, tmp_path):
     for name, activation in (("dense", "original"), ("sparse", "relu")):
         in_process(command(tmp_path / name, activation=activation))
-    script = [sys.executable, str(helpers.ROOT / "training/compare.py")]
+    script = [sys.executable, str(TRAINING / "compare.py")]
     result = tmp_path / "out" / "result.json"
-    printed = helpers.run([*script, str(tmp_path / "dense"), str(tmp_path / "sparse"), "--json", str(result)])
+    printed = run([*script, str(tmp_path / "dense"), str(tmp_path / "sparse"), "--json", str(result)])
     assert "activation: dense original; sparse relu" in printed
     dense, sparse = json.loads(result.read_text())["runs"]
     assert dense["tokens"] == sparse["tokens"] == 12 * 128
@@ -57,7 +59,7 @@ def test_runs_are_compared(command, in_process, helpers, tmp_path):
         "".join((tmp_path / "sparse/log.jsonl").read_text().splitlines(keepends=True)[:-1])
     )
     failed = subprocess.run(
-        [*script, str(tmp_path / "sparse")], capture_output=True, text=True, env=helpers.environment()
+        [*script, str(tmp_path / "sparse")], capture_output=True, text=True, env=environment()
     )
     assert failed.returncode == 1
     assert "not finished" in failed.stderr

@@ -8,6 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from support.kernel_blocks import DEVICE, INTERPRETED
+
+# Tests of the Triton kernels on values. Without a GPU they are no part of a run, unless Triton interprets:
+# it must be told so before it is first imported, so they have a run of their own, `make test-interpreter`.
+if DEVICE == "cpu" and not INTERPRETED:
+    collect_ignore = ["test_gpu_kernels.py", "test_gpu_certificate.py"]
+
 
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from compiler import needs_compiler
+
+from support.compiler import needs_compiler
 
 # Says which backend "auto" takes for one token of a large block, after checking that it computes.
 USE = """

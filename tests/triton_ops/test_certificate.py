@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
-from compiler import needs_compiler
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_blocks import make_block
 from torch import Tensor
 
 import triton_ops
+from support.compiler import needs_compiler
+from support.kernel_blocks import make_block
 from triton_ops import ACTIVATIONS, certify
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from compiler import CPP, needs_compiler
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_blocks import assert_as_exact_as_dense, make_block
 
 import triton_ops
+from support.compiler import CPP, needs_compiler
+from support.kernel_blocks import assert_as_exact_as_dense, make_block
 from triton_ops import ACTIVATIONS, reference
 from triton_ops.cpu import build
 

@@ -7,22 +7,13 @@ import threading
 
 import pytest
 import torch
-from compiler import needs_compiler
-from kernel_blocks import make_block
 
 import triton_ops
+from support.compiler import needs_compiler
+from support.kernel_blocks import make_block
 from triton_ops import break_even, dispatch, reference
 
-
-@pytest.fixture(autouse=True)
-def _own_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_SPARSE_CACHE", str(tmp_path))
-    monkeypatch.delenv("HF_SPARSE_BACKEND", raising=False)
-    break_even.forget()
-    dispatch.forget()
-    yield
-    break_even.forget()
-    dispatch.forget()
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def weight(neurons: int = 2048, hidden: int = 2048, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -156,8 +147,9 @@ def test_an_operator_with_a_useless_certificate_still_skips():
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", '{"format_version": 99}', '{"format_version": 1, "break_even": 3}']
 )
-def test_a_damaged_or_newer_cache_file_counts_as_no_measurement(tmp_path, text):
-    (tmp_path / "break_even.json").write_text(text)
+def test_a_damaged_or_newer_cache_file_counts_as_no_measurement(own_cache, text):
+    own_cache.mkdir()
+    (own_cache / "break_even.json").write_text(text)
     assert break_even.measured("cpp", "cpu", torch.bfloat16, 8, 8, "gated") is None
     break_even.store("cpp", "cpu", torch.bfloat16, 8, 8, "gated", (0.5,))
     assert break_even.measured("cpp", "cpu", torch.bfloat16, 8, 8, "gated") == (0.5,)

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import math
-import os
 
 import pytest
 import torch
-from kernel_blocks import DEVICE, Block, make_block
 from torch import Tensor
 
 import triton_ops
+from support.kernel_blocks import DEVICE, Block, make_block
 from triton_ops import ACTIVATIONS, certify, neuron_major_, reference
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(
-    DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1",
-    reason="no GPU; test_interpreter.py runs this file in the interpreter",
-)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KINDS = [(name, gated) for name in ACTIVATIONS for gated in (True, False) if gated or name != "drelu"]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_blocks import DEVICE, assert_as_exact_as_dense, make_block
 from torch import Tensor, nn
 
 import triton_ops
+from support.kernel_blocks import DEVICE, assert_as_exact_as_dense, make_block
 from triton_ops import Certificate, certify
 
 pytest.importorskip("triton")

@@ -1,22 +1,17 @@
-"""The Triton kernels: on the GPU where there is one, else in the interpreter (see test_interpreter.py)."""
+"""The Triton kernels: on the GPU where there is one, else in the interpreter (see conftest.py)."""
 
 from __future__ import annotations
 
 import math
-import os
 
 import pytest
 import torch
-from kernel_blocks import DEVICE, assert_as_exact_as_dense, make_block
 
 import triton_ops
+from support.kernel_blocks import DEVICE, assert_as_exact_as_dense, make_block
 from triton_ops import ACTIVATIONS, reference
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(
-    DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1",
-    reason="no GPU; test_interpreter.py runs this file in the interpreter",
-)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Tokens, hidden size, neurons. The interpreter takes about a second for the larger ones.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compiler import CPP, needs_compiler
-from kernel_blocks import make_block
 
 import triton_ops
+from support.compiler import CPP, needs_compiler
+from support.kernel_blocks import make_block
 from triton_ops import ACTIVATIONS, break_even, dispatch, reference
 from triton_ops.certificate import weight_stamp
 

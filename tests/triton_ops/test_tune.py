@@ -2,20 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compiler import needs_compiler
 
 import triton_ops
+from support.compiler import needs_compiler
 from triton_ops import break_even, dispatch, tune
 
-
-@pytest.fixture(autouse=True)
-def _own_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_SPARSE_CACHE", str(tmp_path))
-    break_even.forget()
-    dispatch.forget()
-    yield
-    break_even.forget()
-    dispatch.forget()
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def result(

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from compiler import CPP
-from kernel_blocks import make_block
-from recorders import FunctionRecorder, Recorder
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import triton_ops
+from support.compiler import CPP
+from support.kernel_blocks import make_block
+from support.recorders import FunctionRecorder, Recorder
 from triton_ops.unobserved import unobserved
 
 OPERATORS = ("gated_mlp", "plain_mlp", "sparse_linear")
