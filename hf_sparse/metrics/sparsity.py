@@ -70,7 +70,7 @@ def measure(
         bare = bare.get_base_model()
     takes_positions = "position_ids" in signature(bare.forward).parameters
     with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode())
+        stack.enter_context(torch.no_grad())  # tensors of inference mode would break training that follows
         stack.enter_context(_evaluating(model))
         for counter in counters:
             stack.enter_context(counter)

@@ -214,6 +214,8 @@ class SparseMLP(GuardedModule):
         Not to be asked while a variable of the caller holds it.
         """
         modules, name = self._modules, self.deciding
+        if self.readable(name) is None:
+            return False
         if held_elsewhere(self._stock, 0) or held_elsewhere(
             modules, name, holders=2
         ):  # the other is the stock block

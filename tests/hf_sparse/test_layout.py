@@ -8,15 +8,10 @@ import pytest
 import torch
 
 import hf_sparse
-import triton_ops
-from hf_sparse.adapters import find_blocks
 from support.compiler import needs_compiler
+from support.peek import down_weight, layouts, sparse_blocks
 from support.recorders import Recorder
 from triton_ops import break_even, dispatch
-
-
-def layouts(model) -> set[bool]:
-    return {triton_ops.is_neuron_major(block.down_linear.weight) for block in find_blocks(model)[0]}
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +44,7 @@ def test_prompts_after_decoding_are_multiplied_in_the_layout_for_decoding(
     model = tiny_model(family).to(dtype)
     hf_sparse.patch(model, activation)
     prompt = torch.randint(3, 128, (2, 40))
-    layers = len(find_blocks(model)[0])
+    layers = model.config.num_hidden_layers
     with torch.no_grad():
         with Recorder() as recorded:
             expected = model(prompt).logits
@@ -78,6 +73,7 @@ def test_what_a_hook_has_kept_is_not_changed_by_such_products(tiny_model, monkey
     if inplace:
         block.module.act_fn = torch.nn.ReLU(inplace=True)  # which changes what the gate has given
     watched = block.module.gate_proj if inplace else block.module.act_fn
+    hf_sparse.prepare(model)
     watched.register_forward_hook(lambda m, args, out: kept.append((out, out.clone())))
     with torch.no_grad(), Recorder() as recorded:
         block.module(torch.randn(40, 32))
@@ -99,7 +95,8 @@ def test_float16_gets_the_stock_layout_back_where_torch_would_stall(
     with torch.no_grad(), hf_sparse.backend("cpp"):
         skipped = model(input_ids).logits
     assert layouts(model) == {True}
-    dense = model(input_ids).logits  # with gradient
+    with torch.no_grad(), hf_sparse.backend("dense"):
+        dense = model(input_ids).logits
     assert layouts(model) == {own}
     torch.testing.assert_close(skipped, dense, rtol=0.02, atol=0.02)
 
@@ -121,7 +118,7 @@ def test_training_after_decoding_is_that_of_the_stock_block(tiny_model, monkeypa
         with torch.no_grad(), hf_sparse.backend("cpp"):
             torch.manual_seed(0)
             torch.testing.assert_close(model.train()(ids, labels=ids).loss, losses[-1])
-    assert layouts(model) == {True}
+    assert layouts(model) == {False}
     torch.testing.assert_close(*losses)
 
 
@@ -130,7 +127,9 @@ def test_dense_calls_keep_the_layout_in_which_a_model_decodes(tiny_model, input_
     model = tiny_model("llama").to(dtype)
     hf_sparse.patch(model, "relu")
     hf_sparse.prepare(model)
-    model(input_ids)
+    with torch.no_grad():
+        model(input_ids)
     assert layouts(model) == {True}
+    blocks = list(sparse_blocks(model))
     hf_sparse.unpatch(model)
-    assert layouts(model) == {False}
+    assert {down_weight(block).is_contiguous() for block in blocks} == {True}
