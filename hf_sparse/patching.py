@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from hf_sparse import checkpoint_block
-from hf_sparse.activations import build_activation, kernel_kind
+from hf_sparse.activations import build_activation, row_of
 from hf_sparse.adapters import Block, Skipped, find_blocks
 from hf_sparse.checkpoint_block import Record
 from hf_sparse.config import ACTIVATIONS, SparsityConfig
@@ -170,7 +170,7 @@ def prepare(model: nn.Module, *, certify: bool = False) -> None:
     sparse = [module for module in base.modules() if isinstance(module, SparseMLP)]
     if not sparse:
         raise PatchError(f"prepare needs a patched model; this {type(base).__name__} is not patched.")
-    if certify and all(kernel_kind(module.activation) is None for module in sparse):
+    if certify and all(row_of(module.activation) is None for module in sparse):
         raise PatchError(
             f"certify=True needs activations that can be exactly zero; the blocks of this "
             f"{type(base).__name__} have {type(sparse[0].activation).__name__}. Patch with another one "

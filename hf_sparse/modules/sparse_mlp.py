@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 import triton_ops
-from hf_sparse.activations import MixedActivation, kernel_kind
+from hf_sparse.activations import MixedActivation, row_of
 from hf_sparse.adapters.roles import Roles
 from hf_sparse.modules.certified import Certified
 from hf_sparse.modules.guarded import GuardedModule
@@ -246,7 +246,7 @@ class SparseMLP(GuardedModule):
         hooked = (
             act._forward_hooks or act._forward_pre_hooks or "forward" in vars(act) or hooks_on_all_modules()
         )
-        return None if hooked else kernel_kind(act)
+        return None if hooked else row_of(act)
 
     def _weights(self, x: Tensor, *names: str) -> list[tuple[Tensor, Tensor | None]] | None:
         """Weight and bias of the children ``names``, to be read for ``x``; None if one must be called."""
