@@ -14,6 +14,7 @@ from torch import Tensor
 
 from triton_ops.activations import TABLE
 
+
 def gated_mlp(
     x: Tensor,
     gate: Tensor,

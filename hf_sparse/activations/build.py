@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
-from transformers.activations import ReLUSquaredActivation
+from transformers.activations import ACT2CLS, ReLUSquaredActivation
 
 from hf_sparse.activations.relu_family import FATReLU, JSReLU, ShiftedReLU
 from hf_sparse.config import SparsityConfig
@@ -23,7 +23,7 @@ is one, and keeps it as an attribute of that name.
 ReLU and squared ReLU are the classes that transformers builds, so that a model with them is a stock model.
 """
 
-_NAMES = {cls: name for name, cls in reversed(MODULES.items())}  # of nn.ReLU, the first
+_NAMES = {(cls, TABLE[name].relu_up): name for name, cls in MODULES.items()}
 
 
 def build_activation(config: SparsityConfig, index: int, original: nn.Module) -> nn.Module:
@@ -37,14 +37,29 @@ def build_activation(config: SparsityConfig, index: int, original: nn.Module) ->
     return MODULES[config.activation](value[index] if isinstance(value, tuple) else value)
 
 
-def row_of(activation: nn.Module) -> tuple[str, float] | None:
-    """The operators' name for an activation module, and its parameter; None if the operators do not know it.
+def row_of(activation: nn.Module, *, relu_up: bool = False) -> tuple[str, float] | None:
+    """The operators' name for an activation module, and its parameter; None if they do not know it.
 
     Recognising the module rather than the config also finds models that are sparse as they come, such as
     OPT (ReLU) and Nemotron (squared ReLU). A subclass may compute anything and is not known.
+
+    Args:
+        activation: of the gate, or of the up projection of a plain MLP.
+        relu_up: whether the up projection of a gated MLP goes through ReLU as well.
+
     """
-    name = _NAMES.get(type(activation))
+    name = _NAMES.get((type(activation), relu_up))
     if name is None:
         return None
     parameter = TABLE[name].parameter
     return name, 0.0 if parameter is None else getattr(activation, parameter.name)
+
+
+def relu_up(name: str) -> bool:
+    """Whether the activation of a config is also a ReLU on the up projection."""
+    return name in TABLE and TABLE[name].relu_up
+
+
+def is_stock(name: str) -> bool:
+    """Whether stock transformers calls the same module by the same name."""
+    return name in MODULES and ACT2CLS.get(name) is MODULES[name]

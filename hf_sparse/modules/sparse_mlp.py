@@ -38,6 +38,8 @@ class SparseMLP(GuardedModule):
     """
 
     roles: Roles
+    relu_up = False
+    """Whether the up projection goes through ReLU as well."""
     density: float | None
     """Mean share of active neurons per token, as :func:`hf_sparse.tune` measured it; None if it did not."""
 
@@ -246,7 +248,7 @@ class SparseMLP(GuardedModule):
         hooked = (
             act._forward_hooks or act._forward_pre_hooks or "forward" in vars(act) or hooks_on_all_modules()
         )
-        return None if hooked else row_of(act)
+        return None if hooked else row_of(act, relu_up=self.relu_up)
 
     def _weights(self, x: Tensor, *names: str) -> list[tuple[Tensor, Tensor | None]] | None:
         """Weight and bias of the children ``names``, to be read for ``x``; None if one must be called."""
@@ -318,7 +320,7 @@ class SparseGatedMLP(SparseMLP):
             return self.dense(x)
         if (rows := neuron_major(down)) is None:
             return self.dense(x)
-        name, threshold = ("drelu", 0.0) if self.relu_up else kind
+        name, threshold = kind
         return triton_ops.gated_mlp(
             x,
             gate,

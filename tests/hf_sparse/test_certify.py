@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse
 from hf_sparse import PatchError, SparsityConfig
-from support.activation_fields import ACTIVATIONS
+from support.activations import FIELDS
 from support.compiler import CPP, needs_compiler
 from support.skips import CountSkips
 from triton_ops.certificate import weight_stamp
@@ -39,12 +39,12 @@ def set_certify(model, certify: bool) -> None:
 
 
 @pytest.mark.parametrize("backend", ["torch", CPP])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", FIELDS)
 def test_real_llama_gives_the_dense_tokens_and_the_uncertified_bits(assets, activation, backend) -> None:
     folder = assets / "stories260K"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     prompt = tokenizer("Once upon a time, there was", return_tensors="pt").input_ids
-    hf_sparse.patch(model, activation, **ACTIVATIONS[activation], certify=True)
+    hf_sparse.patch(model, activation, **FIELDS[activation], certify=True)
     layers = len(hf_sparse.inspect(model).blocks)
     dense, _ = decode(model, "dense", prompt, 100)
     with CountSkips() as skips:
