@@ -16,6 +16,7 @@ from torch import Tensor
 
 import triton_ops
 from triton_ops import reference
+from triton_ops.activations import TABLE
 
 ACTIVATION = "shifted_relu"  # any share of active neurons can be had through its shift
 DTYPES = ("bfloat16", "float16", "float32")
@@ -86,7 +87,7 @@ class Layer:
 
     def active(self, x: Tensor, shift: float) -> Tensor:
         """Which neurons of which token are, ``[T, F]``."""
-        return reference.activation(self.pre(x), ACTIVATION, shift) != 0
+        return TABLE[ACTIVATION].value(self.pre(x), shift) != 0
 
     def dense(self, x: Tensor, shift: float) -> Tensor:
         """What a stock model runs: ``F.linear`` on weights as ``nn.Linear`` stores them."""

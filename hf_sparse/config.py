@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from triton_ops.activations import TABLE
+
 FORMAT_VERSION = 1
 
-ACTIVATIONS = ("original", "relu", "relu2", "shifted_relu", "fatrelu", "drelu", "jsrelu")
+ACTIVATIONS = ("original", *TABLE)
 """Names accepted by :class:`SparsityConfig`. ``"original"`` keeps the model's own activation."""
 
 
@@ -104,10 +106,6 @@ class SparsityConfig:
     def thresholds(self) -> tuple[float, ...]:
         """``threshold`` as a tuple, of length 1 when it is one number for all blocks."""
         return self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
-
-    def threshold_at(self, index: int) -> float:
-        """The threshold of the ``index``-th patched block."""
-        return self.threshold[index] if isinstance(self.threshold, tuple) else self.threshold
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, with ``format_version``."""

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from hf_sparse import checkpoint_block
-from hf_sparse.activations import build_activation, kernel_kind
+from hf_sparse.activations import build_activation, is_stock, relu_up, row_of
 from hf_sparse.adapters import Block, Skipped, find_blocks
 from hf_sparse.checkpoint_block import Record
 from hf_sparse.config import ACTIVATIONS, SparsityConfig
@@ -170,7 +170,7 @@ def prepare(model: nn.Module, *, certify: bool = False) -> None:
     sparse = [module for module in base.modules() if isinstance(module, SparseMLP)]
     if not sparse:
         raise PatchError(f"prepare needs a patched model; this {type(base).__name__} is not patched.")
-    if certify and all(kernel_kind(module.activation) is None for module in sparse):
+    if certify and all(row_of(module.activation) is None for module in sparse):
         raise PatchError(
             f"certify=True needs activations that can be exactly zero; the blocks of this "
             f"{type(base).__name__} have {type(sparse[0].activation).__name__}. Patch with another one "
@@ -244,15 +244,15 @@ def _choose(
         )
     chosen = [blocks[i] for i in indices]
     for block in chosen:
-        if config.activation == "drelu" and block.kind == "plain":
+        if relu_up(config.activation) and block.kind == "plain":
             raise PatchError(
-                f'activation="drelu" needs a gated MLP, but {block.name} ({type(block.module).__name__}) has '
+                f'activation="{config.activation}" needs a gated MLP, but {block.name} ({type(block.module).__name__}) has '
                 'no gate; use "relu".'
             )
         parts = {block.roles.gate, block.roles.up, block.roles.down, block.roles.act}
-        if config.activation == "drelu" and (extra := block.module._modules.keys() - parts):
+        if relu_up(config.activation) and (extra := block.module._modules.keys() - parts):
             raise PatchError(
-                f'activation="drelu" computes the block itself, but {block.name} also has '
+                f'activation="{config.activation}" computes the block itself, but {block.name} also has '
                 f'{", ".join(sorted(extra))}; use "relu".'
             )
         if "forward" in vars(block.module) and not hasattr(block.module, "_hf_hook"):
@@ -268,8 +268,7 @@ def _sparse_block(block: Block, config: SparsityConfig, index: int) -> SparseMLP
     activation = build_activation(config, index, stock.get_submodule(block.roles.act))
     sparse: SparseMLP
     if block.kind == "gated":
-        relu_up = config.activation == "drelu"
-        sparse = SparseGatedMLP(stock, block.roles, activation, relu_up=relu_up)
+        sparse = SparseGatedMLP(stock, block.roles, activation, relu_up=relu_up(config.activation))
     else:
         sparse = SparsePlainMLP(stock, block.roles, activation)
     sparse.set_mix(config.mix)
@@ -309,7 +308,7 @@ def _stock_name(
     """
     if config.activation == "original":
         return original
-    if config.activation not in ("relu", "relu2") or config.mix != 1:
+    if not is_stock(config.activation) or config.mix != 1:
         return None
     same = builds_same(model, model.config, field, config.activation, activations)
     return config.activation if same else None

@@ -29,7 +29,8 @@ class MLP(NamedTuple):
     down_bias: Tensor | None
     """``[D]``."""
     activation: str
-    """One of :data:`triton_ops.ACTIVATIONS`; ``"drelu"`` only if gated."""
+    """A name in :data:`triton_ops.activations.TABLE`."""
     threshold: float
+    """The parameter of the activation."""
     certificate: Certificate | None = None
     """Of ``first``; backends use it for one token."""

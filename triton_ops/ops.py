@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from triton_ops import dispatch, reference
+from triton_ops.activations import TABLE, check
 from triton_ops.certificate import Certificate, weight_stamp
 from triton_ops.layout import as_tokens, is_neuron_major
 from triton_ops.mlp import MLP
@@ -61,10 +62,11 @@ def gated_mlp(
         gate_bias: ``[F]`` or None.
         up_bias: ``[F]`` or None.
         down_bias: ``[D]`` or None.
-        activation: one of :data:`triton_ops.ACTIVATIONS`; see :func:`triton_ops.reference.activation`.
-        threshold: of ``"shifted_relu"`` and ``"fatrelu"``, in units of the pre-activation.
+        activation: a name in :data:`triton_ops.activations.TABLE`.
+        threshold: its parameter, in units of the pre-activation; 0 if it has none.
         certificate: of ``gate`` as it is now (:func:`certify`). Backends that can use it then read only the
-            gate rows of neurons that may be active. The result is the same, bit for bit.
+            gate rows of neurons that may be active. The result is the same, bit for bit. Ignored for an
+            activation that is not ``certifiable``.
         stamp: :func:`triton_ops.certificate.weight_stamp` of ``gate`` when it was certified. If it is another
             one when the operator runs, also in a compiled graph, the certificate is out of date and ignored.
             The replay of a captured CUDA graph runs no operator: capture again after changing the weight.
@@ -79,7 +81,7 @@ def gated_mlp(
 
     """
     if dispatch.autocasts(x.device.type):
-        reference.check_activation(activation, threshold)
+        check(activation, threshold, gated=True)
         return reference.gated_mlp(
             x, gate, up, down, gate_bias, up_bias, down_bias, activation=activation, threshold=threshold
         )
@@ -106,7 +108,7 @@ def plain_mlp(
     neurons are active, ``certificate`` is that of ``up``, and ``"drelu"`` is not possible.
     """
     if dispatch.autocasts(x.device.type):
-        reference.check_activation(activation, threshold, gated=False)
+        check(activation, threshold, gated=False)
         return reference.plain_mlp(
             x, up, down, up_bias, down_bias, activation=activation, threshold=threshold
         )
@@ -161,7 +163,7 @@ def _check(
 def _check_mlp(x: Tensor, mlp: MLP) -> None:
     gated = mlp.up is not None
     first = "gate" if gated else "up"
-    reference.check_activation(mlp.activation, mlp.threshold, gated=gated)
+    check(mlp.activation, mlp.threshold, gated=gated)
     _check_input("x", x, mlp.first, first)
     neurons, hidden = mlp.first.shape
     _check(first, mlp.first, (neurons, x.shape[-1]), x, "[F, D]")
@@ -194,7 +196,7 @@ def _check_input(name: str, x: Tensor, weight: Tensor, weight_name: str) -> None
 
 def _mlp(x: Tensor, mlp: MLP, stamp: list[int] | None) -> Tensor:
     _check_mlp(x, mlp)
-    if mlp.certificate is not None and stamp is not None and tuple(stamp) != weight_stamp(mlp.first):
+    if mlp.certificate is not None and not _valid(mlp, stamp):
         mlp = mlp._replace(certificate=None)
     neurons, hidden = mlp.first.shape
     tokens = x.numel() // hidden if hidden else 0
@@ -205,12 +207,18 @@ def _mlp(x: Tensor, mlp: MLP, stamp: list[int] | None) -> Tensor:
     return path.mlp(x, mlp)
 
 
+def _valid(mlp: MLP, stamp: list[int] | None) -> bool:
+    """Whether the certificate is of the weight as it is, and the activation one that it can speak of."""
+    return TABLE[mlp.activation].certifiable and (stamp is None or tuple(stamp) == weight_stamp(mlp.first))
+
+
 def _dense(x: Tensor, mlp: MLP) -> Tensor:
     """The formula of the reference, in place where that saves memory traffic."""
-    h = reference.activation(F.linear(x, mlp.first, mlp.first_bias), mlp.activation, mlp.threshold)
+    row = TABLE[mlp.activation]
+    h = row.value(F.linear(x, mlp.first, mlp.first_bias), mlp.threshold)
     if mlp.up is not None:
         u = F.linear(x, mlp.up, mlp.up_bias)
-        h *= u.relu_() if mlp.activation == "drelu" else u
+        h *= u.relu_() if row.relu_up else u
     if is_neuron_major(mlp.down) and dispatch.wants_product(mlp.down):
         return _sparse_linear(h, mlp.down, mlp.down_bias)
     return reference.sparse_linear(h, mlp.down, mlp.down_bias)
@@ -301,12 +309,12 @@ def _gated_mlp_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, gate, up, down, gate_bias, up_bias, _ = ctx.saved_tensors
     need = ctx.needs_input_grad
     p, u = F.linear(x, gate, gate_bias), F.linear(x, up, up_bias)
-    a = reference.activation(p, ctx.activation, ctx.threshold)
-    slope = reference.activation_derivative(p, ctx.activation, ctx.threshold)
-    v = torch.relu(u) if ctx.activation == "drelu" else u
+    row = TABLE[ctx.activation]
+    a, slope = row.value(p, ctx.threshold), row.slope(p, ctx.threshold)
+    v = torch.relu(u) if row.relu_up else u
     grad_h = grad @ down
     grad_p, grad_u = grad_h * v * slope, grad_h * a
-    if ctx.activation == "drelu":
+    if row.relu_up:
         grad_u = grad_u * (u > 0)
     return (
         grad_p @ gate + grad_u @ up if need[0] else None,
@@ -329,8 +337,9 @@ def _plain_mlp_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, up, down, up_bias = ctx.saved_tensors
     need = ctx.needs_input_grad
     p = F.linear(x, up, up_bias)
-    grad_p = (grad @ down) * reference.activation_derivative(p, ctx.activation, ctx.threshold)
-    a = reference.activation(p, ctx.activation, ctx.threshold)
+    row = TABLE[ctx.activation]
+    grad_p = (grad @ down) * row.slope(p, ctx.threshold)
+    a = row.value(p, ctx.threshold)
     return (
         grad_p @ up if need[0] else None,
         as_tokens(grad_p).t() @ as_tokens(x) if need[1] else None,

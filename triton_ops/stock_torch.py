@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from triton_ops import reference
+from triton_ops.activations import TABLE
 from triton_ops.layout import as_tokens
 from triton_ops.mlp import MLP
 
@@ -30,14 +30,15 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def mlp(x: Tensor, mlp: MLP) -> Tensor:
     """``x [..., D]`` to ``[..., D]``; above ``MAX_DENSITY`` a token's up rows are all read."""
-    a = reference.activation(F.linear(x, mlp.first, mlp.first_bias), mlp.activation, mlp.threshold)
+    row = TABLE[mlp.activation]
+    a = row.value(F.linear(x, mlp.first, mlp.first_bias), mlp.threshold)
     rows = []
     for token, active in zip(as_tokens(x), as_tokens(a), strict=True):
         idx = active.nonzero().squeeze(1)
         h = active.index_select(0, idx)
         if mlp.up is not None:
             u = _up(token, mlp.up, mlp.up_bias, idx)
-            h = h * (torch.relu(u) if mlp.activation == "drelu" else u)
+            h = h * (torch.relu(u) if row.relu_up else u)
         rows.append(_down(h, idx, mlp.down, mlp.down_bias))
     return torch.stack(rows).view(x.shape)
 

@@ -1,7 +1,17 @@
 """Activation functions that are exactly zero for most neurons, as modules."""
 
-from hf_sparse.activations.build import build_activation, kernel_kind
+from hf_sparse.activations.build import MODULES, build_activation, is_stock, relu_up, row_of
 from hf_sparse.activations.mixed import MixedActivation
 from hf_sparse.activations.relu_family import FATReLU, JSReLU, ShiftedReLU
 
-__all__ = ["FATReLU", "JSReLU", "MixedActivation", "ShiftedReLU", "build_activation", "kernel_kind"]
+__all__ = [
+    "MODULES",
+    "FATReLU",
+    "JSReLU",
+    "MixedActivation",
+    "ShiftedReLU",
+    "build_activation",
+    "is_stock",
+    "relu_up",
+    "row_of",
+]

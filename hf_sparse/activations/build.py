@@ -1,50 +1,65 @@
-"""From the names of a SparsityConfig to modules, and from modules to the names the kernels use."""
+"""The module of each activation, and back: which row of the operators' table a module is."""
 
 from __future__ import annotations
 
 from torch import nn
-from transformers.activations import ACT2FN, ReLUSquaredActivation
+from transformers.activations import ACT2CLS, ReLUSquaredActivation
 
 from hf_sparse.activations.relu_family import FATReLU, JSReLU, ShiftedReLU
 from hf_sparse.config import SparsityConfig
+from triton_ops.activations import TABLE
+
+MODULES: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "relu2": ReLUSquaredActivation,
+    "shifted_relu": ShiftedReLU,
+    "fatrelu": FATReLU,
+    "drelu": nn.ReLU,  # the block does as much to its up projection
+    "jsrelu": JSReLU,
+}
+"""The class for each row of :data:`triton_ops.activations.TABLE`. It is called with the row's parameter, if there
+is one, and keeps it as an attribute of that name.
+
+ReLU and squared ReLU are the classes that transformers builds, so that a model with them is a stock model.
+"""
+
+_NAMES = {(cls, TABLE[name].relu_up): name for name, cls in MODULES.items()}
 
 
 def build_activation(config: SparsityConfig, index: int, original: nn.Module) -> nn.Module:
-    """The activation of the ``index``-th patched block; ``original`` is the block's own.
-
-    ReLU and squared ReLU are transformers' own classes, so that a model with them is a stock model.
-    """
-    match config.activation:
-        case "original":
-            return original
-        case "relu" | "drelu":
-            return ACT2FN["relu"]
-        case "relu2":
-            return ACT2FN["relu2"]
-        case "jsrelu":
-            return JSReLU()
-        case "shifted_relu":
-            return ShiftedReLU(config.shift)
-        case "fatrelu":
-            return FATReLU(config.threshold_at(index))
-    raise AssertionError(config.activation)  # SparsityConfig has validated the name
+    """The activation of the ``index``-th patched block; ``original`` is the block's own."""
+    if config.activation == "original":
+        return original
+    parameter = TABLE[config.activation].parameter
+    if parameter is None:
+        return MODULES[config.activation]()
+    value = getattr(config, parameter.name)
+    return MODULES[config.activation](value[index] if isinstance(value, tuple) else value)
 
 
-def kernel_kind(activation: nn.Module) -> tuple[str, float] | None:
-    """The operator's name and threshold for an activation module; None if it never outputs exact zeros.
+def row_of(activation: nn.Module, *, relu_up: bool = False) -> tuple[str, float] | None:
+    """The operators' name for an activation module, and its parameter; None if they do not know it.
 
     Recognising the module rather than the config also finds models that are sparse as they come, such as
-    OPT (ReLU) and Nemotron (squared ReLU).
+    OPT (ReLU) and Nemotron (squared ReLU). A subclass may compute anything and is not known.
+
+    Args:
+        activation: of the gate, or of the up projection of a plain MLP.
+        relu_up: whether the up projection of a gated MLP goes through ReLU as well.
+
     """
-    kind = type(activation)
-    if kind is nn.ReLU:
-        return "relu", 0.0
-    if kind is ReLUSquaredActivation:
-        return "relu2", 0.0
-    if kind is JSReLU:
-        return "jsrelu", 0.0
-    if isinstance(activation, ShiftedReLU):
-        return "shifted_relu", activation.shift
-    if isinstance(activation, FATReLU):
-        return "fatrelu", activation.threshold
-    return None
+    name = _NAMES.get((type(activation), relu_up))
+    if name is None:
+        return None
+    parameter = TABLE[name].parameter
+    return name, 0.0 if parameter is None else getattr(activation, parameter.name)
+
+
+def relu_up(name: str) -> bool:
+    """Whether the activation of a config is also a ReLU on the up projection."""
+    return name in TABLE and TABLE[name].relu_up
+
+
+def is_stock(name: str) -> bool:
+    """Whether stock transformers calls the same module by the same name."""
+    return name in MODULES and ACT2CLS.get(name) is MODULES[name]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 import triton_ops
-from hf_sparse.activations import MixedActivation, kernel_kind
+from hf_sparse.activations import MixedActivation, row_of
 from hf_sparse.adapters.roles import Roles
 from hf_sparse.modules.certified import Certified
 from hf_sparse.modules.guarded import GuardedModule
@@ -38,6 +38,8 @@ class SparseMLP(GuardedModule):
     """
 
     roles: Roles
+    relu_up = False
+    """Whether the up projection goes through ReLU as well."""
     density: float | None
     """Mean share of active neurons per token, as :func:`hf_sparse.tune` measured it; None if it did not."""
 
@@ -248,7 +250,7 @@ class SparseMLP(GuardedModule):
         hooked = (
             act._forward_hooks or act._forward_pre_hooks or "forward" in vars(act) or hooks_on_all_modules()
         )
-        return None if hooked else kernel_kind(act)
+        return None if hooked else row_of(act, relu_up=self.relu_up)
 
     def _weights(self, x: Tensor, *names: str) -> list[tuple[Tensor, Tensor | None]] | None:
         """Weight and bias of the children ``names``, to be read for ``x``; None if one must be called."""
@@ -320,7 +322,7 @@ class SparseGatedMLP(SparseMLP):
             return self.dense(x)
         if (rows := neuron_major(down)) is None:
             return self.dense(x)
-        name, threshold = ("drelu", 0.0) if self.relu_up else kind
+        name, threshold = kind
         return triton_ops.gated_mlp(
             x,
             gate,

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse
 from hf_sparse import PatchError, SparsityConfig
-from support.activation_fields import ACTIVATIONS
+from support.activations import FIELDS
 from support.compiler import CPP, needs_compiler
 from support.peek import certified, sparse_blocks
 from support.skips import CountSkips
@@ -41,12 +41,12 @@ def patch(model, activation: str = "relu", **fields):
 
 
 @pytest.mark.parametrize("backend", ["torch", CPP])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", FIELDS)
 def test_real_llama_gives_the_dense_tokens_and_the_uncertified_bits(assets, activation, backend) -> None:
     folder = assets / "stories260K"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     prompt = tokenizer("Once upon a time, there was", return_tensors="pt").input_ids
-    patch(model, activation, **ACTIVATIONS[activation])
+    patch(model, activation, **FIELDS[activation])
     layers = len(hf_sparse.inspect(model).blocks)
     dense, _ = decode(model, "dense", prompt, 100)
     with CountSkips() as skips:

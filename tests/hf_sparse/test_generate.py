@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse
 from hf_sparse.assets import TINY_MODEL
-from support.activation_fields import ACTIVATIONS
+from support.activations import FIELDS
 from support.compiler import CPP
 from support.skips import CountSkips
 
@@ -29,11 +29,11 @@ def greedy(model, tokenizer, backend: str, **options) -> list[int]:
 
 
 @pytest.mark.parametrize("backend", ["torch", CPP])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", FIELDS)
 def test_real_llama_gives_the_dense_tokens(assets, activation, backend) -> None:
     folder = assets / "stories260K"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    hf_sparse.patch(model, activation, **ACTIVATIONS[activation])
+    hf_sparse.patch(model, activation, **FIELDS[activation])
     options = {"max_new_tokens": 200, "min_new_tokens": 200}
     dense = greedy(model, tokenizer, "dense", **options)
     assert len(dense) > 200
@@ -83,11 +83,11 @@ print(json.dumps(same))
 
 def test_triton_kernels_give_the_dense_tokens() -> None:
     run = subprocess.run(
-        [sys.executable, "-c", TRITON, json.dumps(ACTIVATIONS)],
+        [sys.executable, "-c", TRITON, json.dumps(FIELDS)],
         capture_output=True,
         text=True,
         timeout=600,
         env={**os.environ, "TRITON_INTERPRET": "1"},
     )
     assert run.returncode == 0, run.stderr
-    assert json.loads(run.stdout) == dict.fromkeys(ACTIVATIONS, True)
+    assert json.loads(run.stdout) == dict.fromkeys(FIELDS, True)

@@ -13,26 +13,14 @@ from torch.nn.modules.module import register_module_forward_hook
 import hf_sparse
 from hf_sparse import PatchError, SparsityConfig
 from hf_sparse.adapters import find_blocks
+from support.activations import FIELDS
 from support.compiler import CPP
 from support.skips import CountSkips
-
-SHIFT, THRESHOLD = 0.15, 0.2
-FUNCTIONS = {
-    "relu": lambda p: p.clamp(min=0),
-    "relu2": lambda p: p.clamp(min=0) ** 2,
-    "shifted_relu": lambda p: (p - SHIFT).clamp(min=0),
-    "fatrelu": lambda p: torch.where(p >= THRESHOLD, p, torch.zeros_like(p)),
-    "drelu": lambda p: p.clamp(min=0),
-    "jsrelu": lambda p: torch.where(p >= 0, p + p * p / 2, torch.zeros_like(p)),
-}
+from triton_ops.activations import TABLE
 
 
 def config_for(activation: str, **fields) -> SparsityConfig:
-    if activation == "shifted_relu":
-        fields["shift"] = SHIFT
-    if activation == "fatrelu":
-        fields["threshold"] = THRESHOLD
-    return SparsityConfig(activation=activation, **fields)
+    return SparsityConfig(activation=activation, **FIELDS[activation], **fields)
 
 
 def plain_mlp(block, activation: str, x: Tensor) -> Tensor:
@@ -42,12 +30,17 @@ def plain_mlp(block, activation: str, x: Tensor) -> Tensor:
         weight = module.weight.t() if type(module).__name__ == "Conv1D" else module.weight
         return F.linear(x, weight, module.bias)
 
-    f = FUNCTIONS[activation]
+    row = TABLE[activation]
+    parameter = sum(FIELDS[activation].values())
+
+    def f(p):
+        return row.value(p, parameter)
+
     if block.kind == "plain":
         h = f(linear(block.up_linear, x))
     else:
         up = linear(block.up_linear, x)
-        h = f(linear(block.gate_linear, x)) * (up.clamp(min=0) if activation == "drelu" else up)
+        h = f(linear(block.gate_linear, x)) * (up.clamp(min=0) if row.relu_up else up)
     return linear(block.down_linear, h)
 
 
@@ -63,12 +56,12 @@ def test_original_activation_is_bit_identical(tiny_model, model_type, input_ids)
         hf_sparse.unpatch(model)
 
 
-@pytest.mark.parametrize("activation", FUNCTIONS)
+@pytest.mark.parametrize("activation", TABLE)
 def test_substituted_activation_equals_plain_pytorch(tiny_model, model_type, activation) -> None:
     model = tiny_model(model_type)
-    if activation == "drelu" and find_blocks(model)[0][0].kind == "plain":
+    if TABLE[activation].relu_up and find_blocks(model)[0][0].kind == "plain":
         with pytest.raises(PatchError, match="needs a gated MLP"):
-            hf_sparse.patch(model, "drelu")
+            hf_sparse.patch(model, config_for(activation))
         return
     report = hf_sparse.patch(model, config_for(activation))
     assert len(report.blocks) == 3
@@ -77,11 +70,11 @@ def test_substituted_activation_equals_plain_pytorch(tiny_model, model_type, act
         torch.testing.assert_close(block.module(x), plain_mlp(block, activation, x))
 
 
-@pytest.mark.parametrize("activation", FUNCTIONS)
+@pytest.mark.parametrize("activation", TABLE)
 @pytest.mark.parametrize("backend", ["torch", CPP])
 def test_generation_that_skips_gives_the_dense_tokens(tiny_model, activation, backend) -> None:
     for model_type in ("llama", "gpt_neox"):
-        if (model_type, activation) == ("gpt_neox", "drelu"):
+        if model_type == "gpt_neox" and TABLE[activation].relu_up:
             continue
         model = tiny_model(model_type)
         hf_sparse.patch(model, config_for(activation))
@@ -265,7 +258,7 @@ class TestMix:
         model = tiny_model("phi")
         (block, *_) = hf_sparse.patch(model, SparsityConfig(activation="jsrelu", mix=0.25)).blocks
         p = torch.randn(50)
-        expected = 0.75 * F.gelu(p, approximate="tanh") + 0.25 * FUNCTIONS["jsrelu"](p)
+        expected = 0.75 * F.gelu(p, approximate="tanh") + 0.25 * TABLE["jsrelu"].value(p, 0.0)
         torch.testing.assert_close(block.activation(p), expected)
 
     def test_config_says_what_the_model_computes(self, tiny_model) -> None:

@@ -14,25 +14,24 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 import hf_sparse
 from hf_sparse import SparsityConfig
+from hf_sparse.activations import is_stock, relu_up
+from support.activations import FIELDS
+from triton_ops.activations import TABLE
 
 CONFIGS = {
-    "relu": SparsityConfig(),
-    "relu2": SparsityConfig(activation="relu2"),
+    **{name: SparsityConfig(activation=name, **FIELDS[name]) for name in TABLE},
     "original": SparsityConfig(activation="original"),
-    "shifted_relu": SparsityConfig(activation="shifted_relu", shift=0.1),
-    "fatrelu": SparsityConfig(activation="fatrelu", threshold=(0.1, 1 / 3, 0.2)),
-    "jsrelu": SparsityConfig(activation="jsrelu"),
+    "thresholds": SparsityConfig(activation="fatrelu", threshold=(0.1, 1 / 3, 0.2)),
     "some_layers": SparsityConfig(layers=(0, 2)),
     "mixed": SparsityConfig(activation="jsrelu", mix=0.3),
-    "drelu": SparsityConfig(activation="drelu"),
 }
-STOCK_EXPRESSIBLE = {"relu", "relu2", "original"}
+STOCK_EXPRESSIBLE = {"original", *filter(is_stock, TABLE)}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_round_trip_is_bit_identical(tiny_model, input_ids, tmp_path, name) -> None:
     for model_type in ("llama", "gemma2", "phi", "gpt2"):
-        if name == "drelu" and model_type in ("phi", "gpt2"):
+        if relu_up(CONFIGS[name].activation) and model_type in ("phi", "gpt2"):
             continue
         model = tiny_model(model_type)
         stock = model(input_ids).logits

@@ -10,10 +10,15 @@ import torch
 from torch import Tensor
 
 from triton_ops import certify, neuron_major_, reference
+from triton_ops.activations import TABLE
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-THRESHOLDS = {"shifted_relu": 0.25, "fatrelu": 0.5}
+
+
+def typical_threshold(activation: str) -> float:
+    """A value for the parameter of an activation, for pre-activations of deviation 1; 0 if it has none."""
+    return 0.25 if TABLE[activation].parameter else 0.0
 
 
 @dataclass
@@ -80,7 +85,7 @@ def make_block(
         up_bias=rand(neurons) if bias else None,
         down_bias=rand(hidden) if bias else None,
         activation=activation,
-        threshold=THRESHOLDS.get(activation, 0.0),
+        threshold=typical_threshold(activation),
         certified=certified,
     )
 
@@ -90,9 +95,9 @@ def assert_as_exact_as_dense(y: Tensor, block: Block) -> None:
 
     Three allowances. One rounding of the largest output to its dtype and a few in float32: in a small block
     the dense error can happen to be next to nothing. Where there are only a few outputs it often is, and
-    there one float32 rounding of the sum of the absolute terms is allowed as well. For fatrelu, what the
-    neurons are worth whose pre-activation in float64 lies within rounding of the threshold: the function
-    jumps there, and either side of the jump is a correct rounding of its argument.
+    there one float32 rounding of the sum of the absolute terms is allowed as well. For an activation that
+    jumps at its threshold, what the neurons are worth whose pre-activation in float64 lies within rounding of
+    it: either side of the jump is a correct rounding of its argument.
     """
     exact = block.run(reference, torch.float64)
     dense = block.run(reference)
@@ -107,7 +112,7 @@ def assert_as_exact_as_dense(y: Tensor, block: Block) -> None:
     allowed = 2 * (dense.double() - exact).abs().max() + rounding * exact.abs().max()
     if y.numel() < 64:
         allowed = allowed + torch.finfo(torch.float32).eps * _magnitude(block)
-    if block.activation == "fatrelu":
+    if _jump(block):
         allowed = allowed + _jumps(block, eps)
     error = (y.double() - exact).abs()
     worst = (error - allowed).max().item()
@@ -122,7 +127,7 @@ def _magnitude(block: Block) -> Tensor:
     p = _linear(block.x, block.deciding, block.deciding_bias)
     bias = block.deciding_bias
     terms = _linear(block.x.abs(), block.deciding.abs(), None if bias is None else bias.abs())
-    a = reference.activation(p, block.activation, block.threshold)
+    a = TABLE[block.activation].value(p, block.threshold)
     a = torch.maximum(a.abs(), terms * (a != 0))
     if block.gate is not None:
         a = a * _linear(block.x, block.up, block.up_bias)
@@ -131,6 +136,11 @@ def _magnitude(block: Block) -> Tensor:
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+
+
+def _jump(block: Block) -> bool:
+    at = torch.tensor(block.threshold, dtype=torch.float64)
+    return bool(TABLE[block.activation].value(at, block.threshold) != 0)
 
 
 def _jumps(block: Block, eps: float) -> Tensor:

@@ -14,6 +14,7 @@ import triton_ops
 from support.compiler import needs_compiler
 from support.kernel_blocks import make_block
 from triton_ops import ACTIVATIONS, certify
+from triton_ops.activations import TABLE
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -102,8 +103,7 @@ def assert_same_bits(block) -> None:
     seed=st.integers(0, 2**31),
 )
 def test_the_result_is_the_same_bits(hidden, neurons, activation, dtype, gated, bias, scale, outlier, seed):
-    if activation == "drelu" and not gated:
-        activation = "relu"
+    gated = gated or TABLE[activation].relu_up
     torch.manual_seed(seed)
     block = make_block(1, hidden, neurons, dtype, activation, gated=gated, bias=bias)
     block.x = (block.x.float() * scale).to(dtype)

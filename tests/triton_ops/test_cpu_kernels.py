@@ -18,9 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import triton_ops
+from support.activations import GATED_OR_PLAIN
 from support.compiler import CPP, needs_compiler
 from support.kernel_blocks import assert_as_exact_as_dense, make_block
 from triton_ops import ACTIVATIONS, reference
+from triton_ops.activations import TABLE
 from triton_ops.cpu import build
 
 PATHS = [
@@ -68,7 +70,7 @@ def test_gated_mlp(path, dtype, shape, activation):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=_id)
 @pytest.mark.parametrize("shape", SHAPES, ids=_id)
-@pytest.mark.parametrize("activation", [a for a in ACTIVATIONS if a != "drelu"])
+@pytest.mark.parametrize("activation", [name for name, gated in GATED_OR_PLAIN if not gated])
 def test_plain_mlp(path, dtype, shape, activation):
     for bias in (False, True):
         block = make_block(*shape, dtype, activation, gated=False, bias=bias)
@@ -95,7 +97,7 @@ def test_many_tokens(dtype, shape, shift):
 @pytest.mark.parametrize("shape", [(16, 65, 300), (65, 40, 129), (530, 33, 70)], ids=_id)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_many_tokens_with_few_active_neurons_each(dtype, shape, activation):
-    for gated in (True,) if activation == "drelu" else (True, False):
+    for gated in (gated for name, gated in GATED_OR_PLAIN if name == activation):
         block = make_block(*shape, dtype, activation, gated=gated, bias=True)
         block.deciding_bias.sub_(2.0)
         block.deciding_bias[::7] += 2.0  # and blocks of neurons that are not all alike
@@ -157,7 +159,7 @@ def test_any_shape_in_the_compiled_kernel(
     tokens, hidden, neurons, activation, dtype, gated, bias, shift, seed
 ):
     torch.manual_seed(seed)
-    activation = "relu" if activation == "drelu" and not gated else activation
+    gated = gated or TABLE[activation].relu_up
     block = make_block(tokens, hidden, neurons, dtype, activation, gated=gated, bias=bias)
     if activation == "shifted_relu":
         block.threshold = shift  # half, most or few of the neurons are active: other ways through the kernel

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 import triton_ops
+from support.activations import GATED_OR_PLAIN
 from support.kernel_blocks import DEVICE, Block, make_block
-from triton_ops import ACTIVATIONS, certify, neuron_major_, reference
+from triton_ops import certify, neuron_major_, reference
 
 pytest.importorskip("triton")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-KINDS = [(name, gated) for name in ACTIVATIONS for gated in (True, False) if gated or name != "drelu"]
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,7 @@ def test_same_bits(dtype, shape, gated):
     assert_same_bits(make_block(1, *shape, dtype, gated=gated, bias=True, device=DEVICE))
 
 
-@pytest.mark.parametrize(("activation", "gated"), KINDS)
+@pytest.mark.parametrize(("activation", "gated"), GATED_OR_PLAIN)
 def test_same_bits_for_every_activation(activation, gated):
     assert_same_bits(make_block(1, 40, 16, torch.bfloat16, activation, gated=gated, device=DEVICE))
 

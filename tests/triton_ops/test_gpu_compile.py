@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from triton_ops.activations import TABLE
+
 triton = pytest.importorskip("triton")
 pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"),
@@ -106,11 +108,10 @@ def test_one_token_reads_weights_sixteen_bytes_at_a_time(dtype, certified):
     assert all(".v4.b32" in line for line in weights)
 
 
-@pytest.mark.parametrize("kind", range(6))
-def test_every_activation_compiles(kind):
-    gated = kind == 5  # drelu is only for gated ones
-    hidden_one(torch.float16, certified=True, gated=gated, kind=kind)
-    hidden_several(torch.float16, 2, gated=gated, kind=kind)
+@pytest.mark.parametrize("row", TABLE.values(), ids=lambda row: row.name)
+def test_every_activation_compiles(row):
+    hidden_one(torch.float16, certified=True, gated=row.relu_up, kind=row.code)
+    hidden_several(torch.float16, 2, gated=row.relu_up, kind=row.code)
 
 
 @pytest.mark.parametrize("tokens", [8, 32])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import triton_ops
+from support.activations import GATED_OR_PLAIN, assert_bits_of_the_reference
 from support.kernel_blocks import DEVICE, assert_as_exact_as_dense, make_block
 from triton_ops import ACTIVATIONS, reference
 
@@ -17,7 +18,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Tokens, hidden size, neurons. The interpreter takes about a second for the larger ones.
 SHAPES = [(1, 1, 1), (1, 7, 5), (1, 172, 21), (2, 1, 1), (2, 63, 7), (3, 172, 63), (9, 17, 150)]
 SHAPES_LINEAR = [(1, 7, 5), (1, 40, 300), (3, 40, 300), (17, 130, 33)]
-KINDS = [(name, gated) for name in ACTIVATIONS for gated in (True, False) if gated or name != "drelu"]
 SEVERAL = [1, 3]  # one token and several have kernels of their own
 
 
@@ -43,7 +43,7 @@ def test_tokens(tokens):
     assert_as_exact_as_dense(block.run(triton_ops), block)
 
 
-@pytest.mark.parametrize(("activation", "gated"), KINDS)
+@pytest.mark.parametrize(("activation", "gated"), GATED_OR_PLAIN)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", SEVERAL)
 def test_activations(tokens, dtype, activation, gated):
@@ -118,7 +118,7 @@ def test_strided_arguments(tokens):
     assert_as_exact_as_dense(block.run(triton_ops), block)
 
 
-@pytest.mark.parametrize("activation", ["relu", "fatrelu", "drelu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("tokens", SEVERAL)
 def test_nan_and_infinity_in_the_input_stay_with_their_token(tokens, bad, activation):
@@ -173,9 +173,7 @@ def test_same_bits_every_time(gated, tokens):
     assert torch.equal(block.run(triton_ops), block.run(triton_ops))
 
 
-def test_kernel_and_package_number_the_activations_alike():
-    from triton_ops.gpu import numerics as kernels
-
-    assert kernels.ACTIVATIONS == ACTIVATIONS
-    numbers = [kernels.RELU2, kernels.JSRELU, kernels.SHIFTED, kernels.FAT, kernels.DRELU]
-    assert numbers == [1, 2, 3, 4, 5]
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("activation", "gated"), GATED_OR_PLAIN)
+def test_activations_have_the_bits_of_the_formula(activation, gated, dtype):
+    assert_bits_of_the_reference(activation, gated, dtype, DEVICE)

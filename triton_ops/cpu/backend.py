@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from triton_ops.activations import TABLE
 from triton_ops.cpu import build
 from triton_ops.mlp import MLP
-from triton_ops.reference import ACTIVATIONS
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -45,7 +45,7 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def mlp(x: Tensor, mlp: MLP) -> Tensor:
     """``x [..., D]`` to ``[..., D]``; ``mlp.down [D, F]`` neuron-major."""
-    return _call(x, x.new_empty(x.shape), mlp, ACTIVATIONS.index(mlp.activation))
+    return _call(x, x.new_empty(x.shape), mlp, TABLE[mlp.activation].code)
 
 
 def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -20,11 +20,14 @@ import warnings
 from functools import cache
 from pathlib import Path
 
+from triton_ops.activations import TABLE
 from triton_ops.storage import cache_dir, write_atomically
 
 SOURCE = Path(__file__).with_name("mlp.cpp")
 SOURCES = (SOURCE, *sorted(SOURCE.parent.glob("*.h")))
-COMPILE = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp")
+# The compiler looks up the formula of each activation by its name (activation.h); its place in the list is its code.
+ACTIVATIONS = f"-DHFS_ACTIVATIONS={','.join(TABLE)}"
+COMPILE = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", ACTIVATIONS)
 # torch has loaded its OpenMP runtime for all to see. Leaving ours to be found there keeps one thread pool in
 # the process; a runtime that does not satisfy this compiler's symbols is linked in the second attempt.
 LINKS = (("-shared",), ("-shared", "-fopenmp"))

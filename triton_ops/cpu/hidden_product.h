@@ -27,73 +27,45 @@ struct Hidden {
   typename Product<W>::In* rows;  // [T, padded(D)]: inputs of dot products
   Gemm<W> gemm;
 
-  static void round(Vec& a, Vec& b) {
-    Type narrow[kStep];
-    W::store(narrow, a, b);
-    W::load(narrow, a, b);
-  }
-
   static Vec kept(Vec value, Mask on) { return (Vec)((Bits)value & (Bits)on); }
 
-  // Of rounded pre-activations.
-  template <int Kind>
-  void activate(Vec& a, Vec& b) const {
-    const Mask silent_a = Kind == kFat ? a < threshold : a <= threshold;
-    const Mask silent_b = Kind == kFat ? b < threshold : b <= threshold;
-    if (Kind == kRelu2) a = a * a, b = b * b, round(a, b);
-    if (Kind == kShifted) a = a - threshold, b = b - threshold, round(a, b);
-    if (Kind == kJSRelu) {
-      Vec half_a = a * a, half_b = b * b;
-      round(half_a, half_b);
-      half_a = 0.5f * half_a, half_b = 0.5f * half_b;
-      round(half_a, half_b);
-      a += half_a, b += half_b;
-      round(a, b);
-    }
-    a = kept(a, ~silent_a), b = kept(b, ~silent_b);
+  template <class Activation>
+  static Vec apply(Activation, Vec p, Vec parameter) {
+    return kept(Activation::template value<W>(p, parameter), ~Activation::silent(p, parameter));
   }
 
   // The activated gates of a block of neurons, from their sums and in the same order. Returns how many are active, those
   // that fill up the last step included.
-  template <int Kind>
   int64_t activate(int64_t begin, int64_t end, const float* sums, Type* held) const {
     Mask active_a = {}, active_b = {};
-    for (int64_t i = begin; i < end; i += kStep)
-      for (int64_t t = 0; t < T; ++t, sums += kStep, held += kStep) {
-        Vec a, b;
-        Float32::load(sums, a, b);
-        add_bias<W>(a, b, gate_bias ? gate_bias + i : nullptr, std::min(end - i, kStep));
-        round(a, b);
-        activate<Kind>(a, b);
-        active_a -= a != 0.0f, active_b -= b != 0.0f;
-        W::store(held, a, b);
-      }
+    const Vec parameter = Vec{} + threshold;
+    activations::Table::select(kind, [&](auto activation) {
+      for (int64_t i = begin; i < end; i += kStep)
+        for (int64_t t = 0; t < T; ++t, sums += kStep, held += kStep) {
+          Vec a, b;
+          Float32::load(sums, a, b);
+          add_bias<W>(a, b, gate_bias ? gate_bias + i : nullptr, std::min(end - i, kStep));
+          a = apply(activation, rounded<W>(a), parameter), b = apply(activation, rounded<W>(b), parameter);
+          active_a -= a != 0.0f, active_b -= b != 0.0f;
+          W::store(held, a, b);
+        }
+    });
     active_a += active_b;
     int64_t count = 0;
     for (int i = 0; i < kLanes; ++i) count += active_a[i];
     return count;
   }
 
-  int64_t activate(int64_t begin, int64_t end, const float* sums, Type* held) const {
-    switch (kind) {
-      case kRelu2: return activate<kRelu2>(begin, end, sums, held);
-      case kJSRelu: return activate<kJSRelu>(begin, end, sums, held);
-      case kShifted: return activate<kShifted>(begin, end, sums, held);
-      case kFat: return activate<kFat>(begin, end, sums, held);
-      default: return activate<kRelu>(begin, end, sums, held);
-    }
-  }
-
   // Times the up projection, whose sums these are.
   void times_up(int64_t begin, int64_t end, const float* sums, Type* held) const {
-    const Mask relu_up = Mask{} - (kind == kDRelu);
+    const Mask relu_up = Mask{} - activations::relu_up(kind);
     for (int64_t i = begin; i < end; i += kStep)
       for (int64_t t = 0; t < T; ++t, sums += kStep, held += kStep) {
         Vec a, b, ha, hb;
         Float32::load(sums, a, b);
         W::load(held, ha, hb);
         add_bias<W>(a, b, up_bias ? up_bias + i : nullptr, std::min(end - i, kStep));
-        round(a, b);
+        a = rounded<W>(a), b = rounded<W>(b);
         a = kept(ha * a, (ha != 0.0f) & ~(relu_up & (a <= 0.0f)));
         b = kept(hb * b, (hb != 0.0f) & ~(relu_up & (b <= 0.0f)));
         W::store(held, a, b);
@@ -132,7 +104,7 @@ struct Hidden {
       value[k] = W::widen(held[list[k] * kStep]);
     }
     dots_inputs<W, 1>(row, in, column, count, D, products, 1, fetch);
-    multiply<W>(products, up_bias ? W::widen(up_bias[neuron]) : 0.0f, kind == kDRelu, count, value);
+    multiply<W>(products, up_bias ? W::widen(up_bias[neuron]) : 0.0f, activations::relu_up(kind), count, value);
     for (int32_t k = 0; k < count; ++k) held[list[k] * kStep] = W::narrow(value[k]);
   }
 

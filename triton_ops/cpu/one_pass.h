@@ -10,6 +10,7 @@
 
 #include <atomic>
 
+#include "activation.h"
 #include "add_rows.h"
 #include "certify.h"
 #include "dots.h"
@@ -24,50 +25,21 @@ constexpr int64_t kGroupShare = 8;
 constexpr int64_t kUnionTokens = 8;  // up to here an up row is multiplied by all tokens if any needs it
 constexpr int64_t kMaxValues = kMaxBlock > kBatchBlock * kMaxTokens ? kMaxBlock : kBatchBlock * kMaxTokens;
 
-// In the order of triton_ops.reference.ACTIVATIONS.
-enum Activation { kRelu, kRelu2, kJSRelu, kShifted, kFat, kDRelu };
-
-// Written so that NaN counts as active.
-bool silent(float p, int kind, float threshold) {
-  return kind == kFat ? p < threshold : p <= threshold;
-}
-
-template <class W>
-float activated(float p, int kind, float threshold) {
-  switch (kind) {
-    case kRelu2: return p * p;
-    case kJSRelu: return p + rounded<W>(0.5f * rounded<W>(p * p));
-    case kShifted: return p - threshold;
-    default: return p;
-  }
-}
-
 // value or zero, without a branch, also where a compiler would rather have one.
 inline float kept(float value, bool on) { return as_float(as_bits(value) & (0u - uint32_t(on))); }
 
 // The activated gate of one neuron for T tokens from its dot products; whether any is active. Without branches on the
 // values, which no processor could predict.
-template <class W, int Kind>
-bool activate(const float* products, float bias, float threshold, int64_t T, float* h) {
+template <class W, class Activation>
+bool activate(Activation, const float* products, float bias, float threshold, int64_t T, float* h) {
   int32_t any = 0;
   for (int64_t t = 0; t < T; ++t) {
-    const float p = rounded<W>(products[t] + bias), value = rounded<W>(activated<W>(p, Kind, threshold));
-    const bool on = !silent(p, Kind, threshold);
+    const float p = rounded<W>(products[t] + bias), value = Activation::template value<W>(p, threshold);
+    const bool on = !Activation::silent(p, threshold);
     h[t] = kept(value, on);
     any |= on;
   }
   return any;
-}
-
-template <class W>
-bool activate(const float* products, float bias, int kind, float threshold, int64_t T, float* h) {
-  switch (kind) {
-    case kRelu2: return activate<W, kRelu2>(products, bias, threshold, T, h);
-    case kJSRelu: return activate<W, kJSRelu>(products, bias, threshold, T, h);
-    case kShifted: return activate<W, kShifted>(products, bias, threshold, T, h);
-    case kFat: return activate<W, kFat>(products, bias, threshold, T, h);
-    default: return activate<W, kRelu>(products, bias, threshold, T, h);
-  }
 }
 
 // h *= up for one neuron and T tokens, where h is not zero; products elsewhere may be anything.
@@ -122,13 +94,17 @@ struct Fused {
 
   // The neurons of a block that are not certified to be silent.
   int64_t uncertified(int64_t begin, int64_t n, int32_t* index) const {
-    int64_t count = 0;
+    float p[kMaxBlock];
     for (int64_t i = 0; i < n; ++i) {
       // What is done here to the bound is done below to the dot product; each step is monotone.
       const int64_t f = begin + i, product = int8_dot(q + f * D, k, D);
-      const float p = rounded<W>(upper_bound(bounds + 3 * f, product, quantised) + bias(gate_bias, f));
-      if (!silent(p, kind, threshold)) index[count++] = int32_t(i);
+      p[i] = rounded<W>(upper_bound(bounds + 3 * f, product, quantised) + bias(gate_bias, f));
     }
+    int64_t count = 0;
+    activations::Table::select(kind, [&](auto activation) {
+      for (int64_t i = 0; i < n; ++i)
+        if (!activation.silent(p[i], threshold)) index[count++] = int32_t(i);
+    });
     return count;
   }
 
@@ -151,11 +127,13 @@ struct Fused {
     }
     all_dots<W>(rows, count, input, column, T, D, products, T, count == n);
     int64_t active = 0;
-    for (int64_t j = 0; j < count; ++j) {
-      const int64_t i = index[j];
-      const float b = bias(gate_bias, begin + i);
-      if (activate<W>(products + j * T, b, kind, threshold, T, h + i * T)) index[active++] = int32_t(i);
-    }
+    activations::Table::select(kind, [&](auto activation) {
+      for (int64_t j = 0; j < count; ++j) {
+        const int64_t i = index[j];
+        const float b = bias(gate_bias, begin + i);
+        if (activate<W>(activation, products + j * T, b, threshold, T, h + i * T)) index[active++] = int32_t(i);
+      }
+    });
     if (up) times_up(begin, n, index, active, h);
   }
 
@@ -181,8 +159,9 @@ struct Fused {
           if (h[index[j] * T + t] != 0.0f) own[tokens] = input[t], columns[tokens++] = int32_t(t);
         dots_inputs<W, 1>(rows + j, own, columns, tokens, D, products + j * T, T, true);
       }
+    const bool relu_up = activations::relu_up(kind);
     for (int64_t j = 0; j < count; ++j)
-      multiply<W>(products + j * T, bias(up_bias, begin + index[j]), kind == kDRelu, T, h + index[j] * T);
+      multiply<W>(products + j * T, bias(up_bias, begin + index[j]), relu_up, T, h + index[j] * T);
   }
 
   void given_block(int64_t begin, int64_t n, float* h) const {

@@ -73,6 +73,7 @@ struct Float32 {
     *reinterpret_cast<VecLoose*>(p) = a;
     *reinterpret_cast<VecLoose*>(p + kLanes) = b;
   }
+  static Vec round(Vec v) { return v; }  // to this dtype and back
   typedef uint32_t Magnitude;  // bits that are 0 just for zeros
   static uint32_t magnitude(float v) { return as_bits(v) & 0x7fffffffu; }
   static float widen(float v) { return v; }
@@ -89,15 +90,15 @@ struct BFloat16 {
     a = reinterpret_cast<Vec>(v << 16);
     b = reinterpret_cast<Vec>(v & 0xffff0000u);
   }
-  static Bits round(Vec v) {  // to nearest even, in the upper half of each lane; NaN stays NaN
+  static Vec round(Vec v) {  // to nearest even; NaN stays NaN
     const Bits u = reinterpret_cast<Bits>(v);
     const Bits nearest = u + 0x7fffu + ((u >> 16) & 1u);
     const Mask is_nan = v != v;
-    return reinterpret_cast<Bits>(is_nan ? reinterpret_cast<Mask>(u | 0x400000u)
-                                         : reinterpret_cast<Mask>(nearest)) & 0xffff0000u;
+    return reinterpret_cast<Vec>((is_nan ? reinterpret_cast<Mask>(u | 0x400000u) : reinterpret_cast<Mask>(nearest)) &
+                                 int32_t(0xffff0000u));
   }
   static void store(uint16_t* p, Vec a, Vec b) {
-    *reinterpret_cast<BitsLoose*>(p) = (round(a) >> 16) | round(b);
+    *reinterpret_cast<BitsLoose*>(p) = (reinterpret_cast<Bits>(round(a)) >> 16) | reinterpret_cast<Bits>(round(b));
   }
   typedef uint16_t Magnitude;
   static uint16_t magnitude(uint16_t v) { return v & 0x7fffu; }
@@ -122,16 +123,26 @@ struct Float16 {
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)a, _MM_FROUND_TO_NEAREST_INT));
     _mm256_storeu_si256((__m256i*)(p + kLanes), _mm512_cvtps_ph((__m512)b, _MM_FROUND_TO_NEAREST_INT));
   }
+  static Vec round(Vec v) {
+    return (Vec)_mm512_cvtph_ps(_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+  }
 #elif defined(__F16C__)
   static Vec lanes(const uint16_t* p) { return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
   static void store(uint16_t* p, Vec a, Vec b) {
     _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)a, _MM_FROUND_TO_NEAREST_INT));
     _mm_storeu_si128((__m128i*)(p + kLanes), _mm256_cvtps_ph((__m256)b, _MM_FROUND_TO_NEAREST_INT));
   }
+  static Vec round(Vec v) {
+    return (Vec)_mm256_cvtph_ps(_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+  }
 #else
   static Vec lanes(const uint16_t* p) { return widened<Float16>(p); }
   static void store(uint16_t* p, Vec a, Vec b) {
     for (int i = 0; i < kLanes; ++i) p[i] = narrow(a[i]), p[kLanes + i] = narrow(b[i]);
+  }
+  static Vec round(Vec v) {
+    for (int i = 0; i < kLanes; ++i) v[i] = widen(narrow(v[i]));
+    return v;
   }
 #endif
 #if defined(__F16C__)
@@ -172,6 +183,11 @@ struct Float16 {
 template <class W>
 float rounded(float v) {
   return W::widen(W::narrow(v));
+}
+
+template <class W>
+Vec rounded(Vec v) {
+  return W::round(v);
 }
 
 inline float sum(Vec v) {

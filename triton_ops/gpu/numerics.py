@@ -12,9 +12,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-ACTIVATIONS = ("relu", "relu2", "jsrelu", "shifted_relu", "fatrelu", "drelu")
+from triton_ops.activations import TABLE
 
-RELU2, JSRELU, SHIFTED, FAT, DRELU = (tl.constexpr(i) for i in range(1, 6))  # their places in ACTIVATIONS
+# A kernel can read a code only from a global of its own.
+RELU = tl.constexpr(TABLE["relu"].code)
+RELU2 = tl.constexpr(TABLE["relu2"].code)
+SHIFTED_RELU = tl.constexpr(TABLE["shifted_relu"].code)
+FATRELU = tl.constexpr(TABLE["fatrelu"].code)
+DRELU = tl.constexpr(TABLE["drelu"].code)
+JSRELU = tl.constexpr(TABLE["jsrelu"].code)
 
 
 @triton.jit
@@ -41,10 +47,12 @@ def add_bias(v, bias_ptr, f, mask, BIAS: tl.constexpr, dtype: tl.constexpr):
 def is_silent(p, threshold, KIND: tl.constexpr, dtype: tl.constexpr):
     """Whether a neuron is silent; not if p is NaN. The threshold counts in the dtype of the model."""
     limit = round_to(tl.full([], threshold, tl.float32), dtype)
-    if KIND == FAT:
+    if KIND == FATRELU:
         return p < limit
-    else:  # noqa: RET505
+    elif KIND == SHIFTED_RELU:  # noqa: RET505 (a constexpr branch must stay one)
         return p <= limit
+    else:
+        return p <= 0.0
 
 
 @triton.jit
@@ -54,8 +62,9 @@ def activate(p, threshold, KIND: tl.constexpr, dtype: tl.constexpr):
         a = p * p
     elif KIND == JSRELU:
         a = p + 0.5 * round_to(p * p, dtype)
-    elif KIND == SHIFTED:
+    elif KIND == SHIFTED_RELU:
         a = p - round_to(tl.full([], threshold, tl.float32), dtype)
     else:
+        tl.static_assert(KIND == RELU or KIND == DRELU or KIND == FATRELU, "activation without a formula")
         a = p
     return round_to(a, dtype)

@@ -17,9 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from triton_ops.activations import TABLE
 from triton_ops.gpu import launch
 from triton_ops.gpu.down import pick
-from triton_ops.gpu.numerics import ACTIVATIONS, DRELU, activate, add_bias, is_silent, round_to
+from triton_ops.gpu.numerics import DRELU, activate, add_bias, is_silent, round_to
 from triton_ops.mlp import MLP
 
 FOLD = tl.constexpr(16)  # int8 elements in one load of a lane
@@ -251,7 +252,7 @@ def hidden(x: Tensor, mlp: MLP) -> Tensor:
         _relative_error(hidden, tile.BLOCK_Q),
         # Underflow, as the certificate's docstring has it; a factor 1 + ‖w‖ + ‖x‖ is still to come.
         hidden * 2.0**-120,
-        KIND=ACTIVATIONS.index(mlp.activation),
+        KIND=TABLE[mlp.activation].code,
         GATED=mlp.up is not None,
         GATE_BIAS=mlp.first_bias is not None,
         UP_BIAS=mlp.up_bias is not None,

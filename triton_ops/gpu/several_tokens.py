@@ -19,9 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from triton_ops.activations import TABLE
 from triton_ops.gpu import launch
 from triton_ops.gpu.down import upcast
-from triton_ops.gpu.numerics import ACTIVATIONS, DRELU, activate, add_bias, is_silent, round_to
+from triton_ops.gpu.numerics import DRELU, activate, add_bias, is_silent, round_to
 from triton_ops.mlp import MLP
 
 
@@ -130,7 +131,7 @@ def hidden(x: Tensor, mlp: MLP) -> Tensor:
         mlp.first.stride(0),
         0 if mlp.up is None else mlp.up.stride(0),
         mlp.threshold,
-        KIND=ACTIVATIONS.index(mlp.activation),
+        KIND=TABLE[mlp.activation].code,
         GATED=mlp.up is not None,
         GATE_BIAS=mlp.first_bias is not None,
         UP_BIAS=mlp.up_bias is not None,

@@ -1,0 +1,54 @@
+"""Arguments for every row of the table of activations, so that what is tested of all names none."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from support.kernel_blocks import Block, typical_threshold
+from triton_ops import reference
+from triton_ops.activations import TABLE
+
+FIELDS: dict[str, dict[str, float]] = {
+    name: {row.parameter.name: 0.1} if row.parameter else {} for name, row in TABLE.items()
+}
+"""Fields of a config, for a model's pre-activations."""
+
+GATED_OR_PLAIN = [(name, gated) for name, row in TABLE.items() for gated in (True, False)[: 2 - row.relu_up]]
+"""Every activation with every kind of MLP that may have it."""
+
+# Tokens and the share of neurons that may be active: each regime of the kernels, few and many active ones.
+REGIMES = [(1, 1.0), (5, 1.0), (12, 1.0), (40, 1.0), (40, 0.05)]
+
+
+def points(name: str, dtype: torch.dtype) -> Tensor:
+    """Pre-activations ``[n]``: a grid with zeros, the parameter and its neighbours; no subnormal numbers."""
+    t = torch.tensor([typical_threshold(name)], dtype=dtype)
+    kinks = [t, -t] if t == 0 else [t, -t, t * (1 + torch.finfo(dtype).eps), t * (1 - torch.finfo(dtype).eps)]
+    return torch.cat(
+        [torch.linspace(-4, 4, 65, dtype=dtype), torch.tensor([-20.0, 20.0], dtype=dtype), *kinks]
+    )
+
+
+def assert_bits_of_the_reference(name: str, gated: bool, dtype: torch.dtype, device: str = "cpu") -> None:
+    """The forced backend gives the bits of the dense formula where no sum can round: with unit matrices."""
+    import triton_ops
+
+    p = points(name, dtype)
+    eye = torch.eye(len(p), dtype=dtype, device=device)
+    for tokens, share in REGIMES:
+        x = torch.stack([p.roll(7 * i) for i in range(tokens)])
+        x = torch.where(torch.rand(x.shape) < share, x, -x.abs()).to(device)
+        up, down = -eye, triton_ops.neuron_major_(eye.clone())
+        block = Block(
+            x,
+            eye if gated else None,
+            up if gated else eye,
+            down,
+            None,
+            None,
+            None,
+            name,
+            typical_threshold(name),
+        )
+        assert torch.equal(block.run(triton_ops), block.run(reference)), f"{tokens} tokens"

@@ -1,0 +1,124 @@
+"""One row per activation: what everything else that names an activation is made from.
+
+Checks, autograd, the reference, the numbers that the kernels know activations by, and the names that
+``hf_sparse`` accepts all read :data:`TABLE`. The compiled kernels have one formula of each row,
+``cpu/activation.h`` and ``gpu/numerics.py``; they find their place here by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """The one number that an activation may have; it counts in the dtype of the pre-activation."""
+
+    name: str
+    """What users call it; the operators call every parameter ``threshold``."""
+    least: float = -math.inf
+    """The smallest value that it may have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activation:
+    """A pointwise function that is exactly 0 for most neurons of a sparse model.
+
+    Its functions take pre-activations ``p``, any shape and floating dtype, and the parameter, in units of
+    ``p`` (0 for a row that has none). NaN is never silent: it comes through.
+    """
+
+    name: str
+    code: int = -1
+    """Its place in :data:`TABLE`, which is what compiled kernels are given."""
+    value: Callable[[Tensor, float], Tensor]
+    """The activation, in the torch calls of its module, so that both have the same bits."""
+    slope: Callable[[Tensor, float], Tensor]
+    """The derivative of ``value``, what autograd computes: at the kink it is 0."""
+    silent: Callable[[Tensor, float], Tensor]
+    """Where ``value`` is 0 and a kernel need not look further, as bool."""
+    parameter: Parameter | None = None
+    relu_up: bool = False
+    """Whether the up projection goes through ReLU as well; such an activation needs a gate."""
+    certifiable: bool = True
+    """Whether ``p`` being silent makes everything below it silent. Then an upper bound of ``p`` proves
+    silence (:mod:`triton_ops.certificate`); without it a certificate is not used."""
+
+
+def _jsrelu(p: Tensor) -> Tensor:
+    r = torch.relu(p)
+    return r + 0.5 * r.square()
+
+
+_ROWS = (
+    Activation(
+        name="relu",
+        value=lambda p, _: torch.relu(p),
+        slope=lambda p, _: (p > 0).to(p.dtype),
+        silent=lambda p, _: p <= 0,
+    ),
+    Activation(  # Primer (arXiv 2109.08668); ReLU² Wins (arXiv 2402.03804)
+        name="relu2",
+        value=lambda p, _: torch.relu(p).square(),
+        slope=lambda p, _: 2 * torch.relu(p),
+        silent=lambda p, _: p <= 0,
+    ),
+    Activation(  # ReLU Strikes Back (arXiv 2310.04564)
+        name="shifted_relu",
+        value=lambda p, t: torch.relu(p - t),
+        slope=lambda p, t: (p - t > 0).to(p.dtype),
+        silent=lambda p, t: p <= t,
+        parameter=Parameter("shift"),
+    ),
+    Activation(  # ProSparse (arXiv 2402.13516)
+        name="fatrelu",
+        value=lambda p, t: p.masked_fill(p < t, 0),
+        slope=lambda p, t: torch.ones_like(p).masked_fill(p < t, 0),
+        silent=lambda p, t: p < t,
+        parameter=Parameter("threshold", least=0.0),
+    ),
+    Activation(  # TurboSparse (arXiv 2406.05955)
+        name="drelu",
+        value=lambda p, _: torch.relu(p),
+        slope=lambda p, _: (p > 0).to(p.dtype),
+        silent=lambda p, _: p <= 0,
+        relu_up=True,
+    ),
+    Activation(  # J-SquaredReLU (arXiv 2605.25612)
+        name="jsrelu",
+        value=lambda p, _: _jsrelu(p),
+        slope=lambda p, _: (p > 0).to(p.dtype) + torch.relu(p),
+        silent=lambda p, _: p <= 0,
+    ),
+)
+
+TABLE: dict[str, Activation] = {row.name: replace(row, code=code) for code, row in enumerate(_ROWS)}
+"""Every activation that the operators know, by name."""
+
+ACTIVATIONS = tuple(TABLE)
+"""The names."""
+
+
+def check(name: str, threshold: float, *, gated: bool) -> None:
+    """Raise ValueError if ``name`` is unknown or needs a gate, or ``threshold`` is out of its range."""
+    row = TABLE.get(name)
+    if row is None:
+        raise ValueError(f"activation={name!r} is not known; choose one of {', '.join(TABLE)}.")
+    if row.relu_up and not gated:
+        raise ValueError(f"activation={name!r} needs a gate and an up projection; use 'relu' in a plain MLP.")
+    if row.parameter is None:
+        if threshold != 0:
+            known = ", ".join(other.name for other in _ROWS if other.parameter)
+            raise ValueError(
+                f"threshold={threshold} has no meaning for activation={name!r}; leave it at 0 or use one of "
+                f"{known}."
+            )
+    elif not threshold >= row.parameter.least:
+        least = row.parameter.least
+        mend = "a number" if least == -math.inf else f"at least {least:g}"
+        raise ValueError(f"threshold={threshold} is not valid for {name}; it is {mend}.")
