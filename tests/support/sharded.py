@@ -39,7 +39,7 @@ def story(model: nn.Module, own: Tensor, backend: str) -> Tensor:
         model(input_ids=own, labels=own).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if backend != "dense" and not isinstance(model, nn.parallel.DistributedDataParallel):
+        if backend != "dense" and hasattr(model, "config"):  # not wrapped
             hf_sparse.measure(model, [{"input_ids": own}])
         found.append(logits(model, backend))
     return torch.stack(found)
@@ -53,6 +53,16 @@ def fsdp2(model: nn.Module) -> nn.Module:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model
+
+
+def fsdp1(model: nn.Module) -> nn.Module:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    policy = ModuleWrapPolicy({type(model.model.layers[0])})
+    return FullyShardedDataParallel(
+        model, auto_wrap_policy=policy, device_id=torch.device("cpu"), use_orig_params=True
+    )
 
 
 def after_skipping(wrap: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
@@ -70,6 +80,8 @@ def ddp(model: nn.Module) -> nn.Module:
 WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "ddp": ddp,
     "ddp after skipping": after_skipping(ddp),
+    "fsdp1": fsdp1,
+    "fsdp1 after skipping": after_skipping(fsdp1),
     "fsdp2": fsdp2,
     "fsdp2 after skipping": after_skipping(fsdp2),
 }
