@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hf_sparse.adapters import Block, Skipped
+from hf_sparse.adapters.block import replaced_forward
 from hf_sparse.config import SparsityConfig
 
 
@@ -38,6 +39,8 @@ class PatchReport:
             lines.append(f"  activation: {self.original_activation} -> {_activation(self.config)}")
             loads = f"as {self.stock_name!r}" if self.stock_name else "refused; it needs `import hf_sparse`"
             lines.append(f"  in plain transformers: {loads}")
+        for by, count in Counter(filter(None, (replaced_forward(b.module) for b in self.blocks))).items():
+            lines.append(f"  WARNING: the forward of {count} blocks was replaced by {by}")
         for (name, reason), count in Counter((s.class_name, s.reason) for s in self.skipped).items():
             lines.append(f"  left as is: {count} x {name}: {reason}")
         return "\n".join(lines)

@@ -13,6 +13,7 @@ from transformers.activations import ACT2FN
 from hf_sparse import checkpoint_block
 from hf_sparse.activations import build_activation, is_stock, relu_up, row_of
 from hf_sparse.adapters import Block, find_blocks, require_blocks
+from hf_sparse.adapters.block import replaced_forward
 from hf_sparse.checkpoint_block import Record
 from hf_sparse.config import ACTIVATIONS, SparsityConfig
 from hf_sparse.errors import PatchError
@@ -238,8 +239,8 @@ def _choose(model: PreTrainedModel, blocks: list[Block], config: SparsityConfig)
     for block in chosen:
         if relu_up(config.activation) and block.kind == "plain":
             raise PatchError(
-                f'activation="{config.activation}" needs a gated MLP, but {block.name} ({type(block.module).__name__}) has '
-                'no gate; use "relu".'
+                f'activation="{config.activation}" needs a gated MLP, but {block.name} '
+                f'({type(block.module).__name__}) has no gate; use "relu".'
             )
         parts = {block.roles.gate, block.roles.up, block.roles.down, block.roles.act}
         if relu_up(config.activation) and (extra := block.module._modules.keys() - parts):
@@ -247,10 +248,10 @@ def _choose(model: PreTrainedModel, blocks: list[Block], config: SparsityConfig)
                 f'activation="{config.activation}" computes the block itself, but {block.name} also has '
                 f'{", ".join(sorted(extra))}; use "relu".'
             )
-        if "forward" in vars(block.module) and not hasattr(block.module, "_hf_hook"):
+        if by := replaced_forward(block.module):
             raise PatchError(
-                f"the forward of {block.name} was replaced by another tool (Liger's use_liger_kernel does "
-                "so), and would undo the patch; turn that off for the MLP."
+                f"the forward of {block.name} was replaced by {by} (Liger's use_liger_kernel does so), which "
+                "would undo the patch; turn that off for the MLP."
             )
     return chosen
 

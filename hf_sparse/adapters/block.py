@@ -66,6 +66,18 @@ class Block:
         return size[1]
 
 
+def replaced_forward(module: nn.Module) -> str | None:
+    """The function that another tool has put in the place of ``module.forward``; None if none has.
+
+    It may be a wrapper that calls the module's own. Accelerate's, for offloading, is known to be one.
+    """
+    forward = vars(module).get("forward")
+    if forward is None or hasattr(module, "_hf_hook"):
+        return None
+    function = getattr(forward, "__func__", forward)
+    return f"{function.__module__}.{getattr(function, '__qualname__', function)}"
+
+
 def linear_size(module: nn.Module) -> tuple[int, int] | None:
     """``(in, out)`` of anything that acts as a linear layer, None of anything else.
 

@@ -7,6 +7,7 @@ forward of the stock class itself, so an unchanged activation gives bit-identica
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn.modules import module as nn_module
 
 import triton_ops
 from hf_sparse.activations import MixedActivation, row_of
+from hf_sparse.adapters.block import replaced_forward
 from hf_sparse.adapters.roles import Roles
 from hf_sparse.modules.certified import Certified
 from hf_sparse.modules.guarded import GuardedModule
@@ -115,21 +117,20 @@ class SparseMLP(GuardedModule):
         if not self._forward_ran:
             raise RuntimeError(
                 f"this {self.stock_class.__name__} was patched, and then its forward was replaced by "
-                f"{self.replaced_forward()} (Liger and kernel mappings do so), which does not compute what "
-                "the config of the model says. Turn that off for the MLP, or hf_sparse.unpatch(model) first."
+                f"{replaced_forward(self)} (Liger and kernel mappings do so), which does not compute what "
+                "the model's config says. Turn that off for the MLP, or hf_sparse.unpatch(model) first."
             )
         return output
 
-    def replaced_forward(self) -> str | None:
-        """The name of what was put in the place of ``forward`` on this object; None if nothing was.
-
-        It may be a wrapper that calls the block's own, as Accelerate's for offloading is.
-        """
-        forward = self.__dict__.get("forward")
-        if forward is None or "_hf_hook" in self.__dict__:
-            return None
-        function = getattr(forward, "__func__", forward)
-        return f"{function.__module__}.{getattr(function, '__qualname__', function)}"
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module; a warning if what is saved is not what another tool makes of it."""
+        if by := replaced_forward(self):
+            warnings.warn(
+                f"the forward of this {self.stock_class.__name__} was replaced by {by}: what is saved "
+                "computes what the config says, and not that.",
+                stacklevel=2,
+            )
+        return super().state_dict(*args, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., D] -> [..., D]``, any floating dtype."""
