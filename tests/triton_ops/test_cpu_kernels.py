@@ -362,6 +362,26 @@ def test_calls_of_several_threads_at_once():
 
 
 @needs_compiler
+def test_a_busy_neighbour_changes_no_result():
+    """While threads are kept waiting, calls do without them; every other one here, more or less."""
+    blocks = [make_block(tokens, 64, 1500, torch.bfloat16) for tokens in (1, 7, 12, 100)]
+    with torch.no_grad(), triton_ops.backend("cpp"):
+        expected = [block.run(triton_ops) for block in blocks]
+        spin = [sys.executable, "-c", "while True: pass"]
+        neighbours = [subprocess.Popen(spin) for _ in range(os.cpu_count() or 1)]
+        before = torch.get_num_threads()
+        try:
+            torch.set_num_threads(max(2, before))
+            for _ in range(20):
+                assert all(torch.equal(b.run(triton_ops), y) for b, y in zip(blocks, expected, strict=True))
+        finally:
+            torch.set_num_threads(before)
+            for neighbour in neighbours:
+                neighbour.kill()
+                neighbour.wait()
+
+
+@needs_compiler
 def test_more_intermediate_values_than_are_kept():
     small, large = (torch.randn(tokens, neurons) for tokens, neurons in ((40, 100), (512, 20000)))
     with torch.no_grad(), triton_ops.backend("cpp"):

@@ -154,17 +154,16 @@ struct Pairs {
     const int64_t blocks_of_columns = (D + kColumns - 1) / kColumns;
     const int64_t wanted = (kShares * threads + blocks_of_columns - 1) / blocks_of_columns;
     const int64_t shares = std::max<int64_t>(1, std::min(wanted, T / kFewTokens));
-    std::atomic<int64_t> next{0}, workers{0};
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-#pragma omp for schedule(static)
-      for (int64_t block = 0; block < blocks(); ++block) list(block);
-      float* const own = sums + workers.fetch_add(1) * T * kColumns;
-      for (int64_t i; (i = next.fetch_add(1)) < blocks_of_columns * shares;) {
+    Pieces lists(blocks()), products(blocks_of_columns * shares);
+    together(threads, [&](Worker& me) {
+      lists.share([&](int64_t block) { list(block); });
+      lists.wait(me);
+      float* const own = sums + me.index * T * kColumns;
+      products.share([&](int64_t i) {
         const int64_t share = i % shares;
         run_columns(i / shares * kColumns, share * T / shares, (share + 1) * T / shares, own);
-      }
-    }
+      });
+    });
   }
 
   // Gives out the scratch memory; returns its size in bytes. With null it only counts.

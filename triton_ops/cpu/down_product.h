@@ -11,6 +11,8 @@ struct Linear {
   typedef typename W::Type Type;
   static constexpr int64_t kColumns = 256;  // in a block of columns
   static constexpr int64_t kMarked = 512;   // neurons
+  static constexpr int64_t kAsked = 32;     // tokens
+  static constexpr int64_t kAlone = 1 << 18;  // values of h that are looked at faster than other threads are woken
 
   const Type *h, *w, *bias;  // bias may be null
   Type* y;
@@ -92,37 +94,52 @@ struct Linear {
     }
   }
 
-  // The active neurons, to be found before run().
-  void find(int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t f = 0; f < F; f += kMarked) mark(f);
+  // Finds the active neurons, which run() needs. Returns how many a token has; of many tokens a few are asked.
+  double find(int threads) {
+    const int64_t marks = (F + kMarked - 1) / kMarked, asked = std::min(T, kAsked);
+    std::atomic<int64_t> active{0};
+    Pieces pieces(marks + asked);
+    together(T * F < kAlone ? 1 : threads, [&](Worker&) {
+      pieces.share([&](int64_t i) {
+        if (i < marks)
+          mark(i * kMarked);
+        else
+          active.fetch_add(count(h + (i - marks) * T / asked * F), std::memory_order_relaxed);
+      });
+    });
     gemm.K = list();
+    return double(active.load()) / double(asked);
+  }
+
+  // Of the values of one token those that are not zero.
+  int64_t count(const Type* token) const {
+    int32_t n = 0;
+    for (int64_t f = 0; f < F; ++f) n += W::magnitude(token[f]) != 0;
+    return n;
   }
 
   void run(int threads) const {
     const Across<W> rows = {w, stride};
-    std::atomic<int64_t> next{0}, workers{0};
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-#pragma omp for schedule(static) nowait
-      for (int64_t block = 0; block < gemm.blocks(); ++block) gemm.pack_inputs(block);
+    std::atomic<int64_t> next{0};
+    Pieces inputs(gemm.blocks());
+    together(threads, [&](Worker& me) {
+      inputs.share([&](int64_t block) { gemm.pack_inputs(block); });
       const auto take = [&] { return std::min(gemm.columns * next.fetch_add(1), D); };
       const auto end_of = [&](int64_t begin) { return std::min(begin + gemm.columns, D); };
-      const int64_t worker = workers.fetch_add(1);
-      float* const sums = gemm.sums(worker);
+      float* const sums = gemm.sums(me.index);
       int64_t begin = take(), after;
-#pragma omp barrier  // inputs are packed, and each thread has a block before any takes its second
+      inputs.wait(me);
       for (; begin < D; begin = after) {
         after = -1;
         const auto ahead = [&](int64_t calls) {
           after = take();
           return rows.ahead(index, gemm.rows_in(0), after, end_of(after), calls);
         };
-        gemm.run(rows, begin, end_of(begin), ahead, sums, gemm.panels(worker));
+        gemm.run(rows, begin, end_of(begin), ahead, sums, gemm.panels(me.index));
         finish(begin, end_of(begin), sums);
         if (after < 0) after = take();  // without any active neuron
       }
-    }
+    });
   }
 
   // Gives out the scratch memory; returns its size in bytes. With null it only counts.
@@ -137,20 +154,5 @@ struct Linear {
     return take.at - scratch;
   }
 };
-
-// The share of values of h [T, F] that are not zero; of many tokens a few are asked.
-template <class W>
-double density(const typename W::Type* h, int64_t T, int64_t F, int threads) {
-  const int64_t asked = T < 32 ? T : 32;
-  int64_t count = 0;
-#pragma omp parallel for num_threads(threads) reduction(+ : count) if (threads > 1)
-  for (int64_t i = 0; i < asked; ++i) {
-    const typename W::Type* const token = h + i * T / asked * F;
-    int32_t own = 0;
-    for (int64_t f = 0; f < F; ++f) own += W::magnitude(token[f]) != 0;
-    count += own;
-  }
-  return double(count) / double(asked * F);
-}
 
 }  // namespace

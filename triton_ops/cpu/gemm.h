@@ -8,9 +8,9 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <utility>
 
+#include "team.h"
 #include "vector.h"
 
 namespace {

@@ -117,20 +117,20 @@ struct Hidden {
   void run(int threads) {
     const Along<W> first = {gate, gate_stride, all}, second = {up, up_stride, all};
     for (int64_t i = 0; i <= std::max(D, F); ++i) all[i] = int32_t(i);
-    std::atomic<int64_t> next{0}, workers{0};
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-#pragma omp for schedule(static) nowait
-      for (int64_t block = 0; block < gemm.blocks(); ++block) gemm.pack_inputs(block);
-#pragma omp for schedule(static) nowait
-      for (int64_t t = 0; t < (up ? T : 0); ++t) Product<W>::prepare(x + t * D, rows + t * padded(D), D);
+    std::atomic<int64_t> next{0};
+    const int64_t blocks = gemm.blocks();
+    Pieces inputs(blocks + (up ? T : 0));
+    together(threads, [&](Worker& me) {
+      inputs.share([&](int64_t i) {
+        if (i < blocks) return gemm.pack_inputs(i);
+        Product<W>::prepare(x + (i - blocks) * D, rows + (i - blocks) * padded(D), D);
+      });
       const auto take = [&] { return std::min(gemm.columns * next.fetch_add(1), F); };
       const auto end_of = [&](int64_t begin) { return std::min(begin + gemm.columns, F); };
-      const int64_t worker = workers.fetch_add(1);
-      float* const sums = gemm.sums(worker);
-      Type* const held = activated + worker * gemm.columns * T;
+      float* const sums = gemm.sums(me.index);
+      Type* const held = activated + me.index * gemm.columns * T;
       int64_t begin = take(), after;
-#pragma omp barrier  // inputs are packed, and each thread has a block before any takes its second
+      inputs.wait(me);
       for (; begin < F; begin = after) {
         const int64_t end = end_of(begin);
         const auto ahead_next = [&](int64_t calls) {
@@ -140,18 +140,18 @@ struct Hidden {
         const auto ahead_up = [&](int64_t calls) {
           return up ? second.ahead(all, gemm.rows_in(0), begin, end, calls) : ahead_next(calls);
         };
-        gemm.run(first, begin, end, ahead_up, sums, gemm.panels(worker));
+        gemm.run(first, begin, end, ahead_up, sums, gemm.panels(me.index));
         const int64_t active = activate(begin, end, sums, held);
         if (up && active < kDensity * double(T * padded(end - begin))) {
           times_up_of_pairs(begin, end, held);
           after = take();
         } else if (up) {
-          gemm.run(second, begin, end, ahead_next, sums, gemm.panels(worker));
+          gemm.run(second, begin, end, ahead_next, sums, gemm.panels(me.index));
           times_up(begin, end, sums, held);
         }
         write(begin, end, held);
       }
-    }
+    });
   }
 
   // Gives out the scratch memory; returns its size in bytes. With null it only counts.

@@ -53,9 +53,8 @@ void project(const Fused<W>& mlp, const typename W::Type* h, int threads, char* 
   linear.h = h, linear.w = mlp.down, linear.bias = mlp.down_bias, linear.y = mlp.y;
   linear.T = mlp.T, linear.D = mlp.D, linear.F = mlp.F, linear.stride = mlp.down_stride;
   bytes = std::max(bytes, linear.carve(scratch, threads));
-  if (scratch) linear.find(threads);
+  const double pairs = scratch ? linear.find(threads) : 0.0;
   // The product is over the neurons that any token needs.
-  const double pairs = scratch ? density<W>(h, mlp.T, mlp.F, threads) * double(mlp.F) : 0.0;
   const bool few = scratch && pairs < Step<W>::kDensity * double(linear.gemm.K);
   if (few || !scratch)
     in_parts(mlp.T, Pairs<W>::kMaxT, [&](int64_t first, int64_t n) {
@@ -118,9 +117,10 @@ int run(const Call& call) {
   mlp.T = call.T, mlp.D = call.D, mlp.F = call.F;
   mlp.gate_stride = call.gate_stride, mlp.up_stride = call.up_stride, mlp.down_stride = call.down_stride;
   mlp.kind = call.kind, mlp.threshold = rounded<W>(call.threshold);
-  char* const scratch = take_scratch(size_t(run(mlp, call.threads, nullptr)));
+  const int threads = sensible(call.threads);
+  char* const scratch = take_scratch(size_t(run(mlp, threads, nullptr)));
   if (!scratch) return 1;
-  run(mlp, call.threads, scratch);
+  run(mlp, threads, scratch);
   give_back_scratch(scratch);
   return 0;
 }

@@ -8,12 +8,11 @@
 // added in order. Nor does the sum of a token depend on which other tokens are in the call.
 #pragma once
 
-#include <atomic>
-
 #include "activation.h"
 #include "add_rows.h"
 #include "certify.h"
 #include "dots.h"
+#include "team.h"
 #include "vector.h"
 
 namespace {
@@ -243,17 +242,16 @@ struct Fused {
     begins[0] = 0;
     for (int64_t g = 0; g < groups; ++g) begins[g + 1] = group_end(begins[g], F);
     const int64_t columns = 8 * kStep, pieces = (D + columns - 1) / columns;
-    std::atomic<int64_t> next{0};
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-      for (int64_t g; (g = next.fetch_add(1, std::memory_order_relaxed)) < groups;) run_group(g);
-#pragma omp barrier
-#pragma omp for schedule(static) nowait
-      for (int64_t piece = 0; piece < (stores ? 0 : T * pieces); ++piece) {
+    Pieces first(groups), second(T * pieces);
+    together(threads, [&](Worker& me) {
+      first.share([&](int64_t g) { run_group(g); });
+      if (stores) return;
+      first.wait(me);
+      second.share([&](int64_t piece) {
         const int64_t begin = piece % pieces * columns;
         reduce(piece / pieces, begin, begin + columns < D ? begin + columns : D);
-      }
-    }
+      });
+    });
   }
 
   // Gives out the scratch memory; returns its size in bytes. With null it only counts.
