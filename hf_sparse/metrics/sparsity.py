@@ -67,7 +67,7 @@ def measure(
         max_tokens=max_tokens,
     )
     counters = [_ZeroCounter(block) for block in blocks]
-    loss = torch.zeros((), dtype=torch.float64)
+    loss = 0.0
     tokens = predicted = 0
     takes_positions = "position_ids" in signature(bare.forward).parameters
     device = input_device(bare)
@@ -106,7 +106,7 @@ def measure(
         )
     return SparsityReport(
         layers=layers,
-        loss=loss.item() / predicted,
+        loss=loss / predicted,
         tokens=tokens,
         predicted_tokens=predicted,
         sequence_length=window,

@@ -115,6 +115,34 @@ class TestOffload:
         remove_hook_from_module(model, recurse=True)
         assert "forward" not in vars(model.model.layers[0].mlp)
 
+    @pytest.mark.parametrize("how", ["cpu", "disk", "device_map"])
+    def test_measuring_an_offloaded_model(self, tiny_model, input_ids, tmp_path, how) -> None:
+        model = tiny_model("llama")
+        hf_sparse.patch(model, "relu")
+        mask = torch.ones_like(input_ids)
+        mask[0, :5] = 0
+        batch = {"input_ids": input_ids, "attention_mask": mask}
+        expected = hf_sparse.measure(model, [batch])
+        if how == "cpu":
+            cpu_offload(model, execution_device=torch.device("cpu"))
+        elif how == "disk":
+            disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
+        else:
+            model.save_pretrained(tmp_path / "model")
+            places = {"model.embed_tokens": "disk", "lm_head": "disk", "model.norm": "cpu"}
+            places |= {"model.rotary_emb": "cpu"}
+            places |= {f"model.layers.{i}": ("cpu", "disk", "disk")[i] for i in range(3)}
+            model = type(model).from_pretrained(
+                tmp_path / "model", device_map=places, offload_folder=tmp_path / "offloaded"
+            )
+        assert model.get_input_embeddings().weight.is_meta
+        found = hf_sparse.measure(model, [batch])
+        assert found.layers == expected.layers
+        assert found.loss == pytest.approx(expected.loss, rel=1e-6)
+        tuned = hf_sparse.tune(model, [batch], tokens=(1,))
+        assert [layer.density for layer in tuned.layers] == [layer.density for layer in expected.layers]
+        assert all("offloaded" in str(layer.obstacle) for layer in tuned.layers[1:])
+
     def test_offloading_a_patched_model_and_unpatching_it(self, tiny_model) -> None:
         model = tiny_model("llama")
         expected = greedy(model, "dense")

@@ -6,11 +6,20 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaForCausalLM
+from transformers import (
+    AutoTokenizer,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import hf_sparse
 from hf_sparse.assets import TINY_MODEL
@@ -212,12 +221,108 @@ def test_report_table_json_and_plot(llama, tmp_path):
     assert alone != both
 
 
+@pytest.mark.parametrize("how", ["wrapped", "in place", "its forward", "its blocks", "replicated"])
+def test_hooks_see_what_compiled_and_replicated_models_compute(llama, how):
+    hf_sparse.patch(llama, "relu")
+    batch = {"input_ids": torch.randint(5, 1500, (2, 11)), "attention_mask": torch.ones(2, 11).long()}
+    batch["attention_mask"][0, :4] = 0  # position_ids are passed on, too
+    expected = measure(llama, [batch])
+    model: torch.nn.Module = llama
+    if how == "wrapped":
+        model = torch.compile(llama, backend="eager")
+    elif how == "in place":
+        llama.compile(backend="eager")
+    elif how == "its forward":
+        llama.forward = torch.compile(llama.forward, backend="eager")
+    elif how == "its blocks":
+        for layer in llama.model.layers:
+            layer.mlp.compile(backend="eager")
+    else:
+        model = torch.nn.DataParallel(llama)
+    with torch.no_grad():
+        before = model(**batch).logits  # compiled without hooks
+        assert measure(model, [batch]) == expected
+        assert torch.equal(model(**batch).logits, before)
+
+
+def test_inside_of_inference_mode_nothing_is_made_that_cannot_be_trained(input_ids):
+    # The frequencies of this rotary embedding are made anew where a sequence is longer than those before.
+    scaling = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+    model = untrained_llama(rope_parameters=scaling, max_position_embeddings=16)
+    with torch.inference_mode():
+        measure(model, [{"input_ids": input_ids}])
+    assert not model.model.rotary_emb.inv_freq.is_inference()
+    model(input_ids=input_ids, labels=input_ids).loss.backward()
+
+
+def test_autocast_and_frozen_weights(llama, input_ids):
+    hf_sparse.patch(llama, "relu")
+    plain = measure(llama, [{"input_ids": input_ids}])
+    llama.model.requires_grad_(False)
+    assert measure(llama, [{"input_ids": input_ids}]) == plain
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert measure(llama, [{"input_ids": input_ids}]).sparsity == pytest.approx(plain.sparsity, abs=0.01)
+
+
+@pytest.mark.parametrize("nulls", [(), (0, 1), (2, 5), (11,)])
+@pytest.mark.parametrize("rows", [False, True])
+def test_null_texts_are_left_out(llama, tokenizer, nulls, rows):
+    def shaped(texts):
+        return [{"text": t, "url": None} for t in texts] if rows else texts
+
+    missing = [None if i in nulls else text for i, text in enumerate(TEXTS)]
+    kept = [text for text in missing if text is not None]
+    options = {"tokenizer": tokenizer, "sequence_length": 16}
+    assert measure(llama, shaped(missing), **options) == measure(llama, shaped(kept), **options)
+
+
+def test_what_is_no_text_is_named_wherever_it_comes(llama, tokenizer):
+    with pytest.raises(ValueError, match="data holds <class 'int'> at index 2"):
+        measure(llama, ["text", None, 3], tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="a mapping with texts at index 1"):
+        measure(llama, [{"text": "text"}, {"texts": "text"}], tokenizer=tokenizer)
+
+
+def test_reports_on_parts_add_up(llama):
+    hf_sparse.patch(llama, "relu")
+    batches = [{"input_ids": torch.randint(5, 1500, (n, 7))} for n in (1, 3, 2)]
+    whole, summed = measure(llama, batches), sum(measure(llama, [batch]) for batch in batches)
+    assert summed.layers == whole.layers
+    assert (summed.tokens, summed.predicted_tokens) == (whole.tokens, whole.predicted_tokens) == (42, 36)
+    assert summed.loss == pytest.approx(whole.loss, rel=1e-12)
+
+
+def test_reports_of_different_things_do_not_add_up(llama, tokenizer):
+    short, long = (measure(llama, TEXTS, tokenizer=tokenizer, sequence_length=n) for n in (8, 16))
+    with pytest.raises(ValueError, match="sequence_length=8 and 16"):
+        short + long
+    with pytest.raises(ValueError, match="3 MLP blocks and one of 2"):
+        short + replace(short, layers=short.layers[:2])
+    with pytest.raises(ValueError, match="are not one block"):
+        short + replace(short, layers=short.layers[::-1])
+
+
+def test_models_that_do_not_predict_the_next_token_are_refused(llama, input_ids):
+    batch = [{"input_ids": input_ids}]
+    t5 = T5ForConditionalGeneration(
+        T5Config(vocab_size=128, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+    )
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder"):
+        measure(t5, batch)
+    with pytest.raises(ValueError, match="no logits; load it with AutoModelForCausalLM"):
+        measure(llama.model, batch)
+    with pytest.raises(ValueError, match=r"logits \[2, 2\] for input_ids \[2, 17\]"):
+        measure(LlamaForSequenceClassification(llama.config), batch)
+
+
 @pytest.mark.parametrize(
     ("data", "options", "message"),
     [
         ([], {}, "no token to predict"),
         ("one text", {}, "one str"),
-        ([3], {}, "data holds <class 'int'>"),
+        ([3], {}, "data holds <class 'int'> at index 0"),
+        ([None, {"text": None}], {}, "2 texts, and all of them are null"),
+        ([None, {"input_ids": [1, 2]}], {}, "mixes batches with NoneType"),
         ([{"words": "x"}], {}, "a mapping with words"),
         (["text"], {}, "Pass tokenizer="),
         (["text"], {"sequence_length": 65}, "sequence_length=65 .* 64"),

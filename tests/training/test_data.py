@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
 from dataclasses import asdict
@@ -244,6 +245,50 @@ def test_a_missing_text_column_is_named(tmp_path, row, message):
     (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(ValueError, match=message):
         next(open_documents(recipe_for(tmp_path)).read("train", None))
+
+
+def rows_with_nulls(folder, nulls: set[int], count: int = 60) -> list[str]:
+    texts = sentences(count, 0)
+    rows = [{"text": None if i in nulls else text, "url": "u"} for i, text in enumerate(texts)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [text for i, text in enumerate(texts) if i not in nulls]
+
+
+@pytest.mark.parametrize("nulls", [{0}, {59}, {4, 5, 6, 31}, set(range(0, 60, 2))])
+def test_null_texts_are_left_out_and_a_run_continues_to_the_token(tmp_path, tokenizer, nulls):
+    kept = rows_with_nulls(tmp_path, nulls)
+    recipe = recipe_for(tmp_path, data_streams=1, global_batch=2, shuffle_buffer=3, epochs=2, holdout=0.1)
+    assert [text for text, _ in open_documents(recipe).read("train", None)] == kept
+    whole = batches(training_data(recipe, tokenizer), 9)
+    for stop in range(1, 8):
+        stored = {v: StreamState(**asdict(s)) for v, s in whole[stop - 1].states.items()}
+        rest = batches(training_data(recipe, tokenizer, states=stored), 2)
+        for expected, found in zip(whole[stop:], rest, strict=False):
+            assert torch.equal(expected.input_ids, found.input_ids)
+            assert expected.states == found.states
+
+
+def test_a_state_leads_to_the_texts_after_it_with_nulls_around(tmp_path):
+    rows_with_nulls(tmp_path, {0, 3, 4, 9}, count=12)
+    documents = open_documents(recipe_for(tmp_path))
+    for part, parts in ((0, 1), (1, 3)):
+        texts, states = [], []
+        for text, state in documents.read("train", None, part=part, parts=parts):
+            texts.append(text)
+            states.append(copy.deepcopy(state()))
+        for i, state in enumerate(states):
+            assert [t for t, _ in documents.read("train", state, part=part, parts=parts)] == texts[i + 1 :]
+
+
+def test_nothing_but_nulls_is_said(tmp_path):
+    rows_with_nulls(tmp_path, set(range(12)), count=12)
+    documents = open_documents(recipe_for(tmp_path))
+    with pytest.raises(
+        ValueError, match=r"text_field='text' is null in every row of the train .* \(12 rows\)"
+    ):
+        list(documents.read("train", None))
+    with pytest.raises(ValueError, match=r"part 2 of 4 \(3 rows\)"):
+        list(documents.read("train", None, part=1, parts=4))
 
 
 def test_another_text_column_can_be_chosen(tmp_path):
