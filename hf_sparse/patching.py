@@ -238,8 +238,8 @@ def _choose(model: PreTrainedModel, blocks: list[Block], config: SparsityConfig)
     for block in chosen:
         if relu_up(config.activation) and block.kind == "plain":
             raise PatchError(
-                f'activation="{config.activation}" needs a gated MLP, but {block.name} ({type(block.module).__name__}) has '
-                'no gate; use "relu".'
+                f'activation="{config.activation}" needs a gated MLP, but {block.name} '
+                f'({type(block.module).__name__}) has no gate; use "relu".'
             )
         parts = {block.roles.gate, block.roles.up, block.roles.down, block.roles.act}
         if relu_up(config.activation) and (extra := block.module._modules.keys() - parts):
