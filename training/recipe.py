@@ -15,8 +15,10 @@ from typing import Any, Literal
 from hf_sparse.config import ACTIVATIONS, SparsityConfig
 from hf_sparse.schedules import SineStages
 
-Activation = Literal["original", "relu", "relu2", "shifted_relu", "fatrelu", "drelu", "jsrelu"]
-assert typing.get_args(Activation) == ACTIVATIONS
+if typing.TYPE_CHECKING:
+    Activation = str
+else:
+    Activation = Literal[ACTIVATIONS]
 
 
 def _free(default: Any) -> Any:

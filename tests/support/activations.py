@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+import triton_ops
 from support.kernel_blocks import Block, typical_threshold
 from triton_ops import reference
 from triton_ops.activations import TABLE
@@ -24,31 +25,19 @@ REGIMES = [(1, 1.0), (5, 1.0), (12, 1.0), (40, 1.0), (40, 0.05)]
 def points(name: str, dtype: torch.dtype) -> Tensor:
     """Pre-activations ``[n]``: a grid with zeros, the parameter and its neighbours; no subnormal numbers."""
     t = torch.tensor([typical_threshold(name)], dtype=dtype)
-    kinks = [t, -t] if t == 0 else [t, -t, t * (1 + torch.finfo(dtype).eps), t * (1 - torch.finfo(dtype).eps)]
-    return torch.cat(
-        [torch.linspace(-4, 4, 65, dtype=dtype), torch.tensor([-20.0, 20.0], dtype=dtype), *kinks]
-    )
+    eps = torch.finfo(dtype).eps
+    around = torch.cat([t, -t, t * (1 + eps), t * (1 - eps)])
+    return torch.cat([torch.linspace(-4, 4, 65, dtype=dtype), torch.tensor([-20.0, 20.0]).to(dtype), around])
 
 
 def assert_bits_of_the_reference(name: str, gated: bool, dtype: torch.dtype, device: str = "cpu") -> None:
     """The forced backend gives the bits of the dense formula where no sum can round: with unit matrices."""
-    import triton_ops
-
     p = points(name, dtype)
     eye = torch.eye(len(p), dtype=dtype, device=device)
     for tokens, share in REGIMES:
         x = torch.stack([p.roll(7 * i) for i in range(tokens)])
         x = torch.where(torch.rand(x.shape) < share, x, -x.abs()).to(device)
         up, down = -eye, triton_ops.neuron_major_(eye.clone())
-        block = Block(
-            x,
-            eye if gated else None,
-            up if gated else eye,
-            down,
-            None,
-            None,
-            None,
-            name,
-            typical_threshold(name),
-        )
+        gate, up = (eye, up) if gated else (None, eye)
+        block = Block(x, gate, up, down, None, None, None, name, typical_threshold(name))
         assert torch.equal(block.run(triton_ops), block.run(reference)), f"{tokens} tokens"

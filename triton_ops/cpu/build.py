@@ -26,7 +26,7 @@ from triton_ops.storage import cache_dir, write_atomically
 
 SOURCE = Path(__file__).with_name("mlp.cpp")
 SOURCES = (SOURCE, *sorted(SOURCE.parent.glob("*.h")))
-# The compiler looks up the formula of each activation by its name (activation.h); its place in the list is its code.
+# The compiler finds the formula of each activation by its name (activation.h); its place here is its code.
 ACTIVATIONS = f"-DHFS_ACTIVATIONS={','.join(TABLE)}"
 COMPILE = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", ACTIVATIONS)
 # torch has loaded its OpenMP runtime for all to see. Leaving ours to be found there keeps one thread pool in

@@ -65,6 +65,7 @@ def activate(p, threshold, KIND: tl.constexpr, dtype: tl.constexpr):
     elif KIND == SHIFTED_RELU:
         a = p - round_to(tl.full([], threshold, tl.float32), dtype)
     else:
-        tl.static_assert(KIND == RELU or KIND == DRELU or KIND == FATRELU, "activation without a formula")
+        known: tl.constexpr = (KIND == RELU) | (KIND == DRELU) | (KIND == FATRELU)
+        tl.static_assert(known, "this activation has no formula in triton_ops/gpu/numerics.py")
         a = p
     return round_to(a, dtype)
