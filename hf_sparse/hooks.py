@@ -1,8 +1,8 @@
 """The transformers methods that ``import hf_sparse`` wraps: patched models load, and are saved, as such.
 
 - ``post_init`` ends every construction: all auto classes, ``from_config``, direct calls, meta skeletons
-  before the weights load. When the config carries an ``"hf_sparse"`` block, the sparse blocks are put in place
-  first; a config without one passes straight through.
+  before the weights load. When the config carries an ``"hf_sparse"`` block, the sparse blocks are put in
+  place first; a config without one passes straight through.
 - ``save_pretrained`` is followed by the README's section on the model.
 - ``_upload_modified_files`` ends every push to the Hub, after transformers has put its own README there.
 """

@@ -93,7 +93,7 @@ def _runtimes(report: PatchReport) -> list[tuple[str, str]]:
         ),
         (
             "Liger kernels (`use_liger_kernel`), kernels of the Hub (`use_kernels`)",
-            f"{ignores}, in their MLPs",
+            f"{ignores} where they replace the MLPs",
         ),
         ("any other", "compare its logits with those of transformers before use"),
     ]
