@@ -124,7 +124,7 @@ def train(
             progress.write(f"step {step + 1:5d}  train {loss.item():.3f}  held-out {held:.3f}")
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def held_out_loss(model: LlamaForCausalLM, tokens: torch.Tensor, context: int) -> float:
     """Mean cross-entropy in nats per token, over windows of ``context`` tokens."""
     model.eval()

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from torch import nn
 
+from hf_sparse.checkpoint_block import KEY
 from hf_sparse.patch_report import PatchReport
-from hf_sparse.patching import inspect
+from hf_sparse.patching import inspect, transformers_model
+from triton_ops.storage import write_atomically
 
 _BEGIN, _END = "<!-- hf_sparse: begin, written anew with each save -->", "<!-- hf_sparse: end -->"
 _SECTION = re.compile(rf"\n*{re.escape(_BEGIN)}(?:(?!{re.escape(_BEGIN)}).)*?{re.escape(_END)}\n?", re.DOTALL)
@@ -35,34 +37,34 @@ def write_model_card(model: nn.Module, folder: str | os.PathLike[str]) -> Path |
         OSError: it cannot be read or written.
 
     """
-    report = inspect(model)
     path = Path(folder) / "README.md"
     found = path.is_file()
     # Whatever its encoding and line ends: what is not ours goes through unchanged.
     old = path.read_bytes().decode("utf-8", "surrogateescape") if found else _NEW
     rest = _SECTION.sub("\n", old, count=1)
-    if report.config is not None:
-        new = f"{rest.rstrip()}\n\n{_section(report)}"
-    elif rest == old or rest.strip() != _NEW.strip():
-        new = rest
-    else:
-        path.unlink()
-        return None
-    if report.config is None and not found:
-        return None
-    if new != old or not found:
-        path.write_bytes(new.encode("utf-8", "surrogateescape"))
-    return path
+    if getattr(transformers_model(model).config, KEY, None) is not None:
+        new = f"{rest.rstrip()}\n\n{_section(inspect(model))}"
+        if new != old:
+            write_atomically(path, new.encode("utf-8", "surrogateescape"))  # all processes may be at it
+        return path
+    if rest != old:
+        if rest.strip() == _NEW.strip():
+            path.unlink()
+            return None
+        write_atomically(path, rest.encode("utf-8", "surrogateescape"))
+    return path if found else None
 
 
 def _section(report: PatchReport) -> str:
+    # What another tool does to the model in this process is no part of the checkpoint.
+    summary = "\n".join(line for line in str(report).splitlines() if not line.startswith("  WARNING"))
     return f"""{_BEGIN}
 ## Sparse activations
 
 The MLP blocks of this model were changed with the Python package `hf_sparse`:
 
 ```text
-{report}
+{summary}
 ```
 
 | runtime | this model |
@@ -91,7 +93,7 @@ def _runtimes(report: PatchReport) -> list[tuple[str, str]]:
         ),
         (
             "Liger kernels (`use_liger_kernel`), kernels of the Hub (`use_kernels`)",
-            f"{ignores}, in their MLPs",
+            f"{ignores} where they replace the MLPs",
         ),
         ("any other", "compare its logits with those of transformers before use"),
     ]
