@@ -79,7 +79,7 @@ def gated_mlp(
         ``[..., D]``, the dtype of ``x``, contiguous.
 
     Raises:
-        ValueError: a shape, dtype, device, activation, threshold or backend does not fit; the message says so.
+        ValueError: an argument does not fit in shape, dtype, device or value; the message names it.
         RuntimeError: the backend cannot run here.
         MemoryError: the compiled backend has no memory for its intermediate values.
 
@@ -135,7 +135,7 @@ def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None = None, *, back
         ``[..., D]``, the dtype of ``h``, contiguous.
 
     Raises:
-        ValueError: a shape, dtype, device or backend does not fit; the message names it.
+        ValueError: an argument does not fit in shape, dtype, device or value; the message names it.
         RuntimeError: the backend cannot run here.
         MemoryError: the compiled backend has no memory for its intermediate values.
 

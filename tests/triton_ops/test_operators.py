@@ -10,7 +10,7 @@ from support.activations import GATED_OR_PLAIN
 from support.backends import change_backend
 from support.compiler import CPP, needs_compiler
 from support.kernel_blocks import make_block
-from triton_ops import DENSE, reference
+from triton_ops import AUTO, DENSE, reference
 from triton_ops.certificate import weight_stamp
 
 GATED = torch.ops.hf_sparse.gated_mlp.default
@@ -26,10 +26,10 @@ def test_mlps_pass_opcheck(backend, grad, gated):
     args = [t.requires_grad_(grad) for t in block.tensors()]
     without = args[: 4 if gated else 3] + [None] * (3 if gated else 2)
     certificate = triton_ops.certify(block.deciding)
-    operator, options = (GATED if gated else PLAIN), (block.activation, block.threshold)
+    operator, options = (GATED if gated else PLAIN), (block.activation, block.threshold, AUTO)
     with triton_ops.backend(backend):
         torch.library.opcheck(operator, (*args, None, None, None, *options))
-        torch.library.opcheck(operator, (*without, None, None, None, "relu", 0.0))
+        torch.library.opcheck(operator, (*without, None, None, None, "relu", 0.0, AUTO))
         stamp = list(weight_stamp(block.deciding))
         torch.library.opcheck(operator, (*args, *certificate, None, *options))
         torch.library.opcheck(operator, (*args, *certificate, stamp, *options))
@@ -41,8 +41,8 @@ def test_sparse_linear_passes_opcheck(backend, grad):
     h = torch.relu(torch.randn(2, 3, 12)).requires_grad_(grad)
     weight = triton_ops.neuron_major_(torch.randn(8, 12)).requires_grad_(grad)
     with triton_ops.backend(backend):
-        torch.library.opcheck(LINEAR, (h, weight, None))
-        torch.library.opcheck(LINEAR, (h, weight, torch.randn(8, requires_grad=grad)))
+        torch.library.opcheck(LINEAR, (h, weight, None, AUTO))
+        torch.library.opcheck(LINEAR, (h, weight, torch.randn(8, requires_grad=grad), AUTO))
 
 
 @pytest.mark.parametrize(("activation", "gated"), GATED_OR_PLAIN)
