@@ -13,9 +13,9 @@ from typing import Any
 from hf_sparse._version import __version__
 from hf_sparse.config import ACTIVATIONS, SparsityConfig
 from hf_sparse.texts import EMBEDDED, evaluation_texts, file_texts
+from triton_ops import AUTO, BACKENDS
 
 _MODEL_HELP = f"a Hub id, a local folder, or {EMBEDDED!r}, the model embedded in this package"
-_BACKENDS = ("auto", "dense", "torch", "cpp", "triton")
 
 _DESCRIPTION = """\
 Make the MLPs of a language model activation-sparse, finetune it, measure it, and run it faster.
@@ -255,8 +255,8 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling; default: 0")
     parser.add_argument(
         "--backend",
-        choices=_BACKENDS,
-        default="auto",
+        choices=BACKENDS,
+        default=AUTO,
         help="auto, the default, skips neurons where that was measured to be faster; dense never skips",
     )
 

@@ -31,10 +31,10 @@ class PatchReport:
         verb = "could be patched" if self.config is None else "patched"
         lines = [f"{self.model_class}: {len(self.blocks)} MLP blocks {verb}"]
         shapes = Counter(
-            (b.stock_class.__name__, b.kind, b.hidden_size, b.intermediate_size) for b in self.blocks
+            (b.stock_class.__name__, b.form, b.hidden_size, b.intermediate_size) for b in self.blocks
         )
-        for (name, kind, hidden, intermediate), count in shapes.items():
-            lines.append(f"  {count} x {name} ({kind}), {hidden} -> {intermediate} -> {hidden}")
+        for (name, form, hidden, intermediate), count in shapes.items():
+            lines.append(f"  {count} x {name} ({form}), {hidden} -> {intermediate} -> {hidden}")
         if self.config is not None:
             lines.append(f"  activation: {self.original_activation} -> {_activation(self.config)}")
             loads = f"as {self.stock_name!r}" if self.stock_name else "refused; it needs `import hf_sparse`"

@@ -237,7 +237,7 @@ def _choose(model: PreTrainedModel, blocks: list[Block], config: SparsityConfig)
         )
     chosen = [blocks[i] for i in indices]
     for block in chosen:
-        if relu_up(config.activation) and block.kind == "plain":
+        if relu_up(config.activation) and block.form == "plain":
             raise PatchError(
                 f'activation="{config.activation}" needs a gated MLP, but {block.name} '
                 f'({type(block.module).__name__}) has no gate; use "relu".'
@@ -260,7 +260,7 @@ def _sparse_block(block: Block, config: SparsityConfig, index: int) -> SparseMLP
     stock = _stock_block(block)
     activation = build_activation(config, index, stock.get_submodule(block.roles.act))
     sparse: SparseMLP
-    if block.kind == "gated":
+    if block.form == "gated":
         sparse = SparseGatedMLP(stock, block.roles, activation, relu_up=relu_up(config.activation))
     else:
         sparse = SparsePlainMLP(stock, block.roles, activation)

@@ -270,7 +270,7 @@ def _decode_speeds(models: list[Any], context: int, tokens: int, repeats: int = 
 def _skips(block: Block) -> bool:
     """Whether the block skips silent neurons when it decodes one token here."""
     up: Any = block.up_linear
-    return triton_ops.wants_sparse(1, up.weight, block.kind)
+    return triton_ops.plan(up.weight, block.form).backend(1) != triton_ops.DENSE
 
 
 def _continue(model: Any, tokenizer: Any, prompt: str, tokens: int = 48) -> str:

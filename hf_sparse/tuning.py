@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import nn
 
 from hf_sparse.errors import PatchError
 from hf_sparse.metrics import measure
 from hf_sparse.modules import SparseMLP
 from hf_sparse.patching import inspect, transformers_model
-from triton_ops import break_even, dispatch
-from triton_ops.break_even import Kind
+from triton_ops import DENSE, Problem, break_even
+from triton_ops.backends import REGISTRY
+from triton_ops.problem import Form
 from triton_ops.tune import TOKENS, Measurement, available
 from triton_ops.tune import measure as measure_shape
 
@@ -27,7 +27,7 @@ class TunedLayer:
     """Qualified name of the block, as in ``model.get_submodule(name)``."""
     shape: str
     density: float | None
-    """Mean share of neurons per token whose h is not zero; None if unknown, which counts as 1 (all)."""
+    """Mean share of neurons per token whose h is not zero; None if unknown (:func:`break_even.pays`)."""
     break_even: tuple[float, ...]
     """For 1, 2, … tokens in a call, the density up to which skipping is no slower than dense."""
     beyond: float
@@ -42,12 +42,12 @@ class TunedLayer:
         if tokens < 1:
             return False
         limit = self.break_even[tokens - 1] if tokens <= len(self.break_even) else self.beyond
-        return limit > 0 and (1.0 if self.density is None else self.density) <= limit
+        return break_even.pays(limit, self.density)
 
     @property
     def uses_certificate(self) -> bool:
         """Whether the block decodes single tokens with its certificate."""
-        return bool(self.certified) and (self.density or 0.0) <= (self.certified or 0.0)
+        return break_even.pays(self.certified or 0.0, self.density, certified=True)
 
     @property
     def choice(self) -> str:
@@ -56,7 +56,7 @@ class TunedLayer:
         if self.uses_certificate:
             counts = sorted({1, *counts})
         if not counts:
-            return f"dense: {self.obstacle}" if self.obstacle else "dense"
+            return f"{DENSE}: {self.obstacle}" if self.obstacle else DENSE
         ranges: list[list[int]] = []
         for n in counts:
             if ranges and n == ranges[-1][-1] + 1:
@@ -104,22 +104,6 @@ class TuneReport:
         else:
             lines.append("densities hold for this model object; the break-evens are kept for later processes")
         return "\n".join(lines)
-
-
-class _Case(NamedTuple):
-    """What one measurement is of."""
-
-    hidden: int
-    neurons: int
-    dtype: torch.dtype
-    device: str
-    kind: Kind
-    certified: bool
-
-    def known(self, backend: str) -> tuple[float, ...] | None:
-        return break_even.measured(
-            backend, self.device, self.dtype, self.hidden, self.neurons, self.kind, self.certified
-        )
 
 
 def tune(
@@ -181,72 +165,61 @@ def tune(
             assert isinstance(block.module, SparseMLP)
             block.module.density = found.get(block.name, block.module.density)
 
-    measurements: dict[_Case, Measurement] = {}
+    measurements: dict[Problem, Measurement] = {}
     layers: list[TunedLayer] = []
     for block in _bar(patched.blocks, progress):
         module = block.module
         assert isinstance(module, SparseMLP)
-        cases, obstacle = _cases(module, block.hidden_size, block.intermediate_size)
-        limits: dict[tuple[Kind, bool], tuple[float, ...]] = {}
-        for case in cases:
+        problems, obstacle = _problems(module, block.hidden_size, block.intermediate_size)
+        limits: dict[Problem, tuple[float, ...]] = {}
+        for problem in problems:
             try:
-                backend = available(case.device, case.dtype)
+                backend = available(problem.device, problem.dtype)
             except RuntimeError as error:
                 obstacle = str(error)
                 break
-            if case.certified and backend not in dispatch.CERTIFYING:
+            if problem.certified and not REGISTRY[backend].certifies:
                 continue
-            known = case.known(backend)
-            covered = known is not None and (case.certified or len(known) >= counts[-1])
-            if not covered or (force and case not in measurements):
-                measurements[case] = _measure(case, backend, counts)
-            limits[case.kind, case.certified] = case.known(backend) or ()
-        skips = [limit for (_, certified), limit in limits.items() if not certified]
-        with_certificate = limits.get((module.roles.kind, True))
+            known = break_even.measured(backend, problem)
+            covered = known is not None and (problem.certified or len(known) >= counts[-1])
+            if not covered or (force and problem not in measurements):
+                measurements[problem] = measure_shape(problem, backend=backend, tokens=counts)
+            limits[problem] = break_even.measured(backend, problem) or ()
+        skips = {problem: limit for problem, limit in limits.items() if not problem.certified}
+        with_certificate = [limit for problem, limit in limits.items() if problem.certified]
         weight = next(module.parameters())
         dtype = str(weight.dtype).removeprefix("torch.")
         layers.append(
             TunedLayer(
                 name=block.name,
-                shape=f"{block.hidden_size} x {block.intermediate_size} {dtype} {block.kind}",
+                shape=f"{block.hidden_size} x {block.intermediate_size} {dtype} {block.form}",
                 density=module.density,
-                break_even=_larger(skips),
-                beyond=max((break_even.beyond(backend, weight.dtype, limit) for limit in skips), default=0.0),
-                certified=None if with_certificate is None else max(with_certificate, default=0.0),
+                break_even=_larger(list(skips.values())),
+                beyond=max(
+                    (break_even.beyond(REGISTRY[backend], *item) for item in skips.items()), default=0.0
+                ),
+                certified=max(with_certificate[0], default=0.0) if with_certificate else None,
                 obstacle=obstacle,
             )
         )
     return TuneReport(layers=tuple(layers), tokens=counts, measurements=tuple(measurements.values()))
 
 
-def _cases(module: SparseMLP, hidden: int, neurons: int) -> tuple[list[_Case], str | None]:
+def _problems(module: SparseMLP, hidden: int, neurons: int) -> tuple[list[Problem], str | None]:
     """What the block can run of the operators as it is, or why it can run none."""
     if module.kernel() is None:
         return [], "its activation is not exactly zero, or has a hook"
     first, down = module.readable(module.deciding), module.readable(module.roles.down)
     up = module.readable(module.roles.up)
-    if down is None or (module.roles.kind == "gated" and (first is None or up is None)):
+    if down is None or (module.roles.form == "gated" and (first is None or up is None)):
         return [], "its linear layers must be called (an adapter, a hook, quantised or offloaded weights)"
-    kinds: list[tuple[Kind, bool]] = [("gated", False)] if module.roles.kind == "gated" else []
-    if module.roles.kind == "plain":
-        kinds = [("linear", False)] if first is None else [("plain", False), ("linear", False)]
+    forms: list[tuple[Form, bool]] = [("gated", False)] if module.roles.form == "gated" else []
+    if module.roles.form == "plain":
+        forms = [("linear", False)] if first is None else [("plain", False), ("linear", False)]
     if module.certify and first is not None:
-        kinds.append((module.roles.kind, True))
+        forms.append((module.roles.form, True))
     weight = down.weight
-    return [_Case(hidden, neurons, weight.dtype, weight.device.type, *kind) for kind in kinds], None
-
-
-def _measure(case: _Case, backend: str, tokens: tuple[int, ...]) -> Measurement:
-    return measure_shape(
-        case.hidden,
-        case.neurons,
-        case.dtype,
-        kind=case.kind,
-        certified=case.certified,
-        device=case.device,
-        backend=backend,
-        tokens=tokens,
-    )
+    return [Problem(form, hidden, neurons, weight.dtype, weight.device.type, c) for form, c in forms], None
 
 
 def _larger(limits: list[tuple[float, ...]]) -> tuple[float, ...]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from triton_ops import break_even, dispatch
+import triton_ops
 
 # The models here are tiny: a second thread costs more than it gives, and much more on a busy machine.
 torch.set_num_threads(1)
@@ -35,11 +35,9 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]
     folder = tmp_path / "cache"
     monkeypatch.setenv("HF_SPARSE_CACHE", str(folder))
     monkeypatch.delenv("HF_SPARSE_BACKEND", raising=False)
-    break_even.forget()
-    dispatch.forget()
+    triton_ops.forget()
     yield folder
-    break_even.forget()
-    dispatch.forget()
+    triton_ops.forget()
 
 
 @pytest.fixture(scope="session")

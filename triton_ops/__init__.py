@@ -1,22 +1,29 @@
 """Operators that skip silent neurons: numbers in, numbers out; nothing here knows of transformers."""
 
 from triton_ops.activations import ACTIVATIONS
+from triton_ops.backends import AUTO, BACKENDS, DENSE
 from triton_ops.certificate import Certificate, certify
-from triton_ops.dispatch import BACKENDS, backend, wants_product, wants_sparse
+from triton_ops.choice import Plan, backend, plan
 from triton_ops.layout import is_neuron_major, neuron_major_
+from triton_ops.memo import forget
 from triton_ops.ops import gated_mlp, plain_mlp, sparse_linear
+from triton_ops.problem import Problem
 
 __all__ = [
     "ACTIVATIONS",
+    "AUTO",
     "BACKENDS",
+    "DENSE",
     "Certificate",
+    "Plan",
+    "Problem",
     "backend",
     "certify",
+    "forget",
     "gated_mlp",
     "is_neuron_major",
     "neuron_major_",
     "plain_mlp",
+    "plan",
     "sparse_linear",
-    "wants_product",
-    "wants_sparse",
 ]

@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from triton_ops import dispatch, reference
+from triton_ops import choice, reference
 from triton_ops.activations import TABLE, check
+from triton_ops.backends import AUTO, DENSE
 from triton_ops.certificate import Certificate, weight_stamp
 from triton_ops.layout import as_tokens, is_neuron_major
 from triton_ops.mlp import MLP
+from triton_ops.problem import Form
 from triton_ops.unobserved import unobserved
 
 _LIB = torch.library.Library("hf_sparse", "DEF")
@@ -24,15 +26,16 @@ _LIB = torch.library.Library("hf_sparse", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 _LIB.define(
     "gated_mlp(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor? gate_bias, Tensor? up_bias, "
-    "Tensor? down_bias, Tensor? q, Tensor? bounds, int[]? stamp, str activation, float threshold) -> Tensor",
+    "Tensor? down_bias, Tensor? q, Tensor? bounds, int[]? stamp, str activation, float threshold, "
+    "str backend) -> Tensor",
     tags=_TAGS,
 )
 _LIB.define(
     "plain_mlp(Tensor x, Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias, Tensor? q, "
-    "Tensor? bounds, int[]? stamp, str activation, float threshold) -> Tensor",
+    "Tensor? bounds, int[]? stamp, str activation, float threshold, str backend) -> Tensor",
     tags=_TAGS,
 )
-_LIB.define("sparse_linear(Tensor h, Tensor weight, Tensor? bias) -> Tensor", tags=_TAGS)
+_LIB.define("sparse_linear(Tensor h, Tensor weight, Tensor? bias, str backend) -> Tensor", tags=_TAGS)
 
 
 def gated_mlp(
@@ -48,11 +51,9 @@ def gated_mlp(
     threshold: float = 0.0,
     certificate: Certificate | None = None,
     stamp: tuple[int, int] | None = None,
+    backend: str = AUTO,
 ) -> Tensor:
     """The gated MLP ``down(act(gate(x)) * up(x))``, without touching what silent neurons own.
-
-    With the backend ``"auto"``, calling it says that most neurons are silent: it skips for any number of
-    tokens at which that pays at some density.
 
     Args:
         x: ``[..., D]``, bfloat16, float16, float32 or float64, of any strides.
@@ -70,24 +71,27 @@ def gated_mlp(
         stamp: :func:`triton_ops.certificate.weight_stamp` of ``gate`` when it was certified. If it is another
             one when the operator runs, also in a compiled graph, the certificate is out of date and ignored.
             The replay of a captured CUDA graph runs no operator: capture again after changing the weight.
+        backend: what :meth:`triton_ops.Plan.backend` has answered, and is done. ``"auto"`` asks when the
+            operator runs: for :func:`triton_ops.backend` and, since the density is not known, whether
+            skipping is no slower at any density.
 
     Returns:
         ``[..., D]``, the dtype of ``x``, contiguous.
 
     Raises:
-        ValueError: a shape, dtype, device, activation or threshold does not fit; the message names it.
-        RuntimeError: a forced backend cannot run here.
+        ValueError: an argument does not fit in shape, dtype, device or value; the message names it.
+        RuntimeError: the backend cannot run here.
         MemoryError: the compiled backend has no memory for its intermediate values.
 
     """
-    if dispatch.autocasts(x.device.type):
+    if choice.autocasts(x.device.type):
         check(activation, threshold, gated=True)
         return reference.gated_mlp(
             x, gate, up, down, gate_bias, up_bias, down_bias, activation=activation, threshold=threshold
         )
     tensors = x, gate, up, down, gate_bias, up_bias, down_bias, *(certificate or (None, None))
     call = _gated_mlp if unobserved(*tensors) else torch.ops.hf_sparse.gated_mlp.default
-    return call(*tensors, stamp, activation, threshold)
+    return call(*tensors, stamp, activation, threshold, backend)
 
 
 def plain_mlp(
@@ -101,43 +105,45 @@ def plain_mlp(
     threshold: float = 0.0,
     certificate: Certificate | None = None,
     stamp: tuple[int, int] | None = None,
+    backend: str = AUTO,
 ) -> Tensor:
     """The plain MLP ``down(act(up(x)))``, without touching the down weights of silent neurons.
 
     Arguments, result and errors are those of :func:`gated_mlp` without a gate: ``up [F, D]`` decides which
     neurons are active, ``certificate`` is that of ``up``, and ``"drelu"`` is not possible.
     """
-    if dispatch.autocasts(x.device.type):
+    if choice.autocasts(x.device.type):
         check(activation, threshold, gated=False)
         return reference.plain_mlp(
             x, up, down, up_bias, down_bias, activation=activation, threshold=threshold
         )
     tensors = x, up, down, up_bias, down_bias, *(certificate or (None, None))
     call = _plain_mlp if unobserved(*tensors) else torch.ops.hf_sparse.plain_mlp.default
-    return call(*tensors, stamp, activation, threshold)
+    return call(*tensors, stamp, activation, threshold, backend)
 
 
-def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = AUTO) -> Tensor:
     """``h weightᵀ + bias``, reading only the weights of neurons where ``h`` is not exactly zero.
 
     Args:
         h: ``[..., F]``, the activations, with exact zeros where a neuron is silent.
         weight: ``[D, F]``; skipping needs the strides of :func:`neuron_major_`, without them it runs dense.
         bias: ``[D]`` or None.
+        backend: as of :func:`gated_mlp`.
 
     Returns:
         ``[..., D]``, the dtype of ``h``, contiguous.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit; the message names it.
-        RuntimeError: a forced backend cannot run here.
+        ValueError: an argument does not fit in shape, dtype, device or value; the message names it.
+        RuntimeError: the backend cannot run here.
         MemoryError: the compiled backend has no memory for its intermediate values.
 
     """
-    if dispatch.autocasts(h.device.type):
+    if choice.autocasts(h.device.type):
         return reference.sparse_linear(h, weight, bias)
     call = _sparse_linear if unobserved(h, weight, bias) else torch.ops.hf_sparse.sparse_linear.default
-    return call(h, weight, bias)
+    return call(h, weight, bias, backend)
 
 
 def _check(
@@ -194,17 +200,19 @@ def _check_input(name: str, x: Tensor, weight: Tensor, weight_name: str) -> None
         raise ValueError(f"{name} is {x.dtype}; expected a floating dtype.")
 
 
-def _mlp(x: Tensor, mlp: MLP, stamp: list[int] | None) -> Tensor:
+def _mlp(x: Tensor, mlp: MLP, stamp: list[int] | None, backend: str) -> Tensor:
     _check_mlp(x, mlp)
     if mlp.certificate is not None and not _valid(mlp, stamp):
         mlp = mlp._replace(certificate=None)
     neurons, hidden = mlp.first.shape
     tokens = x.numel() // hidden if hidden else 0
-    certified = mlp.certificate is not None
-    path = dispatch.select(tokens, mlp.first, "plain" if mlp.up is None else "gated", certified)
-    if path is None or not is_neuron_major(mlp.down) or not (tokens and neurons):
-        return _dense(x, mlp)
-    return path.mlp(x, mlp)
+    product = DENSE
+    if backend == AUTO:
+        backend, product = _choose(tokens, mlp)
+    chosen = None if backend == DENSE else choice.runnable(backend, x.device.type, x.dtype)
+    if chosen is None or not is_neuron_major(mlp.down) or not (tokens and neurons):
+        return _dense(x, mlp, product)
+    return chosen.mlp(x, mlp)
 
 
 def _valid(mlp: MLP, stamp: list[int] | None) -> bool:
@@ -212,24 +220,34 @@ def _valid(mlp: MLP, stamp: list[int] | None) -> bool:
     return TABLE[mlp.activation].certifiable and (stamp is None or tuple(stamp) == weight_stamp(mlp.first))
 
 
-def _dense(x: Tensor, mlp: MLP) -> Tensor:
+def _choose(tokens: int, mlp: MLP) -> tuple[str, str]:
+    """The backend of the call, and that of a dense product with the neuron-major down projection."""
+    form: Form = "plain" if mlp.up is None else "gated"
+    plan = choice.plan(mlp.first, form)
+    backend = DENSE
+    if mlp.certificate is not None:  # it may be given where it is of no use
+        backend = choice.plan(mlp.first, form, certified=True).backend(tokens)
+    return plan.backend(tokens) if backend == DENSE else backend, plan.product
+
+
+def _dense(x: Tensor, mlp: MLP, product: str) -> Tensor:
     """The formula of the reference, in place where that saves memory traffic."""
     row = TABLE[mlp.activation]
     h = row.value(F.linear(x, mlp.first, mlp.first_bias), mlp.threshold)
     if mlp.up is not None:
         u = F.linear(x, mlp.up, mlp.up_bias)
         h *= u.relu_() if row.relu_up else u
-    if is_neuron_major(mlp.down) and dispatch.wants_product(mlp.down):
-        return _sparse_linear(h, mlp.down, mlp.down_bias)
+    if product != DENSE and is_neuron_major(mlp.down):
+        return _sparse_linear(h, mlp.down, mlp.down_bias, product)
     return reference.sparse_linear(h, mlp.down, mlp.down_bias)
 
 
 def _gated_mlp(x: Tensor, *args: Any) -> Tensor:
-    return _mlp(x, _gated(*args), args[8])
+    return _mlp(x, _gated(*args), args[8], args[-1])
 
 
 def _plain_mlp(x: Tensor, *args: Any) -> Tensor:
-    return _mlp(x, _plain(*args), args[6])
+    return _mlp(x, _plain(*args), args[6], args[-1])
 
 
 def _gated(
@@ -244,6 +262,7 @@ def _gated(
     stamp: list[int] | None,
     activation: str,
     threshold: float,
+    backend: str,
 ) -> MLP:
     """The operator's arguments after x."""
     certificate = None if q is None or bounds is None else Certificate(q, bounds)
@@ -260,19 +279,25 @@ def _plain(
     stamp: list[int] | None,
     activation: str,
     threshold: float,
+    backend: str,
 ) -> MLP:
     certificate = None if q is None or bounds is None else Certificate(q, bounds)
     return MLP(up, None, down, up_bias, None, down_bias, activation, threshold, certificate)
 
 
-def _sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     _check_sparse_linear(h, weight, bias)
     hidden, neurons = weight.shape
     tokens = h.numel() // neurons if neurons else 0
-    path = dispatch.select(tokens, weight, "linear")
-    if path is None or not is_neuron_major(weight) or not (tokens and hidden):
+    if backend == AUTO:
+        plan = choice.plan(weight, "linear")
+        backend = plan.backend(tokens)
+        if backend == DENSE:
+            backend = plan.product
+    chosen = None if backend == DENSE else choice.runnable(backend, h.device.type, h.dtype)
+    if chosen is None or not is_neuron_major(weight) or not (tokens and hidden):
         return reference.sparse_linear(h, weight, bias)
-    return path.sparse_linear(h, weight, bias)
+    return chosen.sparse_linear(h, weight, bias)
 
 
 for _device in ("CPU", "CUDA"):
@@ -294,15 +319,14 @@ def _(x: Tensor, *args: Any) -> Tensor:
 
 
 @torch.library.register_fake("hf_sparse::sparse_linear", lib=_LIB)
-def _(*args: Any) -> Tensor:
-    _check_sparse_linear(*args)
-    h, weight, _ = args
+def _(h: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    _check_sparse_linear(h, weight, bias)
     return h.new_empty((*h.shape[:-1], weight.shape[0]))
 
 
 def _save_gated_mlp(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:7])
-    ctx.activation, ctx.threshold = inputs[-2:]
+    ctx.activation, ctx.threshold = inputs[-3:-1]
 
 
 def _gated_mlp_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -324,13 +348,13 @@ def _gated_mlp_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         as_tokens(grad_p).sum(0) if need[4] else None,
         as_tokens(grad_u).sum(0) if need[5] else None,
         as_tokens(grad).sum(0) if need[6] else None,
-        *[None] * 5,
+        *[None] * 6,
     )
 
 
 def _save_plain_mlp(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:4])
-    ctx.activation, ctx.threshold = inputs[-2:]
+    ctx.activation, ctx.threshold = inputs[-3:-1]
 
 
 def _plain_mlp_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -346,7 +370,7 @@ def _plain_mlp_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         as_tokens(grad).t() @ as_tokens(a) if need[2] else None,
         as_tokens(grad_p).sum(0) if need[3] else None,
         as_tokens(grad).sum(0) if need[4] else None,
-        *[None] * 5,
+        *[None] * 6,
     )
 
 
@@ -361,6 +385,7 @@ def _sparse_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
         grad @ weight if need[0] else None,
         as_tokens(grad).t() @ as_tokens(h) if need[1] else None,
         as_tokens(grad).sum(0) if need[2] else None,
+        None,
     )
 
 

@@ -14,18 +14,17 @@ from torch import Tensor
 from triton_ops.activations import TABLE
 from triton_ops.layout import as_tokens
 from triton_ops.mlp import MLP
+from triton_ops.protocol import Backend, Default
 
 MAX_DENSITY = {torch.bfloat16: 0.4, torch.float16: 0.25, torch.float32: 0.25}
 """Share of active neurons above which gathering their up rows costs more than reading all of them."""
 
 
-def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why this path cannot run on ``device`` with ``dtype``; None if it can."""
-    if device.type != "cpu":
-        return f"it counts active neurons on the host, which would stall a {device.type} device"
-    if dtype not in MAX_DENSITY:
-        return f"it has no {dtype} embedding_bag"
-    return None
+def unusable(device: str) -> str | None:
+    """Why it cannot run on this type of device; None if it can."""
+    if device == "cpu":
+        return None
+    return f"it counts active neurons on the host, which would stall a {device} device"
 
 
 def mlp(x: Tensor, mlp: MLP) -> Tensor:
@@ -68,3 +67,17 @@ def _down(h: Tensor, idx: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     bags = torch.arange(0, max(neurons, 1), size)
     y = F.embedding_bag(idx, weight.t(), bags, mode="sum", per_sample_weights=h).sum(0)
     return y if bias is None else y + bias
+
+
+BACKEND = Backend(
+    name="torch",
+    devices=("cpu",),
+    dtypes=tuple(MAX_DENSITY),
+    unusable=unusable,
+    mlp=mlp,
+    sparse_linear=sparse_linear,
+    defaults={
+        torch.bfloat16: Default(min_bytes=16 << 20, few=1),
+        torch.float32: Default(min_bytes=16 << 20, few=1),
+    },
+)

@@ -1,4 +1,4 @@
-"""Measures, on this machine, up to which density skipping beats dense, and keeps it for the dispatch.
+"""Measures, on this machine, up to which density skipping beats dense, and keeps it for later choices.
 
 ``python -m triton_ops.tune --hidden 2048 --neurons 8192 --dtype bfloat16`` prints a table and stores the
 result; :func:`measure` does the same from Python, and ``hf_sparse.tune`` for all layers of a model.
@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_ops import break_even, dispatch, reference
-from triton_ops.break_even import MATRICES, Kind
+from triton_ops import break_even, reference
+from triton_ops.backends import DENSE, REGISTRY, automatic
 from triton_ops.certificate import Certificate, certify
 from triton_ops.layout import neuron_major_
 from triton_ops.ops import gated_mlp, plain_mlp, sparse_linear
+from triton_ops.problem import MATRICES, Problem
 
 TOKENS = (1, 2, 4, 8, 16, 32)
 DENSITIES = (1.0, 0.75, 0.5, 0.3, 0.2, 0.1, 0.05)
@@ -32,20 +33,16 @@ COLD_DECIDING_BYTES = 64 << 20  # … and of those that every call reads, howeve
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """Times of one block shape on this machine, in milliseconds per call."""
+    """Times of one problem on this machine, in milliseconds per call."""
 
+    problem: Problem
     backend: str
-    hidden: int
-    neurons: int
-    dtype: torch.dtype
-    kind: Kind
-    certified: bool = False
     dense_ms: dict[int, float]
     """By tokens."""
     sparse_ms: dict[int, dict[float, float]]
-    """By tokens, then by density of independent tokens; with the certificate if ``certified``."""
+    """By tokens, then by density of independent tokens; with the certificate if it is ``certified``."""
     uncertified_ms: dict[int, dict[float, float]] = field(default_factory=dict)
-    """If ``certified``: skipping without the certificate, which it must not be slower than either."""
+    """If it is ``certified``: skipping without the certificate, which it must not be slower than either."""
 
     @property
     def break_even(self) -> tuple[float, ...]:
@@ -73,16 +70,18 @@ class Measurement:
     def ratio(self, tokens: int, density: float) -> float:
         """How many times faster than its rival: dense or, if ``certified``, the faster of the other two."""
         rival = self.dense_ms[tokens]
-        if self.certified:
+        if self.problem.certified:
             rival = min(rival, self.uncertified_ms[tokens][density])
         return rival / self.sparse_ms[tokens][density]
 
     def __str__(self) -> str:
-        name, densities = str(self.dtype).removeprefix("torch."), sorted(self.sparse_ms[min(self.dense_ms)])
-        what = {"gated": "gated MLP", "plain": "plain MLP", "linear": "linear"}[self.kind]
-        rival = "the faster of dense and uncertified / certified" if self.certified else "dense / sparse"
+        form, hidden, neurons, dtype, _, certified = self.problem
+        densities = sorted(self.sparse_ms[min(self.dense_ms)])
+        what = {"gated": "gated MLP", "plain": "plain MLP", "linear": "linear"}[form]
+        rival = "the faster of dense and uncertified / certified" if certified else "dense / sparse"
+        name = str(dtype).removeprefix("torch.")
         lines = [
-            f"{self.backend}, {name}, {self.hidden} x {self.neurons}, {what}; {rival} time by density",
+            f"{self.backend}, {name}, {hidden} x {neurons}, {what}; {rival} time by density",
             "tokens  dense ms " + "".join(f"{d:>8.0%}" for d in reversed(densities)) + "  break-even",
         ]
         for tokens, dense in self.dense_ms.items():
@@ -93,13 +92,8 @@ class Measurement:
 
 
 def measure(
-    hidden: int,
-    neurons: int,
-    dtype: torch.dtype,
+    problem: Problem,
     *,
-    kind: Kind = "gated",
-    certified: bool = False,
-    device: str = "cpu",
     backend: str | None = None,
     tokens: Sequence[int] = TOKENS,
     repeats: int = 7,
@@ -108,17 +102,12 @@ def measure(
     """Time dense and skipping at a block's shape with random weights, cycling past the cache.
 
     Args:
-        hidden: D.
-        neurons: F.
-        dtype: of weights and activations.
-        kind: ``"gated"`` (:func:`gated_mlp`), ``"plain"`` (:func:`plain_mlp`) or ``"linear"``
-            (:func:`sparse_linear`).
-        certified: measure what a certificate adds, for one token; ``tokens`` is not read.
-        device: ``"cpu"`` or ``"cuda"``.
-        backend: ``"cpp"``, ``"torch"`` or ``"triton"``; None takes the best that can run.
+        problem: what to measure, on ``"cpu"`` or ``"cuda"``. ``certified``: what a certificate adds, for one
+            token; ``tokens`` is not read.
+        backend: the name of one that skips; None takes the best that can run.
         tokens: the numbers of tokens to measure, of at least 1; 1 is always among them.
         repeats: times that each point is measured; the median counts.
-        save: keep the result in the cache folder, where the dispatch of this and later processes finds it.
+        save: keep the result in the cache folder; this and later processes choose by it.
 
     Raises:
         ValueError: ``tokens`` is empty or has a number below 1; a certificate for ``"linear"``.
@@ -128,44 +117,41 @@ def measure(
     """
     if not tokens or min(tokens) < 1:
         raise ValueError(f"tokens={tuple(tokens)} is not a sequence of numbers of at least 1.")
+    certified = problem.certified
     counts = (1,) if certified else tuple(sorted({1, *tokens}))
-    if certified and kind == "linear":
-        raise ValueError("certified=True has no meaning for kind='linear', whose input says what is silent.")
-    name = backend or available(device, dtype)
-    if certified and name not in dispatch.CERTIFYING:
-        raise RuntimeError(f"backend {name!r} has no use for a certificate; {_names()} have.")
-    blocks = _blocks(hidden, neurons, dtype, kind, certified, device)
+    if certified and problem.form == "linear":
+        raise ValueError("certified=True has no meaning for form='linear', whose input says what is silent.")
+    name = backend or available(problem.device, problem.dtype)
+    if certified and not REGISTRY[name].certifies:
+        known = " and ".join(found.name for found in REGISTRY.values() if found.certifies)
+        raise RuntimeError(f"backend {name!r} has no use for a certificate; {known} have.")
+    blocks = _blocks(problem)
     dense_ms: dict[int, float] = {}
     sparse_ms: dict[int, dict[float, float]] = {}
     uncertified_ms: dict[int, dict[float, float]] = {}
     with torch.inference_mode():
         for count in counts:
-            calls: dict[Any, list[Callable[[], Tensor]]] = {"dense": []}
+            calls: dict[Any, list[Callable[[], Tensor]]] = {DENSE: []}
             for block in blocks:
-                calls["dense"].append(block.dense(count))
+                calls[DENSE].append(block.dense(count))
                 for density in DENSITIES:
                     for pass_it in (False, True) if certified else (False,):
                         call = block.sparse(count, density, name, pass_it)
                         calls.setdefault((density, pass_it), []).append(call)
-            times = _interleaved(calls, repeats, device)
-            dense_ms[count] = times["dense"]
+            times = _interleaved(calls, repeats, problem.device)
+            dense_ms[count] = times[DENSE]
             sparse_ms[count] = {density: times[density, certified] for density in DENSITIES}
             if certified:
                 uncertified_ms[count] = {density: times[density, False] for density in DENSITIES}
     result = Measurement(
+        problem=problem,
         backend=name,
-        hidden=hidden,
-        neurons=neurons,
-        dtype=dtype,
-        kind=kind,
-        certified=certified,
         dense_ms=dense_ms,
         sparse_ms=sparse_ms,
         uncertified_ms=uncertified_ms,
     )
     if save:
-        break_even.store(name, device, dtype, hidden, neurons, kind, result.break_even, certified)
-        dispatch.forget()
+        break_even.store(name, problem, result.break_even)
     return result
 
 
@@ -177,16 +163,12 @@ def available(device: str, dtype: torch.dtype) -> str:
 
     """
     reasons = []
-    for name in dispatch.AUTOMATIC.get(device, ()):
-        reason = dispatch.path(name).unusable(torch.device(device), dtype)
+    for backend in automatic(device):
+        reason = backend.obstacle(device, dtype)
         if reason is None:
-            return name
-        reasons.append(f"{name}: {reason}")
+            return backend.name
+        reasons.append(f"{backend.name}: {reason}")
     raise RuntimeError(f"nothing to measure for {dtype} on {device}: {'; '.join(reasons) or 'no backend'}.")
-
-
-def _names() -> str:
-    return " and ".join(dispatch.CERTIFYING)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,43 +202,33 @@ class _Block:
         x = self._input(tokens)
         if not self.up:
             h = x.masked_fill(torch.rand_like(x, dtype=torch.float32) >= density, 0)
-            return _with(backend, lambda: sparse_linear(h, self.rows))
+            return lambda: sparse_linear(h, self.rows, backend=backend)
         p = (x @ self.up[0].t()).float().flatten().sort().values
         shift = p[min(int((1 - density) * p.numel()), p.numel() - 1)].item() if density < 1 else -1e4
         run: Any = gated_mlp if len(self.up) == 2 else plain_mlp
-        options: dict[str, Any] = {"activation": "shifted_relu", "threshold": shift}
+        options: dict[str, Any] = {"activation": "shifted_relu", "threshold": shift, "backend": backend}
         if certified:
             options["certificate"] = self.certificate
-        return _with(backend, lambda: run(x, *self.up, self.rows, **options))
+        return lambda: run(x, *self.up, self.rows, **options)
 
     def _input(self, tokens: int) -> Tensor:
         width = self.up[0].shape[1] if self.up else self.down.shape[1]
         return torch.randn(tokens, width, device=self.down.device).to(self.down.dtype)
 
 
-def _with(backend: str, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    def call() -> Tensor:
-        with dispatch.backend(backend):
-            return run()
-
-    return call
-
-
-def _blocks(
-    hidden: int, neurons: int, dtype: torch.dtype, kind: Kind, certified: bool, device: str
-) -> list[_Block]:
+def _blocks(problem: Problem) -> list[_Block]:
     """As many blocks with random weights as it takes to leave the cache between two uses of one."""
+    form, hidden, neurons, dtype, device, certified = problem
 
     def rand(rows: int, columns: int) -> Tensor:
         return (torch.randn(rows, columns, device=device) * columns**-0.5).to(dtype)
 
-    up = tuple(rand(neurons, hidden) for _ in range(MATRICES[kind] - 1))
+    up = tuple(rand(neurons, hidden) for _ in range(MATRICES[form] - 1))
     down = rand(hidden, neurons)
     certificate = certify(up[0]) if certified else None
     first = _Block(up=up, down=down, rows=neuron_major_(down.clone()), certificate=certificate)
-    matrix = hidden * neurons * dtype.itemsize
-    deciding = hidden * neurons if certified else matrix
-    count = max(-(-COLD_BYTES // (MATRICES[kind] * matrix)), -(-COLD_DECIDING_BYTES // deciding))
+    deciding = hidden * neurons if certified else problem.down_bytes
+    count = max(-(-COLD_BYTES // problem.bytes), -(-COLD_DECIDING_BYTES // deciding))
     return [first, *(first.copy() for _ in range(min(count, 64) - 1))]
 
 
@@ -265,7 +237,7 @@ def _interleaved(calls: dict[Any, list[Callable[[], Tensor]]], repeats: int, dev
     times: dict[Any, list[float]] = {key: [] for key in calls}
     for repeat in range(repeats + 1):
         for key, functions in calls.items():
-            if repeat > 1 and times[key][0] > HOPELESS * times["dense"][0]:
+            if repeat > 1 and times[key][0] > HOPELESS * times[DENSE][0]:
                 continue
             start = _now(device)
             for function in functions:
@@ -287,26 +259,17 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, required=True, help="size D of the residual stream")
     parser.add_argument("--neurons", type=int, required=True, help="intermediate size F")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--kind", default="gated", choices=list(MATRICES), help="operator; default: gated")
+    parser.add_argument("--form", default="gated", choices=list(MATRICES), help="operator; default: gated")
     parser.add_argument("--certified", action="store_true", help="what a certificate adds, for one token")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument(
-        "--backend", choices=["cpp", "torch", "triton"], help="default: the best that can run"
-    )
+    parser.add_argument("--backend", choices=list(REGISTRY), help="default: the best that can run")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="numbers of tokens to measure")
     parser.add_argument("--dry_run", action="store_true", help="print, but do not store the break-even")
     args = parser.parse_args()
-    result = measure(
-        args.hidden,
-        args.neurons,
-        getattr(torch, args.dtype),
-        kind=args.kind,
-        certified=args.certified,
-        device=args.device,
-        backend=args.backend,
-        tokens=args.tokens,
-        save=not args.dry_run,
+    problem = Problem(
+        args.form, args.hidden, args.neurons, getattr(torch, args.dtype), args.device, args.certified
     )
+    result = measure(problem, backend=args.backend, tokens=args.tokens, save=not args.dry_run)
     print(result)
 
 

@@ -28,8 +28,8 @@ class Block:
         return place(self.name)
 
     @property
-    def kind(self) -> Literal["gated", "plain"]:
-        return self.roles.kind
+    def form(self) -> Literal["gated", "plain"]:
+        return self.roles.form
 
     @property
     def stock_class(self) -> type[nn.Module]:

@@ -19,5 +19,5 @@ class Roles:
     act: str
 
     @property
-    def kind(self) -> Literal["gated", "plain"]:
+    def form(self) -> Literal["gated", "plain"]:
         return "plain" if self.gate is None else "gated"

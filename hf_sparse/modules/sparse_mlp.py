@@ -8,7 +8,7 @@ forward of the stock class itself, so an unchanged activation gives bit-identica
 from __future__ import annotations
 
 import warnings
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,29 @@ from hf_sparse.modules.certified import Certified
 from hf_sparse.modules.guarded import GuardedModule
 from hf_sparse.modules.hooked import carry_device_hook
 from hf_sparse.modules.ownership import give_back, held_elsewhere, lend, shares_nothing
-from triton_ops import Certificate, dispatch
-from triton_ops.break_even import Kind
+from triton_ops import DENSE, Certificate
+from triton_ops.problem import Form
 
 # What belongs to one module object and is not taken over from the stock block.
 _NOT_SHARED = ("_modules", "forward", "_old_forward", "_hf_hook")
+
+
+class Way(NamedTuple):
+    """How a block runs one call."""
+
+    form: Form | None = None
+    """The operator, with ``"linear"`` after modules have computed h; None: the forward of the stock class."""
+    backend: str = DENSE
+    """What the operator has to use."""
+    weights: tuple[Tensor | None, ...] = ()
+    """What it gets after its input."""
+    activation: tuple[str, float] = ("", 0.0)
+    """Its name and threshold."""
+    certificate: tuple[Certificate, tuple[int, int]] | None = None
+    """And its stamp."""
+
+
+_STOCK = Way()
 
 
 class SparseMLP(GuardedModule):
@@ -136,29 +154,74 @@ class SparseMLP(GuardedModule):
         """``x [..., D] -> [..., D]``, any floating dtype."""
         if "forward" in self.__dict__:
             self._forward_ran = True
-        if torch.is_grad_enabled() or self.training:
-            # The weights belong to whoever trains them.
-            if not torch.compiler.is_compiling():
-                self.disclose()
-            return self._stock_forward(x)
-        return self._skip_silent(x)
+        return self._run(x, self._way(x))
 
     def dense(self, x: Tensor) -> Tensor:
-        """The block with every neuron, as the stock class computes it.
+        """The block with every neuron, as the stock class computes it, to rounding.
 
         Without gradient, where torch multiplies slowly with a weight in the layout for decoding, the down
         projection is :func:`triton_ops.sparse_linear`, which is made for that layout.
         """
-        inference = not (self.training or torch.is_grad_enabled())
-        if inference and (read := self._weights(x, self.roles.down)) is not None:
-            ((down, bias),) = read
-            if triton_ops.is_neuron_major(down) and triton_ops.wants_product(down):
-                # A view: another thread may give the weight back meanwhile.
-                down = down if torch.compiler.is_compiling() else down.detach()
-                return triton_ops.sparse_linear(self.hidden(x), down, bias)
-            if dispatch.torch_stalls(down.device.type, down.dtype) and not torch.compiler.is_compiling():
-                give_back(down)
-        return self._stock_forward(x)
+        return self._run(x, self._way(x, skip=False))
+
+    def _way(self, x: Tensor, *, skip: bool = True) -> Way:
+        """How to run this call; all that decides it is asked here, once, and the layout is made to fit.
+
+        The whole block is one operator if the kernels know the activation and all weights may be read, and
+        skipping pays. In a plain block the down projection alone may skip, too: where the up projection must
+        be called, or there are too many tokens for the whole to pay.
+        """
+        compiling = torch.compiler.is_compiling()
+        if self.training or torch.is_grad_enabled():
+            if not compiling:
+                self.disclose()  # the weights belong to whoever trains them
+            return _STOCK
+        tokens = x.numel() // x.shape[-1]
+        certify = skip and self._may_certify(tokens)  # before a variable here holds a weight
+        read = self._weights(x, self.roles.down)
+        if read is None:
+            return _STOCK
+        ((down, bias),) = read
+        activation = self.kernel() if skip else None
+        if activation is not None and (first := self._weights(x, *self._before_down)) is not None:
+            deciding, held, form = first[0][0], None, self.roles.form
+            if certify:
+                backend, held = self._certificate(deciding)
+            if held is None:
+                backend = triton_ops.plan(deciding, form).backend(tokens, self.density)
+            if backend != DENSE and (rows := neuron_major(down)) is not None:
+                weights = (*[w for w, _ in first], rows, *[b for _, b in first], bias)
+                return Way(form, backend, weights, activation, held)
+        plan = triton_ops.plan(down, "linear")
+        if activation is not None and self.roles.gate is None:
+            backend = plan.backend(tokens, self.density)
+            if backend != DENSE and (rows := neuron_major(down)) is not None:
+                return Way("linear", backend, (rows, bias))
+        if plan.product != DENSE and triton_ops.is_neuron_major(down):
+            # A view: another thread may give the weight back meanwhile.
+            return Way("linear", plan.product, (down if compiling else down.detach(), bias))
+        if plan.stalls and not compiling:
+            give_back(down)
+        return _STOCK
+
+    def _run(self, x: Tensor, way: Way) -> Tensor:
+        if way.form is None:
+            return self._stock_forward(x)
+        if way.form == "linear":
+            down, bias = way.weights
+            return triton_ops.sparse_linear(self.hidden(x), cast(Tensor, down), bias, backend=way.backend)
+        operator: Any = triton_ops.gated_mlp if way.form == "gated" else triton_ops.plain_mlp
+        name, threshold = way.activation
+        certificate, stamp = way.certificate or (None, None)
+        return operator(
+            x,
+            *way.weights,
+            activation=name,
+            threshold=threshold,
+            certificate=certificate,
+            stamp=stamp,
+            backend=way.backend,
+        )
 
     def _stock_forward(self, x: Tensor) -> Tensor:
         return self._stock_function(self._unguarded(), x)
@@ -174,9 +237,6 @@ class SparseMLP(GuardedModule):
     def hidden(self, x: Tensor) -> Tensor:
         """What reaches the down projection, by calls of the modules: ``x [..., D] -> [..., F]``."""
         return self.activation(self._child(self.deciding)(x))
-
-    def _skip_silent(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
 
     def _child(self, name: str) -> nn.Module:
         return cast(nn.Module, self._modules[name])
@@ -194,7 +254,7 @@ class SparseMLP(GuardedModule):
         if (down := self.readable(self.roles.down)) is not None:
             lend(down.weight)
         if certify and self.owns_deciding() and (first := self.readable(self.deciding)) is not None:
-            self._certificate(1, first.weight)
+            self._certificate(first.weight)
 
     @property
     def certify(self) -> bool:
@@ -211,6 +271,12 @@ class SparseMLP(GuardedModule):
         """The name of the projection that decides which neurons are active."""
         return self.roles.gate or self.roles.up
 
+    @property
+    def _before_down(self) -> tuple[str, ...]:
+        """The names of the projections before the down projection, the deciding one first."""
+        gate, up = self.roles.gate, self.roles.up
+        return (up,) if gate is None else (gate, up)
+
     def owns_deciding(self) -> bool:
         """Whether nobody else holds the deciding projection, so that no change of it goes unnoticed.
 
@@ -226,24 +292,18 @@ class SparseMLP(GuardedModule):
         parameters = modules[name]._parameters  # type: ignore[union-attr]
         return not held_elsewhere(parameters, "weight") and shares_nothing(parameters["weight"])  # type: ignore[arg-type]
 
-    def _wants(self, tokens: int, weight: Tensor, kind: Kind) -> bool:
-        density = 1.0 if self.density is None else self.density
-        return triton_ops.wants_sparse(tokens, weight, kind, density=density)
-
     def _may_certify(self, tokens: int) -> bool:
         """Whether a certificate may be used for so many tokens; to be asked before fetching the weights."""
         return tokens == 1 and self.certify and (torch.compiler.is_compiling() or self.owns_deciding())
 
-    def _certificate(self, tokens: int, weight: Tensor) -> tuple[Certificate, tuple[int, int]] | None:
-        """The certificate to decode with, made if need be, and its stamp; None where it is not wanted.
+    def _certificate(self, weight: Tensor) -> tuple[str, tuple[Certificate, tuple[int, int]] | None]:
+        """The backend for one token with a certificate of the deciding projection ``[F, D]``, and that.
 
-        ``weight [F, D]`` is that of the deciding projection. To ask for certificates is to say that the model
-        is sparse; where the density was measured, that decides.
+        It is made if need be; none where it does not pay, or cannot be had.
         """
-        density = 0.0 if self.density is None else self.density
-        if not triton_ops.wants_sparse(1, weight, self.roles.kind, certified=True, density=density):
-            return None
-        return self._certified.of(weight)
+        plan = triton_ops.plan(weight, self.roles.form, certified=True)
+        backend = plan.backend(1, self.density)
+        return backend, None if backend == DENSE else self._certified.of(weight)
 
     def kernel(self) -> tuple[str, float] | None:
         """What the kernels call the activation; None if it must be called as a module."""
@@ -255,7 +315,7 @@ class SparseMLP(GuardedModule):
 
     def _weights(self, x: Tensor, *names: str) -> list[tuple[Tensor, Tensor | None]] | None:
         """Weight and bias of the children ``names``, to be read for ``x``; None if one must be called."""
-        if dispatch.autocasts(x.device.type) or hooks_on_all_modules():
+        if hooks_on_all_modules():
             return None
         found: list[tuple[Tensor, Tensor | None]] = []
         for name in names:
@@ -310,67 +370,9 @@ class SparseGatedMLP(SparseMLP):
             return a * u
         return a.mul_(u)
 
-    def _skip_silent(self, x: Tensor) -> Tensor:
-        kind = self.kernel()
-        tokens = x.numel() // x.shape[-1]
-        certify = self._may_certify(tokens)
-        read = self._weights(x, self.deciding, self.roles.up, self.roles.down)
-        if kind is None or read is None:
-            return self.dense(x)
-        (gate, gate_bias), (up, up_bias), (down, down_bias) = read
-        held = self._certificate(tokens, gate) if certify else None
-        if held is None and not self._wants(tokens, gate, "gated"):
-            return self.dense(x)
-        if (rows := neuron_major(down)) is None:
-            return self.dense(x)
-        name, threshold = kind
-        return triton_ops.gated_mlp(
-            x,
-            gate,
-            up,
-            rows,
-            gate_bias,
-            up_bias,
-            down_bias,
-            activation=name,
-            threshold=threshold,
-            certificate=held[0] if held else None,
-            stamp=held[1] if held else None,
-        )
-
 
 class SparsePlainMLP(SparseMLP):
     """``down(act(up(x)))``; the up projection decides which rows of the down projection are read."""
-
-    def _skip_silent(self, x: Tensor) -> Tensor:
-        kind = self.kernel()
-        tokens = x.numel() // x.shape[-1]
-        certify = self._may_certify(tokens)
-        last = self._weights(x, self.roles.down)
-        if kind is None or last is None:
-            return self.dense(x)
-        ((down, down_bias),) = last
-        if (first := self._weights(x, self.roles.up)) is not None:
-            ((up, up_bias),) = first
-            held = self._certificate(tokens, up) if certify else None
-            wanted = held is not None or self._wants(tokens, up, "plain")
-            if wanted and (rows := neuron_major(down)) is not None:
-                name, threshold = kind
-                return triton_ops.plain_mlp(
-                    x,
-                    up,
-                    rows,
-                    up_bias,
-                    down_bias,
-                    activation=name,
-                    threshold=threshold,
-                    certificate=held[0] if held else None,
-                    stamp=held[1] if held else None,
-                )
-        # Where the up projection must be called, or there are too many tokens for the fused operator to pay.
-        if not self._wants(tokens, down, "linear") or (rows := neuron_major(down)) is None:
-            return self.dense(x)
-        return triton_ops.sparse_linear(self.hidden(x), rows, down_bias)
 
 
 def hooks_on_all_modules() -> bool:

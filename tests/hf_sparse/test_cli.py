@@ -16,7 +16,7 @@ from hf_sparse.assets.corpus import python_corpus
 from hf_sparse.cli import main
 from hf_sparse.config import ACTIVATIONS
 from hf_sparse.launch import _with_recipe_path, application
-from triton_ops.dispatch import BACKENDS
+from triton_ops import BACKENDS
 
 COMMANDS = ("patch", "finetune", "measure", "tune", "generate", "quickstart")
 

@@ -8,25 +8,26 @@ import pytest
 import torch
 
 import hf_sparse
+import triton_ops
+from support.backends import change_backend
 from support.compiler import needs_compiler
 from support.peek import down_weight, layouts, sparse_blocks
 from support.recorders import Recorder
-from triton_ops import break_even, dispatch
+from triton_ops.backends import REGISTRY
+from triton_ops.cpu import products
 
 
 @pytest.fixture(autouse=True)
 def choices_of_this_machine_afterwards():
     yield
-    dispatch.forget()
+    triton_ops.forget()
 
 
 def multiply_always(monkeypatch, dtype: torch.dtype) -> None:
     """As on a machine whose torch is slower at it, and for blocks of any size."""
-    monkeypatch.setattr(break_even, "multiplies", lambda dtype: True)
-    monkeypatch.setattr(break_even, "has_own_float16", lambda: False)
-    limits = replace(break_even.DEFAULTS["cpp", dtype], min_bytes=0, beyond=0.0)
-    monkeypatch.setitem(break_even.DEFAULTS, ("cpp", dtype), limits)
-    dispatch.forget()
+    monkeypatch.setattr(products, "has_own_float16", lambda: False)
+    limits = replace(REGISTRY["cpp"].defaults[dtype], min_bytes=0, beyond=0.0)
+    change_backend(monkeypatch, "cpp", multiplies=lambda dtype: True, defaults={dtype: limits})
 
 
 PRODUCT = torch.ops.hf_sparse.sparse_linear.default
@@ -88,8 +89,8 @@ def test_what_a_hook_has_kept_is_not_changed_by_such_products(tiny_model, monkey
 def test_float16_gets_the_stock_layout_back_where_torch_would_stall(
     tiny_model, input_ids, monkeypatch, own, activation
 ):
-    monkeypatch.setattr(break_even, "has_own_float16", lambda: own)
-    dispatch.forget()
+    monkeypatch.setattr(products, "has_own_float16", lambda: own)
+    triton_ops.forget()
     model = tiny_model("llama").half()
     hf_sparse.patch(model, activation)
     with torch.no_grad(), hf_sparse.backend("cpp"):
@@ -104,8 +105,7 @@ def test_float16_gets_the_stock_layout_back_where_torch_would_stall(
 @needs_compiler
 def test_training_after_decoding_is_that_of_the_stock_block(tiny_model, monkeypatch):
     """Its dropout comes after the down projection."""
-    monkeypatch.setattr(break_even, "multiplies", lambda dtype: True)
-    dispatch.forget()
+    change_backend(monkeypatch, "cpp", multiplies=lambda dtype: True)
     model = tiny_model("starcoder2", residual_dropout=0.5)
     hf_sparse.patch(model, "relu")
     ids, losses = torch.randint(3, 128, (2, 40)), []

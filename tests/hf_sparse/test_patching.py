@@ -36,7 +36,7 @@ def plain_mlp(block, activation: str, x: Tensor) -> Tensor:
     def f(p):
         return row.value(p, parameter)
 
-    if block.kind == "plain":
+    if block.form == "plain":
         h = f(linear(block.up_linear, x))
     else:
         up = linear(block.up_linear, x)
@@ -59,7 +59,7 @@ def test_original_activation_is_bit_identical(tiny_model, model_type, input_ids)
 @pytest.mark.parametrize("activation", TABLE)
 def test_substituted_activation_equals_plain_pytorch(tiny_model, model_type, activation) -> None:
     model = tiny_model(model_type)
-    if TABLE[activation].relu_up and find_blocks(model)[0][0].kind == "plain":
+    if TABLE[activation].relu_up and find_blocks(model)[0][0].form == "plain":
         with pytest.raises(PatchError, match="needs a gated MLP"):
             hf_sparse.patch(model, config_for(activation))
         return

@@ -9,13 +9,12 @@ from peft import LoraConfig, get_peft_model
 import hf_sparse
 from hf_sparse import PatchError
 from hf_sparse.cli import main
+from support.backends import change_backend
 from support.compiler import needs_compiler
 from support.skips import CountSkips
-from triton_ops import break_even, dispatch
+from triton_ops import Problem, break_even
+from triton_ops.problem import Form
 from triton_ops.tune import available
-
-SHAPE = ("cpu", torch.float32, 32, 88)
-
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -33,27 +32,32 @@ def skips(model, tokens: int = 1) -> int:
     return counter.count
 
 
-def stored(backend: str, kind: str, *limits: float, certified: bool = False) -> None:
+def problem(form: Form, *, certified: bool = False) -> Problem:
+    """Of the blocks of a tiny model."""
+    return Problem(form, 32, 88, torch.float32, "cpu", certified)
+
+
+def stored(backend: str, form: Form, *limits: float, certified: bool = False) -> None:
     """As measured for up to 32 tokens: "never" where no limit is given."""
     never = () if certified else (0.0,) * (32 - len(limits))
-    break_even.store(backend, *SHAPE, kind, limits + never, certified)
-    dispatch.forget()
+    break_even.store(backend, problem(form, certified=certified), limits + never)
 
 
-@pytest.mark.parametrize(("name", "kinds"), [("llama", ["gated"]), ("gpt_neox", ["linear", "plain"])])
-def test_every_shape_is_measured_once_and_kept(tiny_model, backend, name, kinds) -> None:
+@pytest.mark.parametrize(("name", "forms"), [("llama", ["gated"]), ("gpt_neox", ["linear", "plain"])])
+def test_every_shape_is_measured_once_and_kept(tiny_model, backend, name, forms) -> None:
     model = tiny_model(name)
     hf_sparse.patch(model, "relu")
     report = hf_sparse.tune(model, tokens=(1, 3))
-    assert sorted(m.kind for m in report.measurements) == kinds
+    assert sorted(m.problem.form for m in report.measurements) == forms
     assert all(list(m.dense_ms) == [1, 3] for m in report.measurements)
     for m in report.measurements:
-        assert break_even.measured(backend, *SHAPE, m.kind) == m.break_even
+        assert m.problem == problem(m.problem.form)
+        assert break_even.measured(backend, m.problem) == m.break_even
     assert len(report.layers) == 3
     assert report.layers[0].name == hf_sparse.inspect(model).blocks[0].name
     assert hf_sparse.tune(model, tokens=(1, 3)).measurements == ()
     forced = hf_sparse.tune(model, tokens=(1,), force=True).measurements
-    assert sorted(m.kind for m in forced) == kinds
+    assert sorted(m.problem.form for m in forced) == forms
 
 
 @needs_compiler
@@ -61,7 +65,7 @@ def test_every_shape_is_measured_once_and_kept(tiny_model, backend, name, kinds)
 def test_more_tokens_than_measured_skip_as_the_most_did_if_that_is_built_in(
     tiny_model, monkeypatch, multiplies
 ) -> None:
-    monkeypatch.setattr(break_even, "multiplies", lambda dtype: multiplies)
+    change_backend(monkeypatch, "cpp", multiplies=lambda dtype: multiplies)
     model = tiny_model("llama")
     hf_sparse.patch(model, "relu")
     blocks = [block.module for block in hf_sparse.inspect(model).blocks]
@@ -83,8 +87,8 @@ def test_a_model_that_certifies_has_that_measured_too(tiny_model, name) -> None:
     model = tiny_model(name)
     hf_sparse.patch(model, "relu", certify=True)
     report = hf_sparse.tune(model, tokens=(1,))
-    (certified,) = [m for m in report.measurements if m.certified]
-    assert certified.kind == ("gated" if name == "llama" else "plain")
+    (certified,) = [m for m in report.measurements if m.problem.certified]
+    assert certified.problem.form == ("gated" if name == "llama" else "plain")
     assert all(layer.certified == max(certified.break_even, default=0.0) for layer in report.layers)
 
 
@@ -104,14 +108,14 @@ def test_a_dataset_gives_every_block_its_density(tiny_model, input_ids, backend)
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("llama", "gated"), ("gpt_neox", "plain"), ("gpt_neox", "linear")]
+    ("name", "form"), [("llama", "gated"), ("gpt_neox", "plain"), ("gpt_neox", "linear")]
 )
-def test_each_block_follows_its_own_density(tiny_model, backend, name, kind) -> None:
+def test_each_block_follows_its_own_density(tiny_model, backend, name, form) -> None:
     model = tiny_model(name)
     hf_sparse.patch(model, "relu")
     for other in ("plain", "linear"):
         stored(backend, other)
-    stored(backend, kind, 1.0, 0.5)
+    stored(backend, form, 1.0, 0.5)
     blocks = [block.module for block in hf_sparse.inspect(model).blocks]
     assert (skips(model, 1), skips(model, 2), skips(model, 3)) == (3, 0, 0)
     blocks[0].density, blocks[1].density = 0.5, 0.51
@@ -187,7 +191,7 @@ def test_only_the_part_that_can_be_read_is_measured(tiny_model) -> None:
     hf_sparse.patch(model, "relu", certify=True)
     wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["dense_h_to_4h"], task_type="CAUSAL_LM"))
     report = hf_sparse.tune(wrapped, tokens=(1,))
-    assert [(m.kind, m.certified) for m in report.measurements] == [("linear", False)]
+    assert [m.problem for m in report.measurements] == [problem("linear")]
 
 
 def test_mistakes(tiny_model) -> None:

@@ -15,7 +15,7 @@ from support.compiler import needs_compiler
 # Says which backend "auto" takes for one token of a large block, after checking that it computes.
 USE = """
 import warnings, torch, triton_ops
-from triton_ops import dispatch, reference
+from triton_ops import reference
 x, gate, up = torch.randn(1, 512), torch.randn(8192, 512) / 23, torch.randn(8192, 512) / 23
 down = triton_ops.neuron_major_(torch.randn(512, 8192) / 90)
 with warnings.catch_warnings(record=True) as caught:
@@ -23,7 +23,7 @@ with warnings.catch_warnings(record=True) as caught:
     for _ in range(3):
         y = triton_ops.gated_mlp(x, gate, up, down, activation="relu")
 torch.testing.assert_close(y, reference.gated_mlp(x, gate, up, down, activation="relu"))
-print(dispatch.choose(1, "cpu", torch.float32, 512, 8192, "gated"), len(caught), *(w.message for w in caught))
+print(triton_ops.plan(gate, "gated").backend(1), len(caught), *(w.message for w in caught))
 """
 
 

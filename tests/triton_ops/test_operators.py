@@ -7,9 +7,10 @@ import torch
 
 import triton_ops
 from support.activations import GATED_OR_PLAIN
+from support.backends import change_backend
 from support.compiler import CPP, needs_compiler
 from support.kernel_blocks import make_block
-from triton_ops import break_even, dispatch, reference
+from triton_ops import AUTO, DENSE, reference
 from triton_ops.certificate import weight_stamp
 
 GATED = torch.ops.hf_sparse.gated_mlp.default
@@ -25,10 +26,10 @@ def test_mlps_pass_opcheck(backend, grad, gated):
     args = [t.requires_grad_(grad) for t in block.tensors()]
     without = args[: 4 if gated else 3] + [None] * (3 if gated else 2)
     certificate = triton_ops.certify(block.deciding)
-    operator, options = (GATED if gated else PLAIN), (block.activation, block.threshold)
+    operator, options = (GATED if gated else PLAIN), (block.activation, block.threshold, AUTO)
     with triton_ops.backend(backend):
         torch.library.opcheck(operator, (*args, None, None, None, *options))
-        torch.library.opcheck(operator, (*without, None, None, None, "relu", 0.0))
+        torch.library.opcheck(operator, (*without, None, None, None, "relu", 0.0, AUTO))
         stamp = list(weight_stamp(block.deciding))
         torch.library.opcheck(operator, (*args, *certificate, None, *options))
         torch.library.opcheck(operator, (*args, *certificate, stamp, *options))
@@ -40,8 +41,8 @@ def test_sparse_linear_passes_opcheck(backend, grad):
     h = torch.relu(torch.randn(2, 3, 12)).requires_grad_(grad)
     weight = triton_ops.neuron_major_(torch.randn(8, 12)).requires_grad_(grad)
     with triton_ops.backend(backend):
-        torch.library.opcheck(LINEAR, (h, weight, None))
-        torch.library.opcheck(LINEAR, (h, weight, torch.randn(8, requires_grad=grad)))
+        torch.library.opcheck(LINEAR, (h, weight, None, AUTO))
+        torch.library.opcheck(LINEAR, (h, weight, torch.randn(8, requires_grad=grad), AUTO))
 
 
 @pytest.mark.parametrize(("activation", "gated"), GATED_OR_PLAIN)
@@ -105,19 +106,19 @@ class MLP(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         layers = (self.gate, self.up, self.down)
         args = (x, *(m.weight for m in layers), *(m.bias for m in layers))
-        if triton_ops.wants_sparse(x.numel() // x.shape[-1], self.gate.weight, "gated"):
-            return triton_ops.gated_mlp(*args, activation="relu") * 1.5
+        backend = triton_ops.plan(self.gate.weight, "gated").backend(x.numel() // x.shape[-1])
+        if backend != DENSE:
+            return triton_ops.gated_mlp(*args, activation="relu", backend=backend) * 1.5
         return reference.gated_mlp(*args, activation="relu") * 1.5
 
 
 @pytest.fixture
 def slow_products(monkeypatch):
     """As on a CPU where torch's products of many tokens are faster than the kernel's."""
-    monkeypatch.setattr(break_even, "multiplies", lambda dtype: False)
-    dispatch.forget()
+    change_backend(monkeypatch, "cpp", multiplies=lambda dtype: False)
     yield
     monkeypatch.undo()
-    dispatch.forget()
+    triton_ops.forget()
 
 
 @pytest.mark.usefixtures("slow_products")
@@ -128,8 +129,8 @@ def test_compile_without_graph_breaks(dynamic):
     mlp = MLP(1024, 1024)
     compiled = torch.compile(mlp, fullgraph=True, dynamic=dynamic)
     with torch.no_grad():
-        assert triton_ops.wants_sparse(1, mlp.gate.weight, "gated")
-        assert not triton_ops.wants_sparse(50, mlp.gate.weight, "gated")
+        assert triton_ops.plan(mlp.gate.weight, "gated").backend(1) != DENSE
+        assert triton_ops.plan(mlp.gate.weight, "gated").backend(50) == DENSE
         for tokens in (1, 50, 51):
             x = torch.randn(1, tokens, 1024)
             torch.testing.assert_close(compiled(x), mlp(x))

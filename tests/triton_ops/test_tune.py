@@ -5,9 +5,14 @@ import torch
 
 import triton_ops
 from support.compiler import needs_compiler
-from triton_ops import break_even, dispatch, tune
+from triton_ops import DENSE, Problem, break_even, tune
+from triton_ops.problem import Form
 
 pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+def small(form: Form) -> Problem:
+    return Problem(form, 16, 24, torch.float32, "cpu")
 
 
 def result(
@@ -17,11 +22,7 @@ def result(
 ) -> tune.Measurement:
     return tune.Measurement(
         backend="torch",
-        hidden=8,
-        neurons=8,
-        dtype=torch.float32,
-        kind="gated",
-        certified=uncertified is not None,
+        problem=Problem("gated", 8, 8, torch.float32, "cpu", uncertified is not None),
         dense_ms=dense,
         sparse_ms=sparse,
         uncertified_ms=uncertified or {},
@@ -54,51 +55,50 @@ def test_a_certificate_must_beat_skipping_without_it_too():
     assert result({1: 2.0}, sparse, uncertified).break_even == (0.5,)
 
 
-@pytest.mark.parametrize("kind", ["gated", "plain", "linear"])
-def test_a_measurement_is_printed_and_kept_for_the_dispatch(kind):
-    measured = tune.measure(
-        16, 24, torch.float32, kind=kind, backend="torch", tokens=(2, 1, 2), repeats=1, save=True
-    )
+@pytest.mark.parametrize("form", ["gated", "plain", "linear"])
+def test_a_measurement_is_printed_and_kept_for_later_choices(form):
+    problem = small(form)
+    measured = tune.measure(problem, backend="torch", tokens=(2, 1, 2), repeats=1, save=True)
     assert list(measured.dense_ms) == [1, 2]
     assert all(set(times) == set(tune.DENSITIES) for times in measured.sparse_ms.values())
     assert "torch, float32, 16 x 24" in str(measured)
-    assert break_even.measured("torch", "cpu", torch.float32, 16, 24, kind) == measured.break_even
+    assert break_even.measured("torch", problem) == measured.break_even
 
 
 @needs_compiler
-@pytest.mark.parametrize("kind", ["gated", "plain"])
-def test_a_certificate_is_measured_for_one_token_and_kept_beside(kind):
-    measured = tune.measure(16, 24, torch.float32, kind=kind, certified=True, backend="cpp", repeats=1)
+@pytest.mark.parametrize("form", ["gated", "plain"])
+def test_a_certificate_is_measured_for_one_token_and_kept_beside(form):
+    problem = small(form)._replace(certified=True)
+    measured = tune.measure(problem, backend="cpp", repeats=1)
     assert list(measured.sparse_ms) == list(measured.uncertified_ms) == [1]
     assert "uncertified / certified" in str(measured)
-    assert break_even.measured("cpp", "cpu", torch.float32, 16, 24, kind, True) == measured.break_even
-    assert break_even.measured("cpp", "cpu", torch.float32, 16, 24, kind) is None
+    assert break_even.measured("cpp", problem) == measured.break_even
+    assert break_even.measured("cpp", small(form)) is None
 
 
-@pytest.mark.parametrize("kind", ["gated", "plain"])
-def test_what_is_timed_has_the_density_that_it_says(kind):
-    (block, *_) = tune._blocks(32, 500, torch.float32, kind, False, "cpu")
+@pytest.mark.parametrize("form", ["gated", "plain"])
+def test_what_is_timed_has_the_density_that_it_says(form):
+    (block, *_) = tune._blocks(Problem(form, 32, 500, torch.float32, "cpu"))
     for density in (0.05, 0.3, 1.0):
         seen = []
-        operator = getattr(tune, f"{kind}_mlp")
+        operator = getattr(tune, f"{form}_mlp")
 
         def spy(x, first, *weights, operator=operator, seen=seen, **options):
             seen.append((x @ first.t() > options["threshold"]).float().mean().item())
             return operator(x, first, *weights, **options)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tune, f"{kind}_mlp", spy)
+            patch.setattr(tune, f"{form}_mlp", spy)
             block.sparse(4, density, "dense", False)()
         assert seen == [pytest.approx(density, abs=0.01)]
 
 
-def test_the_dispatch_follows_a_measurement_below_the_built_in_size():
-    small = torch.empty(24, 16)
-    assert not triton_ops.wants_sparse(1, small, "gated")
+def test_a_measurement_below_the_built_in_size_is_followed():
+    weight = torch.empty(24, 16)
+    assert triton_ops.plan(weight, "gated").backend(1) == DENSE
     for name in ("cpp", "torch"):
-        break_even.store(name, "cpu", torch.float32, 16, 24, "gated", (1.0,))
-    dispatch.forget()
-    assert triton_ops.wants_sparse(1, small, "gated")
+        break_even.store(name, small("gated"), (1.0,))
+    assert triton_ops.plan(weight, "gated").backend(1) != DENSE
 
 
 @pytest.mark.parametrize(
@@ -106,25 +106,29 @@ def test_the_dispatch_follows_a_measurement_below_the_built_in_size():
     [
         ({"tokens": ()}, ValueError, "tokens="),
         ({"tokens": (0, 2)}, ValueError, "tokens="),
-        ({"kind": "linear", "certified": True}, ValueError, "certified=True has no meaning"),
-        ({"backend": "torch", "certified": True}, RuntimeError, "'torch' has no use for a certificate"),
+        ({"problem": small("linear")._replace(certified=True)}, ValueError, "certified=True has no meaning"),
+        (
+            {"problem": small("gated")._replace(certified=True), "backend": "torch"},
+            RuntimeError,
+            "'torch' has no use for a certificate; cpp and triton have",
+        ),
     ],
 )
 def test_what_cannot_be_measured(options, error, message):
     with pytest.raises(error, match=message):
-        tune.measure(8, 8, torch.float32, **options)
+        tune.measure(**{"problem": small("gated"), **options})
 
 
 def test_the_command_line_prints_and_stores(capsys, monkeypatch):
     command = ["tune", "--hidden", "16", "--neurons", "24", "--dtype", "float32", "--backend", "torch"]
-    monkeypatch.setattr("sys.argv", [*command, "--kind", "plain", "--tokens", "1", "3"])
+    monkeypatch.setattr("sys.argv", [*command, "--form", "plain", "--tokens", "1", "3"])
     tune.main()
     assert "plain MLP; dense / sparse" in capsys.readouterr().out
-    assert break_even.measured("torch", "cpu", torch.float32, 16, 24, "plain") is not None
+    assert break_even.measured("torch", small("plain")) is not None
 
 
 def test_nothing_to_measure_says_why():
     with pytest.raises(
         RuntimeError, match=r"nothing to measure for torch\.float64 on cpu: cpp: it has no kernel"
     ):
-        tune.measure(8, 8, torch.float64)
+        tune.measure(Problem("gated", 8, 8, torch.float64, "cpu"))

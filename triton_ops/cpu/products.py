@@ -1,0 +1,48 @@
+"""Whose products of many tokens are faster on this CPU: torch's, or those of the compiled kernels."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from triton_ops.processor import processor_name
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether the kernel's products of many tokens are no slower than torch's, even if no neuron is silent.
+
+    Measured on an AMD CPU with AVX-512: in bfloat16 about as fast as oneDNN's for hundreds of tokens and
+    faster for fewer; in float32 faster than MKL's, which prefers Intel; in float16 several times faster.
+    """
+    if dtype == torch.float16:
+        return not has_own_float16()
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    if dtype == torch.float32:
+        return "AMD" in processor_name()
+    return dtype == torch.bfloat16 and has_bfloat16_products() and not has_matrix_unit()
+
+
+def torch_stalls(device: str, dtype: torch.dtype) -> bool:
+    """Whether torch's product with a neuron-major weight is out of the question: seconds for a prompt.
+
+    So it is for float16 on CPUs without float16 arithmetic.
+    """
+    return device == "cpu" and dtype == torch.float16 and not has_own_float16()
+
+
+@cache
+def has_own_float16() -> bool:
+    """Whether torch multiplies float16 matrices with instructions of this CPU; else it is very slow."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+def has_bfloat16_products() -> bool:
+    """Whether this CPU has AVX512-BF16."""
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+def has_matrix_unit() -> bool:
+    """Whether this CPU has AMX, with which torch multiplies many times faster than vectors can."""
+    return torch.cpu._is_amx_tile_supported()
