@@ -119,6 +119,7 @@ def optimizer_step(model) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
     model(torch.arange(3, 9)[None], labels=torch.arange(3, 9)[None]).loss.backward()
     optimizer.step()
+    optimizer.zero_grad()  # where there is a gradient, the weight is being trained
     del optimizer  # which holds the weights
     gc.collect()
 
