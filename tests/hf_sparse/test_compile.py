@@ -9,7 +9,8 @@ from torch._dynamo.utils import counters
 from transformers import StaticCache
 
 import hf_sparse
-from support.compiler import needs_compiler
+from support.compiler import CPP, needs_compiler
+from support.pairs import pairs
 
 OPERATORS = (torch.ops.hf_sparse.gated_mlp.default, torch.ops.hf_sparse.plain_mlp.default)
 
@@ -46,12 +47,7 @@ def decode(model, step, tokens: int = 4) -> torch.Tensor:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "certify", "skip"),
-    [
-        ("llama", False, "torch"),
-        ("gpt_neox", True, "torch"),
-        pytest.param("llama", True, "cpp", marks=needs_compiler),
-        pytest.param("gpt_neox", False, "cpp", marks=needs_compiler),
-    ],
+    pairs(["llama", "gpt_neox"], [False, True], ["torch", CPP]),
 )
 def test_the_decoding_step_with_a_static_cache(tiny_model, name, certify, skip) -> None:
     model = tiny_model(name)

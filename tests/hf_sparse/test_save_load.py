@@ -64,6 +64,7 @@ assert "hf_sparse" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_without_hf_sparse_the_model_is_the_same_or_refused(tiny_model, input_ids, tmp_path) -> None:
     expected = {}
     for name, config in CONFIGS.items():

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextvars
 import math
+import os
+import subprocess
+import sys
 import threading
 from typing import Any
 
