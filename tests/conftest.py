@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 import triton_ops
 
 # The models here are tiny: a second thread costs more than it gives, and much more on a busy machine.
 torch.set_num_threads(1)
+
+# For runs that repeat tests of the suite under other conditions.
+settings.register_profile("few", max_examples=30)
 
 ASSETS = Path(
     os.environ.get("HF_SPARSE_TEST_ASSETS", Path(__file__).resolve().parents[2] / "shared" / "assets")

@@ -14,6 +14,7 @@ import hf_sparse
 from hf_sparse import PatchError, SparsityConfig
 from support.activations import FIELDS
 from support.compiler import CPP, needs_compiler
+from support.pairs import pairs
 from support.peek import certified, sparse_blocks
 from support.skips import CountSkips
 from triton_ops.certificate import weight_stamp
@@ -40,6 +41,7 @@ def patch(model, activation: str = "relu", **fields):
     return report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", CPP])
 @pytest.mark.parametrize("activation", FIELDS)
 def test_real_llama_gives_the_dense_tokens_and_the_uncertified_bits(assets, activation, backend) -> None:
@@ -48,14 +50,14 @@ def test_real_llama_gives_the_dense_tokens_and_the_uncertified_bits(assets, acti
     prompt = tokenizer("Once upon a time, there was", return_tensors="pt").input_ids
     patch(model, activation, **FIELDS[activation])
     layers = len(hf_sparse.inspect(model).blocks)
-    dense, _ = decode(model, "dense", prompt, 100)
+    dense, _ = decode(model, "dense", prompt, 50)
     with CountSkips() as skips:
-        tokens, logits = decode(model, backend, prompt, 100)
-    assert skips.count == 100 * layers
-    assert skips.certified == 99 * layers  # the prompt is several tokens, which are computed without
+        tokens, logits = decode(model, backend, prompt, 50)
+    assert skips.count == 50 * layers
+    assert skips.certified == 49 * layers  # the prompt is several tokens, which are computed without
     hf_sparse.prepare(model, certify=False)
     with CountSkips() as skips:
-        uncertified, expected = decode(model, backend, prompt, 100)
+        uncertified, expected = decode(model, backend, prompt, 50)
     assert skips.certified == 0
     assert torch.equal(tokens, dense)
     assert torch.equal(tokens, uncertified)
@@ -87,9 +89,10 @@ def tensor_bytes() -> int:
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
-@pytest.mark.parametrize("certify", [False, True])
-@pytest.mark.parametrize("backend", ["torch", CPP])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "certify", "backend"), pairs(["llama", "gpt_neox"], [False, True], ["torch", CPP])
+)
 def test_memory_beyond_the_dense_models(tiny_model, name, certify, backend) -> None:
     model = tiny_model(name)
     prompt = torch.randint(3, 128, (1, 6))

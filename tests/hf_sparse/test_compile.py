@@ -9,7 +9,8 @@ from torch._dynamo.utils import counters
 from transformers import StaticCache
 
 import hf_sparse
-from support.compiler import needs_compiler
+from support.compiler import CPP, needs_compiler
+from support.pairs import pairs
 
 OPERATORS = (torch.ops.hf_sparse.gated_mlp.default, torch.ops.hf_sparse.plain_mlp.default)
 
@@ -43,9 +44,11 @@ def decode(model, step, tokens: int = 4) -> torch.Tensor:
     return torch.cat(logits[1:])
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
-@pytest.mark.parametrize("certify", [False, True])
-@pytest.mark.parametrize("skip", ["torch", pytest.param("cpp", marks=needs_compiler)])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "certify", "skip"),
+    pairs(["llama", "gpt_neox"], [False, True], ["torch", CPP]),
+)
 def test_the_decoding_step_with_a_static_cache(tiny_model, name, certify, skip) -> None:
     model = tiny_model(name)
     hf_sparse.patch(model, "relu")
@@ -61,6 +64,7 @@ def test_the_decoding_step_with_a_static_cache(tiny_model, name, certify, skip) 
     assert [node.args[place] is not None for node in recorder.operators()] == [certify] * 3
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_the_decoding_step_through_inductor(tiny_model) -> None:
     model = tiny_model("llama")

@@ -1,4 +1,4 @@
-"""Generation that skips silent neurons, on the real Llama and through the Triton kernels."""
+"""Generation that skips silent neurons, in batches and by the Triton kernels; test_certify.py has more."""
 
 from __future__ import annotations
 
@@ -15,29 +15,6 @@ import hf_sparse
 from hf_sparse.assets import TINY_MODEL
 from support.activations import FIELDS
 from support.compiler import CPP
-from support.skips import CountSkips
-
-PROMPT = "Once upon a time, there was"
-
-
-def greedy(model, tokenizer, backend: str, **options) -> list[int]:
-    inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
-    with hf_sparse.backend(backend), CountSkips() as skips:
-        tokens = model.generate(**inputs, do_sample=False, use_cache=True, **options)[0].tolist()
-    assert (skips.count > 0) == (backend != "dense")
-    return tokens
-
-
-@pytest.mark.parametrize("backend", ["torch", CPP])
-@pytest.mark.parametrize("activation", FIELDS)
-def test_real_llama_gives_the_dense_tokens(assets, activation, backend) -> None:
-    folder = assets / "stories260K"
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    hf_sparse.patch(model, activation, **FIELDS[activation])
-    options = {"max_new_tokens": 200, "min_new_tokens": 200}
-    dense = greedy(model, tokenizer, "dense", **options)
-    assert len(dense) > 200
-    assert greedy(model, tokenizer, backend, **options) == dense
 
 
 @pytest.mark.parametrize("backend", ["torch", CPP])
@@ -81,6 +58,7 @@ print(json.dumps(same))
 """
 
 
+@pytest.mark.slow
 def test_triton_kernels_give_the_dense_tokens() -> None:
     run = subprocess.run(
         [sys.executable, "-c", TRITON, json.dumps(FIELDS)],

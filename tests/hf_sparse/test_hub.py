@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 
 import hf_sparse
@@ -26,6 +27,7 @@ torch.save(model(torch.load(sys.argv[1])).logits, sys.argv[2])
 """
 
 
+@pytest.mark.slow
 def test_push_and_load(tiny_model, input_ids, tmp_path) -> None:
     model = tiny_model("llama")
     model.save_pretrained(tmp_path / "stock")

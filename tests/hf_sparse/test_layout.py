@@ -33,6 +33,7 @@ def multiply_always(monkeypatch, dtype: torch.dtype) -> None:
 PRODUCT = torch.ops.hf_sparse.sparse_linear.default
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize(
     ("family", "activation"), [("llama", "relu"), ("llama", "drelu"), ("gpt_neox", "relu2")]
@@ -58,7 +59,9 @@ def test_prompts_after_decoding_are_multiplied_in_the_layout_for_decoding(
         rounding = 16 * torch.finfo(dtype).eps * expected.abs().max()
         assert (found - expected).abs().max() <= rounding
         torch.compiler.reset()
-        compiled = torch.compile(model, fullgraph=True)(prompt).logits
+        # The graph is the same for every dtype; what inductor makes of it, one case shows.
+        compiler = "inductor" if (activation, dtype) == ("relu", torch.bfloat16) else "aot_eager"
+        compiled = torch.compile(model, fullgraph=True, backend=compiler)(prompt).logits
         assert (compiled - expected).abs().max() <= rounding
 
 

@@ -13,7 +13,7 @@ from torch.nn.modules.module import register_module_forward_hook
 import hf_sparse
 from hf_sparse import PatchError, SparsityConfig
 from hf_sparse.adapters import find_blocks
-from support.activations import FIELDS
+from support.activations import FIELDS, GATED_OR_PLAIN
 from support.compiler import CPP
 from support.skips import CountSkips
 from triton_ops.activations import TABLE
@@ -70,24 +70,24 @@ def test_substituted_activation_equals_plain_pytorch(tiny_model, model_type, act
         torch.testing.assert_close(block.module(x), plain_mlp(block, activation, x))
 
 
-@pytest.mark.parametrize("activation", TABLE)
+@pytest.mark.parametrize(
+    ("family", "activation"),
+    [("llama" if gated else "gpt_neox", activation) for activation, gated in GATED_OR_PLAIN],
+)
 @pytest.mark.parametrize("backend", ["torch", CPP])
-def test_generation_that_skips_gives_the_dense_tokens(tiny_model, activation, backend) -> None:
-    for model_type in ("llama", "gpt_neox"):
-        if model_type == "gpt_neox" and TABLE[activation].relu_up:
-            continue
-        model = tiny_model(model_type)
-        hf_sparse.patch(model, config_for(activation))
-        prompt = torch.randint(3, 128, (1, 6))
-        tokens, skips = {}, {}
-        for name in ("dense", backend):
-            with hf_sparse.backend(name), CountSkips() as counter:
-                tokens[name] = model.generate(
-                    prompt, max_new_tokens=24, min_new_tokens=24, do_sample=False, use_cache=True
-                )
-            skips[name] = counter.count
-        assert torch.equal(tokens["dense"], tokens[backend])
-        assert skips == {"dense": 0, backend: 24 * 3}  # every step, every block
+def test_generation_that_skips_gives_the_dense_tokens(tiny_model, family, activation, backend) -> None:
+    model = tiny_model(family)
+    hf_sparse.patch(model, config_for(activation))
+    prompt = torch.randint(3, 128, (1, 6))
+    tokens, skips = {}, {}
+    for name in ("dense", backend):
+        with hf_sparse.backend(name), CountSkips() as counter:
+            tokens[name] = model.generate(
+                prompt, max_new_tokens=24, min_new_tokens=24, do_sample=False, use_cache=True
+            )
+        skips[name] = counter.count
+    assert torch.equal(tokens["dense"], tokens[backend])
+    assert skips == {"dense": 0, backend: 24 * 3}  # every step, every block
 
 
 def test_gradients_equal_plain_pytorch(tiny_model) -> None:

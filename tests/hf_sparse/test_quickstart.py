@@ -28,6 +28,7 @@ def run(tmp_path_factory):
     return result, "\n".join(story)
 
 
+@pytest.mark.slow
 def test_the_numbers_are_those_of_the_saved_model(run):
     result, _ = run
     model = AutoModelForCausalLM.from_pretrained(result.output / "finetune" / "final")
@@ -38,12 +39,14 @@ def test_the_numbers_are_those_of_the_saved_model(run):
     assert report.loss == pytest.approx(result.after.loss, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_training_raised_sparsity(run):
     result, _ = run
     assert result.before.sparsity == 0
     assert 0.3 < result.substituted.sparsity < result.after.sparsity
 
 
+@pytest.mark.slow
 def test_the_report_shows_it_all(run):
     result, story = run
     assert "Load the embedded model" in story
@@ -63,6 +66,7 @@ def test_the_report_shows_it_all(run):
     assert (result.output / "sparsity.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_training_left_the_held_out_text_alone(run):
     result, _ = run
     lines = (result.output / "text" / "validation.jsonl").read_text(encoding="utf-8").splitlines()
@@ -84,6 +88,7 @@ def test_earlier_results_are_never_touched(tmp_path, monkeypatch):
         _new_folder("runs/quickstart")
 
 
+@pytest.mark.slow
 def test_a_failed_finetune_is_an_error(tmp_path, capfd):
     with pytest.raises(RuntimeError, match="exit status"):
         quickstart(

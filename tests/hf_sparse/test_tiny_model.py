@@ -92,9 +92,13 @@ def test_corpus_splits_share_no_paragraph(corpus):
     assert characters * HELD_OUT_SHARE / 4 < sum(map(len, corpus.held_out)) < characters / 4
 
 
-def test_corpus_is_the_same_every_time(corpus):
-    python_corpus.cache_clear()
-    assert python_corpus() == corpus
+def test_corpus_does_not_depend_on_the_order_of_files_on_disk(tmp_path):
+    names = [f"{name}.py" for name in ("b", "a", "d", "c", "e")]
+    for folder, order in (("one", names), ("other", names[::-1])):
+        (tmp_path / folder).mkdir()
+        for name in order:
+            (tmp_path / folder / name).write_text(f'"""{f"What {name} has to say. " * 9}"""\n')
+    assert python_corpus(tmp_path / "one") == python_corpus(tmp_path / "other")
 
 
 def test_corpus_from_other_sources(tmp_path):

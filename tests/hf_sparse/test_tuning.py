@@ -204,6 +204,7 @@ def test_mistakes(tiny_model) -> None:
             hf_sparse.tune(model, tokens=tokens)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, capsys) -> None:
     folder = str(tmp_path / "relu")
     assert main(["patch", "tiny", "--certify", "--output", folder]) == 0

@@ -64,7 +64,7 @@ def tokenizer(tiny: Path) -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(tiny)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def command(tiny: Path, texts: Path) -> Callable[..., list[str]]:
     """The command line of a short run on the tiny model; a keyword overrides a field, True is a flag."""
 
@@ -88,18 +88,18 @@ def command(tiny: Path, texts: Path) -> Callable[..., list[str]]:
     return build
 
 
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
+@pytest.fixture(scope="session")
+def in_process() -> Callable[[list[str]], None]:
     """Runs a command line from ``command`` in this process: as good, and without the start of a Python."""
     from accelerate.state import AcceleratorState, PartialState
-
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
 
     def call(line: list[str]) -> None:
         import finetune
 
         AcceleratorState._reset_state(reset_partial_state=True)
         PartialState._reset_state()
-        finetune.main(line[2:])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("ACCELERATE_USE_CPU", "true")
+            finetune.main(line[2:])
 
     return call

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from support.loopback_hub import LoopbackHub
 from support.runs import TRAINING, sentences
 
@@ -40,6 +42,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_streaming_from_the_hub(texts: Path, tmp_path) -> None:
     files = {f"en/{path.name}": path.read_bytes() for path in texts.iterdir()}
     home = tmp_path / "home"

@@ -48,24 +48,20 @@ def same_curves(a: Path, b: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("processes")
+def one(command, in_process, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("one") / "run"
+    in_process(command(output, **FIELDS))
+    return output
 
 
-@pytest.fixture
-def one(command, outputs) -> Path:
-    if not (outputs / "one").exists():
-        run(command(outputs / "one", **FIELDS))
-    return outputs / "one"
+@pytest.fixture(scope="module")
+def two(command, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("two") / "run"
+    run(command(output, processes=2, port=free_port(), **FIELDS))
+    return output
 
 
-@pytest.fixture
-def two(command, outputs) -> Path:
-    if not (outputs / "two").exists():
-        run(command(outputs / "two", processes=2, port=free_port(), **FIELDS))
-    return outputs / "two"
-
-
+@pytest.mark.slow
 def test_two_processes_give_the_loss_curve_of_one(one, two):
     assert read_log(one / "log.jsonl")[0]["processes"] == 1
     assert read_log(two / "log.jsonl")[0]["processes"] == 2
@@ -76,11 +72,12 @@ def test_two_processes_give_the_loss_curve_of_one(one, two):
         torch.testing.assert_close(weights_2[name], weights[name], rtol=1e-3, atol=1e-4)
 
 
-def test_a_run_of_two_processes_continues_in_one(one, two, command, tmp_path):
+@pytest.mark.slow
+def test_a_run_of_two_processes_continues_in_one(one, two, command, in_process, tmp_path, capsys):
     """The middle checkpoint of the two-process run, continued by one process."""
     output = tmp_path / "continued"
     shutil.copytree(two, output)
     shutil.rmtree(output / "checkpoints/step-00000030")
-    printed = run(command(output, resume=True, **FIELDS))
-    assert "step-00000015" in printed
+    in_process(command(output, resume=True, **FIELDS))
+    assert "step-00000015" in capsys.readouterr().out
     same_curves(one, output)

@@ -1,10 +1,9 @@
-"""Killed by SIGKILL at any moment and resumed, a run ends with the very same weights."""
+"""Killed by SIGKILL and resumed, a run ends with the very same weights."""
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 from run_log import read_log
 
-from support.runs import environment, run
+from support.runs import environment
 
 FIELDS = {
     "max_steps": 40,
@@ -41,16 +40,11 @@ def with_dropout(tiny, tmp_path_factory) -> Path:
     return folder
 
 
-_uninterrupted: dict[str, Path] = {}
-
-
-@pytest.fixture
-def uninterrupted(command, with_dropout, tmp_path_factory) -> Path:
-    if "run" not in _uninterrupted:
-        output = tmp_path_factory.mktemp("whole") / "run"
-        run(command(output, model=with_dropout, **FIELDS))
-        _uninterrupted["run"] = output
-    return _uninterrupted["run"]
+@pytest.fixture(scope="module")
+def uninterrupted(command, with_dropout, in_process, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("whole") / "run"
+    in_process(command(output, model=with_dropout, **FIELDS))
+    return output
 
 
 def kill_when(line: list[str], environment: dict[str, str], moment: Callable[[], bool]) -> None:
@@ -84,18 +78,21 @@ def last_step(output: Path) -> int:
     return max((record["step"] for record in read_log(log)), default=0) if log.exists() else 0
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_killed_at_a_random_step(seed, command, with_dropout, uninterrupted, tmp_path):
+@pytest.mark.slow
+def test_killed_before_the_first_checkpoint_and_after_the_third(
+    command, with_dropout, uninterrupted, in_process, tmp_path
+):
     output = tmp_path / "run"
-    at = random.Random(seed).randrange(3, 37)
     line = command(output, model=with_dropout, resume=True, **FIELDS)
-    kill_when(line, environment(), lambda: last_step(output) >= at)
-    assert not (output / "final").exists()
-    run(line)
+    for at in (5, 29):
+        kill_when(line, environment(), lambda at=at: last_step(output) >= at)
+        assert not (output / "final").exists()
+    in_process(line)
     same_result(output, uninterrupted)
 
 
-def test_killed_while_saving(command, with_dropout, uninterrupted, tmp_path):
+@pytest.mark.slow
+def test_killed_while_saving(command, with_dropout, uninterrupted, in_process, tmp_path, capsys):
     for attempt in range(5):  # a save is short; try until the kill falls into one
         output = tmp_path / f"run{attempt}"
         line = command(output, model=with_dropout, resume=True, **FIELDS)
@@ -106,7 +103,8 @@ def test_killed_while_saving(command, with_dropout, uninterrupted, tmp_path):
     assert half.exists()
     assert not (output / "checkpoints/step-00000016").exists()
     assert (output / "checkpoints/step-00000008").exists()
-    printed = run(line)
+    in_process(line)
+    printed = capsys.readouterr().out
     assert "continuing from" in printed
     assert "step-00000008" in printed
     assert not list((output / "checkpoints").glob(".incomplete*"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import stat
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from support.compiler import needs_compiler
+from triton_ops.cpu import build
 
 # Says which backend "auto" takes for one token of a large block, after checking that it computes.
 USE = """
@@ -27,6 +29,15 @@ print(triton_ops.plan(gate, "gated").backend(1), len(caught), *(w.message for w 
 """
 
 
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory) -> str:
+    """The compiler of this machine in a hurry: nobody waits for the speed of what these tests build."""
+    script = tmp_path_factory.mktemp("compiler") / "c++"
+    script.write_text(f'#!/bin/sh\nexec {shlex.join(build.compiler())} "$@" -O0\n')
+    script.chmod(0o755)
+    return str(script)
+
+
 def run(code: str, **environment: str) -> str:
     clean = {k: v for k, v in os.environ.items() if k not in ("CXX", "HF_SPARSE_BACKEND")}
     done = subprocess.run(
@@ -41,50 +52,57 @@ def run(code: str, **environment: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 @needs_compiler
-def test_first_use_builds_and_the_next_process_loads_the_same_file(tmp_path):
-    assert run(USE, HF_SPARSE_CACHE=str(tmp_path)) == "cpp 0"
+def test_first_use_builds_and_the_next_process_loads_the_same_file(tmp_path, compiler):
+    assert run(USE, HF_SPARSE_CACHE=str(tmp_path), CXX=compiler) == "cpp 0"
     (library,) = (tmp_path / "cpu").iterdir()
     built = library.stat().st_mtime_ns
     # Without a working compiler the cached file is still found: nothing is compiled again.
-    assert run(USE, HF_SPARSE_CACHE=str(tmp_path)) == "cpp 0"
+    assert run(USE, HF_SPARSE_CACHE=str(tmp_path), CXX=compiler) == "cpp 0"
     assert library.stat().st_mtime_ns == built
 
 
+@pytest.mark.slow
 @needs_compiler
-def test_processes_may_build_at_once(tmp_path):
+def test_processes_may_build_at_once(tmp_path, compiler):
     with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(lambda _: run(USE, HF_SPARSE_CACHE=str(tmp_path)), range(2)))
+        results = list(pool.map(lambda _: run(USE, HF_SPARSE_CACHE=str(tmp_path), CXX=compiler), range(2)))
     assert results == ["cpp 0", "cpp 0"]
     assert len(list((tmp_path / "cpu").iterdir())) == 1  # no temporary file stays
 
 
+@pytest.mark.slow
 @needs_compiler
-def test_a_cache_that_cannot_be_written_costs_only_the_build(tmp_path):
+def test_a_cache_that_cannot_be_written_costs_only_the_build(tmp_path, compiler):
     (tmp_path / "file").write_text("")
     # A folder below a file can be made by nobody, not even by root.
-    assert run(USE, HF_SPARSE_CACHE=str(tmp_path / "file" / "cache")) == "cpp 0"
+    assert run(USE, HF_SPARSE_CACHE=str(tmp_path / "file" / "cache"), CXX=compiler) == "cpp 0"
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root writes everywhere")
+@pytest.mark.slow
 @needs_compiler
-def test_a_read_only_cache_costs_only_the_build(tmp_path):
+def test_a_read_only_cache_costs_only_the_build(tmp_path, compiler):
     tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
-    assert run(USE, HF_SPARSE_CACHE=str(tmp_path)) == "cpp 0"
+    assert run(USE, HF_SPARSE_CACHE=str(tmp_path), CXX=compiler) == "cpp 0"
 
 
+@pytest.mark.slow
 def test_without_a_compiler_one_warning_names_the_reason_and_the_fallback(tmp_path):
     said = run(USE, HF_SPARSE_CACHE=str(tmp_path), PATH=str(tmp_path))
     assert said.startswith("torch 1 The compiled CPU kernels are not available: no C++ compiler was found")
     assert "falls back to PyTorch operators" in said
 
 
+@pytest.mark.slow
 def test_a_compiler_that_does_not_exist_is_named(tmp_path):
     said = run(USE, HF_SPARSE_CACHE=str(tmp_path), CXX="/nowhere/g++")
     assert said.startswith("torch 1")
     assert "CXX='/nowhere/g++' is not an executable" in said
 
 
+@pytest.mark.slow
 def test_a_compiler_that_fails_is_quoted(tmp_path):
     broken = tmp_path / "broken"
     broken.write_text(
@@ -96,11 +114,13 @@ def test_a_compiler_that_fails_is_quoted(tmp_path):
     assert "failed with status 1: fatal error: no headers" in said
 
 
+@pytest.mark.slow
 def test_small_blocks_need_no_compiler_and_say_nothing(tmp_path):
     code = USE.replace("8192", "64")
     assert run(code, HF_SPARSE_CACHE=str(tmp_path), PATH=str(tmp_path)) == "dense 0"
 
 
+@pytest.mark.slow
 def test_forced_without_a_compiler_is_an_error_with_the_reason(tmp_path):
     code = USE.replace("    for _ in range(3):", "    for _ in range(1):")
     clean = {
@@ -118,6 +138,7 @@ def test_forced_without_a_compiler_is_an_error_with_the_reason(tmp_path):
     )
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_forked_child_can_use_the_kernels_after_its_parent_did():
     code = """

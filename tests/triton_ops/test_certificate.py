@@ -90,7 +90,7 @@ def assert_same_bits(block) -> None:
 
 
 @needs_compiler
-@settings(max_examples=100, deadline=None)
+@settings(deadline=None)
 @given(
     hidden=st.integers(1, 300),
     neurons=st.integers(1, 700),

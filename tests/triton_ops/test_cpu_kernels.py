@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextvars
 import math
 import os
-import platform
-import shlex
 import subprocess
 import sys
 import threading
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,9 +19,9 @@ import triton_ops
 from support.activations import GATED_OR_PLAIN
 from support.compiler import CPP, needs_compiler
 from support.kernel_blocks import assert_as_exact_as_dense, make_block
+from support.pairs import pairs
 from triton_ops import ACTIVATIONS, reference
 from triton_ops.activations import TABLE
-from triton_ops.cpu import build
 
 PATHS = [
     "torch",
@@ -45,37 +43,28 @@ SHAPES = [
     (1, 1000, 257),
 ]
 
-
 # More tokens, columns and neurons than the kernel's matrix product takes at once, and just as many.
 MANY = [(32, 512, 256), (33, 300, 1001), (200, 530, 130), (513, 40, 257)]
 
 
-def _id(value: object) -> str:
+def _id(value: Any) -> str:
+    if value in GATED_OR_PLAIN:
+        return f"{value[0]}-{'gated' if value[1] else 'plain'}"
     return str(value).removeprefix("torch.").replace(", ", "x")
 
 
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=_id)
-@pytest.mark.parametrize("shape", SHAPES, ids=_id)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_gated_mlp(path, dtype, shape, activation):
-    for bias in (False, True):
-        block = make_block(*shape, dtype, activation, bias=bias)
-        with triton_ops.backend(path):
-            assert_as_exact_as_dense(block.run(triton_ops), block)
-
-
-@pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=_id)
-@pytest.mark.parametrize("shape", SHAPES, ids=_id)
-@pytest.mark.parametrize("activation", [name for name, gated in GATED_OR_PLAIN if not gated])
-def test_plain_mlp(path, dtype, shape, activation):
-    for bias in (False, True):
-        block = make_block(*shape, dtype, activation, gated=False, bias=bias)
-        with triton_ops.backend(path):
-            assert_as_exact_as_dense(block.run(triton_ops), block)
+@pytest.mark.parametrize(
+    ("dtype", "shape", "kind", "bias"),
+    pairs(DTYPES, SHAPES, GATED_OR_PLAIN, [False, True]),
+    ids=_id,
+)
+def test_mlp(path, dtype, shape, kind, bias):
+    activation, gated = kind
+    block = make_block(*shape, dtype, activation, gated=gated, bias=bias)
+    with triton_ops.backend(path):
+        assert_as_exact_as_dense(block.run(triton_ops), block)
 
 
 @needs_compiler
@@ -83,26 +72,28 @@ def test_plain_mlp(path, dtype, shape, activation):
 @pytest.mark.parametrize("dtype", DTYPES, ids=_id)
 @pytest.mark.parametrize("shape", MANY, ids=_id)
 @pytest.mark.parametrize("shift", [-8.0, 0.0, 2.0])
-def test_many_tokens(dtype, shape, shift):
-    for gated in (False, True):
-        block = make_block(*shape, dtype, "shifted_relu", gated=gated, bias=True)
-        block.threshold = shift
-        with triton_ops.backend("cpp"):
-            assert_as_exact_as_dense(block.run(triton_ops), block)
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_many_tokens(dtype, shape, shift, gated):
+    block = make_block(*shape, dtype, "shifted_relu", gated=gated, bias=True)
+    block.threshold = shift
+    with triton_ops.backend("cpp"):
+        assert_as_exact_as_dense(block.run(triton_ops), block)
 
 
 @needs_compiler
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("dtype", DTYPES, ids=_id)
-@pytest.mark.parametrize("shape", [(16, 65, 300), (65, 40, 129), (530, 33, 70)], ids=_id)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_many_tokens_with_few_active_neurons_each(dtype, shape, activation):
-    for gated in (gated for name, gated in GATED_OR_PLAIN if name == activation):
-        block = make_block(*shape, dtype, activation, gated=gated, bias=True)
-        block.deciding_bias.sub_(2.0)
-        block.deciding_bias[::7] += 2.0  # and blocks of neurons that are not all alike
-        with triton_ops.backend("cpp"):
-            assert_as_exact_as_dense(block.run(triton_ops), block)
+@pytest.mark.parametrize(
+    ("dtype", "shape", "kind"),
+    pairs(DTYPES, [(16, 65, 300), (65, 40, 129), (530, 33, 70)], GATED_OR_PLAIN),
+    ids=_id,
+)
+def test_many_tokens_with_few_active_neurons_each(dtype, shape, kind):
+    activation, gated = kind
+    block = make_block(*shape, dtype, activation, gated=gated, bias=True)
+    block.deciding_bias.sub_(2.0)
+    block.deciding_bias[::7] += 2.0  # and blocks of neurons that are not all alike
+    with triton_ops.backend("cpp"):
+        assert_as_exact_as_dense(block.run(triton_ops), block)
 
 
 @needs_compiler
@@ -129,21 +120,22 @@ def test_many_tokens_that_need_the_same_few_neurons(dtype, tokens, share):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=_id)
 @pytest.mark.parametrize("shape", SHAPES, ids=_id)
-def test_sparse_linear(path, dtype, shape):
+@pytest.mark.parametrize("biased", [False, True])
+def test_sparse_linear(path, dtype, shape, biased):
     tokens, hidden, neurons = shape
     h = torch.relu(torch.randn(tokens, neurons) - 0.5).to(dtype)
     weight = triton_ops.neuron_major_((torch.randn(hidden, neurons) * neurons**-0.5).to(dtype))
-    for bias in (None, torch.randn(hidden).to(dtype)):
-        with triton_ops.backend(path):
-            y = triton_ops.sparse_linear(h, weight, bias)
-        exact = reference.sparse_linear(h.double(), weight.double(), None if bias is None else bias.double())
-        dense = reference.sparse_linear(h, weight, bias)
-        allowed = 2 * (dense.double() - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
-        assert (y.double() - exact).abs().max() <= allowed
+    bias = torch.randn(hidden).to(dtype) if biased else None
+    with triton_ops.backend(path):
+        y = triton_ops.sparse_linear(h, weight, bias)
+    exact = reference.sparse_linear(h.double(), weight.double(), None if bias is None else bias.double())
+    dense = reference.sparse_linear(h, weight, bias)
+    allowed = 2 * (dense.double() - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
+    assert (y.double() - exact).abs().max() <= allowed
 
 
 @needs_compiler
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=settings.default.max_examples * 2, deadline=None)
 @given(
     tokens=st.integers(0, 33) | st.integers(34, 300),
     hidden=st.integers(1, 140),
@@ -207,7 +199,7 @@ def test_strided_arguments(path, dtype):
 
 
 @needs_compiler
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=settings.default.max_examples * 2 // 3, deadline=None)
 @given(
     tokens=st.integers(0, 33) | st.integers(34, 300),
     hidden=st.integers(1, 140) | st.integers(141, 600),
@@ -390,53 +382,3 @@ def test_more_intermediate_values_than_are_kept():
             torch.testing.assert_close(
                 triton_ops.sparse_linear(h, weight), h @ weight.t(), rtol=1e-3, atol=1e-3
             )
-
-
-@needs_compiler
-@pytest.mark.parametrize(
-    "without",
-    [
-        "-mno-avx512f",
-        "-mno-avx512bf16",
-        "-mno-avx512bw",
-        "-mno-f16c -mno-avx",
-    ],
-)
-def test_machines_with_fewer_instructions(without, tmp_path):
-    """The same tests, compiled for a smaller processor, and with NaN in memory not yet written."""
-    if platform.machine() not in ("x86_64", "AMD64"):
-        pytest.skip("instruction sets of x86")
-    here = Path(__file__).parent
-    done = subprocess.run(
-        [
-            *(
-                sys.executable,
-                "-m",
-                "pytest",
-                "-q",
-                "-x",
-                "-p",
-                "no:cacheprovider",
-                "-k",
-                TESTS_OF_INSTRUCTIONS,
-            ),
-            *(here / "test_cpu_kernels.py", here / "test_certificate.py"),
-        ],
-        capture_output=True,
-        text=True,
-        env={
-            **os.environ,
-            "CXX": f"{shlex.join(build.compiler())} {without} -DHFS_POISON",
-            "HF_SPARSE_CACHE": str(tmp_path),
-        },
-        cwd=here.parents[1],
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert " passed" in done.stdout
-    assert " skipped" not in done.stdout
-
-
-TESTS_OF_INSTRUCTIONS = (
-    "any_shape or many_tokens or infinit or same_bits or extreme or overflow or along_the_residual"
-)

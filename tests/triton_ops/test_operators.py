@@ -10,6 +10,7 @@ from support.activations import GATED_OR_PLAIN
 from support.backends import change_backend
 from support.compiler import CPP, needs_compiler
 from support.kernel_blocks import make_block
+from support.pairs import pairs
 from triton_ops import AUTO, DENSE, reference
 from triton_ops.certificate import weight_stamp
 
@@ -18,9 +19,10 @@ PLAIN = torch.ops.hf_sparse.plain_mlp.default
 LINEAR = torch.ops.hf_sparse.sparse_linear.default
 
 
-@pytest.mark.parametrize("backend", ["dense", "torch", CPP])
-@pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("backend", "grad", "gated"), pairs(["dense", "torch", CPP], [False, True], [False, True])
+)
 def test_mlps_pass_opcheck(backend, grad, gated):
     block = make_block(1, 8, 12, torch.float32, "fatrelu", gated=gated, bias=True)
     args = [t.requires_grad_(grad) for t in block.tensors()]
@@ -121,6 +123,7 @@ def slow_products(monkeypatch):
     triton_ops.forget()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("slow_products")
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_without_graph_breaks(dynamic):
@@ -136,6 +139,7 @@ def test_compile_without_graph_breaks(dynamic):
             torch.testing.assert_close(compiled(x), mlp(x))
 
 
+@pytest.mark.slow
 def test_compile_of_a_training_step():
     torch.compiler.reset()
     mlp = MLP(16, 24)
@@ -188,6 +192,7 @@ def test_no_tokens_give_no_rows(backend, gated):
         assert block.run(triton_ops).shape == (0, 16)
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("compiled", [None, "aot_eager", "inductor"])
