@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import triton_ops
-from support.activations import GATED_OR_PLAIN, assert_bits_of_the_reference
+from support.activations import GATED_OR_PLAIN, ON_GPU, assert_bits_of_the_reference
 from support.kernel_blocks import DEVICE, assert_as_exact_as_dense, make_block
 from triton_ops import ACTIVATIONS, reference
 
@@ -176,4 +176,4 @@ def test_same_bits_every_time(gated, tokens):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("activation", "gated"), GATED_OR_PLAIN)
 def test_activations_have_the_bits_of_the_formula(activation, gated, dtype):
-    assert_bits_of_the_reference(activation, gated, dtype, DEVICE)
+    assert_bits_of_the_reference(activation, gated, dtype, regimes=ON_GPU, device=DEVICE)
