@@ -215,11 +215,11 @@ def parser(doc: str | None, sparsity: Sequence[float], repeats: int) -> argparse
         "--backends", nargs="+", choices=triton_ops.BACKENDS, help="default: cpp on cpu, triton on cuda"
     )
     found.add_argument(
-        "--cold_mib",
+        "--cold-mib",
         type=int,
         help="dense weights that calls cycle through; default: 512 on cpu, 1024 on cuda",
     )
-    found.add_argument("--layers", type=int, help="instead of as many as --cold_mib takes")
+    found.add_argument("--layers", type=int, help="instead of as many as --cold-mib takes")
     found.add_argument("--plot", action="store_true", help="a PNG beside the JSON; needs matplotlib")
     return found
 

@@ -1,7 +1,7 @@
 """Greedy ``generate()`` of a randomly initialised Llama-3.2-1B: skipping against dense, end to end.
 
     python benchmarks/generate.py --certify
-    python benchmarks/generate.py --new_tokens 64 --repeats 9
+    python benchmarks/generate.py --new-tokens 64 --repeats 9
     python benchmarks/generate.py --batch 4
 
 The models share every weight but the down projections, which skipping stores neuron by neuron: the unpatched
@@ -14,7 +14,7 @@ logits of 128256 tokens nearly equal, so that in bfloat16 greedy tokens soon dif
 before any timing, the logits of all forms are compared with those of the same model in float32: skipping must
 not be clearly further off than dense. With ``--dtype float32`` the tokens are equal.
 
-On a GPU a step of eager ``generate()`` waits for the host, and not for memory; ``--static_cache`` lets
+On a GPU a step of eager ``generate()`` waits for the host, and not for memory; ``--static-cache`` lets
 transformers compile it.
 """
 
@@ -195,10 +195,10 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--sparsity", type=float, default=0.9, help="share of silent neurons")
     parser.add_argument("--batch", type=int, default=1, help="prompts at once")
-    parser.add_argument("--prompt_tokens", type=int, default=16)
-    parser.add_argument("--new_tokens", type=int, default=32)
+    parser.add_argument("--prompt-tokens", type=int, default=16)
+    parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--certify", action="store_true", help="one competitor more: certified skip")
-    parser.add_argument("--static_cache", action="store_true")
+    parser.add_argument("--static-cache", action="store_true")
     parser.add_argument("--backend", choices=triton_ops.BACKENDS, default="auto", help="of the sparse models")
     args = parser.parse_args()
     conditions = harness.begin(args)

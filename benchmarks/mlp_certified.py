@@ -140,7 +140,7 @@ def main() -> None:
     parser = blocks.parser(__doc__, (80, 90, 95, 99), repeats=15)
     parser.add_argument("--weights", metavar="FOLDER_OR_HUB_ID", help="of a model instead of --shapes")
     parser.add_argument("--text", type=Path, help="what the model reads; default: this description")
-    parser.add_argument("--text_tokens", type=int, default=128, help="at most; default: %(default)s")
+    parser.add_argument("--text-tokens", type=int, default=128, help="at most; default: %(default)s")
     args = parser.parse_args()
     blocks.sweep(args, measure, cells, PLOT, model_layers if args.weights else blocks.random_layers)
 

@@ -26,7 +26,7 @@ _FINETUNE = """\
 Finetune a model for activation sparsity: `accelerate launch training/finetune.py …`.
 
   hf-sparse finetune --config prosparse --model meta-llama/Llama-3.2-1B --dataset allenai/c4
-  hf-sparse finetune --launcher "--num_processes 8" --config prosparse --learning_rate 1e-4
+  hf-sparse finetune --launcher "--num_processes 8" --config prosparse --learning-rate 1e-4
 
 --config takes a YAML file or the name of a shipped recipe. All options but --launcher are those of the
 training application:"""
@@ -96,11 +96,6 @@ def _add_patch(commands: Any) -> None:
     parser.add_argument("--shift", type=float, default=0.0, metavar="B", help="of shifted_relu")
     parser.add_argument("--layers", type=int, nargs="+", metavar="I", help="blocks to patch; default: all")
     parser.add_argument(
-        "--certify",
-        action="store_true",
-        help="decode with a certificate of one byte per gate weight: the same result, fewer bytes read",
-    )
-    parser.add_argument(
         "--output", type=Path, metavar="DIR", help="where to save; without it nothing is saved"
     )
 
@@ -113,7 +108,6 @@ def _patch(arguments: argparse.Namespace, _: list[str]) -> int:
         threshold=arguments.threshold,
         shift=arguments.shift,
         layers=None if arguments.layers is None else tuple(arguments.layers),
-        certify=arguments.certify,
     )
     if arguments.output is not None:
         _require_empty(arguments.output)
@@ -259,6 +253,11 @@ def _add_generate(commands: Any) -> None:
         default=AUTO,
         help="auto, the default, skips neurons where that was measured to be faster; dense never skips",
     )
+    parser.add_argument(
+        "--certify",
+        action="store_true",
+        help="one byte more per gate weight proves which neurons are silent: the same text, less to read",
+    )
 
 
 def _generate(arguments: argparse.Namespace, _: list[str]) -> int:
@@ -275,6 +274,8 @@ def _generate(arguments: argparse.Namespace, _: list[str]) -> int:
     length = inputs["input_ids"].shape[1]
     if length == 0:
         raise ValueError("--prompt has no tokens; give some text.")
+    if arguments.certify:
+        hf_sparse.prepare(model, certify=True)
     torch.manual_seed(arguments.seed)
     sampling = {"temperature": arguments.temperature} if arguments.temperature else {}
     begin = time.perf_counter()
@@ -301,9 +302,9 @@ def _add_quickstart(commands: Any) -> None:
         commands,
         "quickstart",
         _quickstart,
-        "The whole road: measure, patch, finetune, save, reload, measure, time and generate.",
+        "The whole road: measure, patch, finetune, save, reload, measure and time.",
         "hf-sparse quickstart\n"
-        "  hf-sparse quickstart --model meta-llama/Llama-3.2-1B --dataset allenai/c4 --max_steps 2000\n\n"
+        "  hf-sparse quickstart --model HuggingFaceTB/SmolLM2-135M --dataset ./my-texts --max-steps 100\n\n"
         "Options that are not listed go to the training application (hf-sparse finetune --help).",
     )
     parser.add_argument("--model", metavar="MODEL", default=EMBEDDED, help=f"{_MODEL_HELP} (the default)")

@@ -1,8 +1,8 @@
 """The whole road in one command: a dense model becomes a sparse one, measured before and after.
 
 Load, measure, substitute ReLU, finetune with progressive L1 (the training application), reload through
-``AutoModelForCausalLM``, measure, time, generate. The embedded model and text need no network; any other
-model and data set take the very same path.
+``AutoModelForCausalLM``, measure, time, and time the sparsity that came out at the size of a real model. The
+embedded model and text need no network; any other model and data set take the very same path.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse
-import triton_ops
-from hf_sparse.adapters import Block
 from hf_sparse.assets import TINY_MODEL
 from hf_sparse.assets.corpus import python_corpus
+from hf_sparse.gain import MODEL, Gain, measure_gain
 from hf_sparse.launch import finetune
 from hf_sparse.metrics import DEFINITION, SparsityReport, measure
 from hf_sparse.texts import EMBEDDED, evaluation_texts
@@ -31,11 +31,21 @@ from triton_ops.table import table
 
 DEFAULT_OUTPUT = "runs/quickstart"
 _HOLDOUT = 0.01
-_PROMPT_WORDS = 6
+# The recipe of the embedded model on another one: its learning rate would ruin a pretrained model, and its
+# batches would take hours. This is a look at the road in minutes, not a finetune; prosparse.yaml is one.
+_PRETRAINED = {
+    "max_steps": 24,
+    "global_batch": 8,
+    "micro_batch": 2,
+    "learning_rate": 3e-4,
+    "weight_decay": 0.0,
+    "eval_every": 0,
+    "eval_tokens": 8192,
+}
+_PRETRAINED_LENGTH = 256  # tokens of a sequence, in training as in measuring
 _DENSE_NOTE = (
     "This model is too small for skipping to pay (its MLP weights fit in the processor's cache, and Python\n"
-    "takes most of a token's time), so the package computes all neurons: what differs is the activation.\n"
-    "benchmarks/ measures the shapes of real models, where reading weights is what takes time."
+    "takes most of a token's time), so the package computes all of its neurons: both speeds are dense."
 )
 
 
@@ -57,8 +67,8 @@ class QuickstartResult:
     """The same of the sparse model."""
     skips: bool
     """Whether the sparse model skipped neurons there; if not, it was no use at its size."""
-    samples: list[tuple[str, str]]
-    """Prompts from held-out text and how the sparse model goes on."""
+    gain: Gain | None
+    """What its sparsity is worth at the size of a real model; None if that could not be measured here."""
     output: Path
     """Folder with everything written."""
     seconds: float
@@ -83,6 +93,8 @@ class QuickstartResult:
         ]
         if not self.skips:
             notes.append(_DENSE_NOTE)
+        if self.gain is not None:
+            notes.append(str(self.gain))
         return "\n".join([table(rows), *notes])
 
     def to_dict(self) -> dict[str, Any]:
@@ -96,7 +108,7 @@ class QuickstartResult:
             "dense_tokens_per_second": self.dense_speed,
             "sparse_tokens_per_second": self.sparse_speed,
             "skips": self.skips,
-            "samples": [{"prompt": p, "text": t} for p, t in self.samples],
+            "gain": None if self.gain is None else self.gain.to_dict(),
             "seconds": self.seconds,
             "hf_sparse": hf_sparse.__version__,
             "torch": torch.__version__,
@@ -110,7 +122,7 @@ def quickstart(
     dataset: str | None = None,
     output: str | Path | None = None,
     training: Sequence[str] = (),
-    eval_tokens: int = 32_768,
+    eval_tokens: int | None = None,
     decode_tokens: int = 96,
     say: Callable[[str], None] = print,
 ) -> QuickstartResult:
@@ -122,8 +134,9 @@ def quickstart(
             that for the embedded model and ``allenai/c4`` for any other.
         output: a folder that is new or empty. None means ``runs/quickstart``, or the first of
             ``runs/quickstart-2``, ``-3``, … that is not there: earlier results are never touched.
-        training: more options for the training application, such as ``["--max_steps", "50"]``.
-        eval_tokens: held-out tokens measured before and after.
+        training: more options for the training application, such as ``["--max-steps", "50"]``.
+        eval_tokens: held-out tokens measured before and after; None means 32,768 of the embedded text and
+            8,192 for another model.
         decode_tokens: tokens generated in each timing.
         say: receives the lines of the story.
 
@@ -143,6 +156,10 @@ def quickstart(
     tokenizer = AutoTokenizer.from_pretrained(source)
     dense = _load(source)
     length = min(context_length(dense) or 1024, 1024)
+    pretrained = {} if model == EMBEDDED else _PRETRAINED
+    if pretrained:
+        length = min(length, _PRETRAINED_LENGTH)
+    eval_tokens = eval_tokens or (8192 if pretrained else 32_768)
     texts = _evaluation_texts(dataset, tokenizer, eval_tokens)
 
     def measured(of: Any) -> SparsityReport:
@@ -159,14 +176,12 @@ def quickstart(
     say(f"      untrained: perplexity {substituted.perplexity:.2f}, sparsity {substituted.sparsity:.1%}")
     del dense  # the memory is the trainer's now
 
-    # The recipe of the embedded model would ruin a real one: a hundred times the learning rate.
-    recipe = ["quickstart"] if model == EMBEDDED else ["prosparse", "--micro_batch", "1"]
-    say(f"[3/6] Finetune with a progressive L1 penalty: hf-sparse finetune --config {recipe[0]}")
+    say("[3/6] Finetune with a progressive L1 penalty: hf-sparse finetune --config quickstart")
     data = str(python_corpus().write(folder / "text")) if dataset == EMBEDDED else dataset
     options = {"model": source, "dataset": data, "output_dir": folder / "finetune", "holdout": _HOLDOUT}
-    options["sequence_length"] = length
-    arguments = [text for key, value in options.items() for text in (f"--{key}", str(value))]
-    status = finetune(["--config", *recipe, *arguments, *training])
+    options |= {"sequence_length": length, **pretrained}
+    arguments = [text for key, value in options.items() for text in (_option(key), str(value))]
+    status = finetune(["--config", "quickstart", *arguments, *training])
     if status != 0:
         raise RuntimeError(f"finetuning ended with exit status {status}; its message is above.")
 
@@ -180,9 +195,14 @@ def quickstart(
     dense_speed, sparse_speed = _decode_speeds([_load(source), sparse], length, decode_tokens)
     say(f"      {dense_speed:.0f} and {sparse_speed:.0f} tokens/s")
 
-    say("[6/6] Generate with the sparse model")
-    prompts = [" ".join(text.split()[:_PROMPT_WORDS]) for text in texts if len(text.split()) > 20][:3]
-    samples = [(prompt, _continue(sparse, tokenizer, prompt)) for prompt in prompts]
+    share = round(after.sparsity, 2)
+    say(f"[6/6] Time an MLP of the size of {MODEL} at this sparsity, dense and skipping by turns")
+    try:
+        gain = measure_gain(min(share, 0.99))
+    except RuntimeError as obstacle:  # such as a GPU without Triton
+        gain = None
+        say(f"      not here: {obstacle}")
+
     result = QuickstartResult(
         model=model,
         dataset=dataset,
@@ -191,19 +211,21 @@ def quickstart(
         after=after,
         dense_speed=dense_speed,
         sparse_speed=sparse_speed,
-        skips=any(_skips(block) for block in hf_sparse.inspect(sparse).blocks),
-        samples=samples,
+        skips=_skips(sparse),
+        gain=gain,
         output=folder,
         seconds=time.perf_counter() - started,
     )
-    for prompt, text in samples:
-        say(_indented(f"{prompt} ...\n  " + " ".join(text.split())))
     (folder / "report.json").write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
     after.plot(folder / "sparsity.png", before=before)
-    say(f"\n{result}\n")
+    say(f"\nthe sparse model:  {final}    {result.seconds:.0f} seconds in all")
     say(f"sparsity by layer: {folder / 'sparsity.png'}    numbers: {folder / 'report.json'}")
-    say(f"the sparse model:  {final}    {result.seconds:.0f} seconds in all")
+    say(f"\n{result}")
     return result
+
+
+def _option(field: str) -> str:
+    return f"--{field.replace('_', '-')}"
 
 
 def _indented(text: str) -> str:
@@ -267,22 +289,21 @@ def _decode_speeds(models: list[Any], context: int, tokens: int, repeats: int = 
     return [tokens / s for s in seconds]
 
 
-def _skips(block: Block) -> bool:
-    """Whether the block skips silent neurons when it decodes one token here."""
-    up: Any = block.up_linear
-    return triton_ops.plan(up.weight, block.form).backend(1) != triton_ops.DENSE
+class _Operators(TorchDispatchMode):
+    """Notes which of our operators are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "hf_sparse":
+            self.seen.add(func.name())
+        return func(*args, **(kwargs or {}))
 
 
-def _continue(model: Any, tokenizer: Any, prompt: str, tokens: int = 48) -> str:
-    """What the model writes after ``prompt``, sampled with a fixed seed."""
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
-    torch.manual_seed(0)
-    ids = model.generate(
-        **inputs,
-        max_new_tokens=tokens,
-        do_sample=True,
-        temperature=0.6,
-        top_k=40,
-        pad_token_id=tokenizer.eos_token_id,
-    )
-    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+def _skips(model: Any) -> bool:
+    """Whether the model skips silent neurons when it decodes one token, seen by letting it do so."""
+    with torch.no_grad(), _Operators() as operators:
+        model(torch.ones(1, 1, dtype=torch.long, device=model.device))
+    return bool(operators.seen)

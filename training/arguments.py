@@ -11,6 +11,7 @@ import ast
 import inspect
 import itertools
 import re
+import sys
 import types
 import typing
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ EPILOG = """\
 examples:
   python training/finetune.py --config training/recipes/relu.yaml --model ./my-model --dataset ./my-texts
   accelerate launch --num_processes 8 training/finetune.py --config training/recipes/prosparse.yaml
-  accelerate launch training/finetune.py --config training/recipes/relu.yaml --learning_rate 1e-4 --resume
+  accelerate launch training/finetune.py --config training/recipes/relu.yaml --learning-rate 1e-4 --resume
 
 docs/training.md tells the rest."""
 
@@ -40,7 +41,8 @@ def parse_recipe(argv: Sequence[str] | None = None) -> Recipe:
     Ends the program with a message and status 2 on a mistake, as argparse does.
     """
     parser = build_parser()
-    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not MISSING}
+    words = [_dashed(word) for word in (sys.argv[1:] if argv is None else argv)]
+    given = {k: v for k, v in vars(parser.parse_args(words)).items() if v is not MISSING}
     config = given.pop("config", None)
     try:
         return Recipe(**{**(load_yaml(config) if config else {}), **given})
@@ -90,8 +92,14 @@ def build_parser() -> argparse.ArgumentParser:
             group = parser.add_argument_group(headings[f.name])
         default = f.default if f.default is not MISSING else []
         text = f"{documentation[f.name]} Default: {_shown(default)}".replace("%", "%%")
-        group.add_argument(f"--{f.name}", help=text, **_option(hints[f.name]))
+        group.add_argument(_dashed(f"--{f.name}"), help=text, **_option(hints[f.name]))
     return parser
+
+
+def _dashed(word: str) -> str:
+    """``--max_steps`` as ``--max-steps``: the fields of a recipe file may be written as options."""
+    option, equals, value = word.partition("=")
+    return f"{option.replace('_', '-')}{equals}{value}" if word.startswith("--") else word
 
 
 def _option(hint: Any) -> dict[str, Any]:

@@ -96,6 +96,7 @@ def measure(
     *,
     backend: str | None = None,
     tokens: Sequence[int] = TOKENS,
+    densities: Sequence[float] = DENSITIES,
     repeats: int = 7,
     save: bool = True,
 ) -> Measurement:
@@ -106,6 +107,7 @@ def measure(
             token; ``tokens`` is not read.
         backend: the name of one that skips; None takes the best that can run.
         tokens: the numbers of tokens to measure, of at least 1; 1 is always among them.
+        densities: the shares of active neurons to measure; break-evens are told at these.
         repeats: times that each point is measured; the median counts.
         save: keep the result in the cache folder; this and later processes choose by it.
 
@@ -134,15 +136,15 @@ def measure(
             calls: dict[Any, list[Callable[[], Tensor]]] = {DENSE: []}
             for block in blocks:
                 calls[DENSE].append(block.dense(count))
-                for density in DENSITIES:
+                for density in densities:
                     for pass_it in (False, True) if certified else (False,):
                         call = block.sparse(count, density, name, pass_it)
                         calls.setdefault((density, pass_it), []).append(call)
             times = _interleaved(calls, repeats, problem.device)
             dense_ms[count] = times[DENSE]
-            sparse_ms[count] = {density: times[density, certified] for density in DENSITIES}
+            sparse_ms[count] = {density: times[density, certified] for density in densities}
             if certified:
-                uncertified_ms[count] = {density: times[density, False] for density in DENSITIES}
+                uncertified_ms[count] = {density: times[density, False] for density in densities}
     result = Measurement(
         problem=problem,
         backend=name,

@@ -109,7 +109,7 @@ def test_mlp_certified_on_the_weights_of_a_model(tmp_path: Path, assets: Path) -
 
 @pytest.mark.slow
 def test_generate(tmp_path: Path) -> None:
-    sizes = ("--shape", "128x192", "--vocab", "256", "--layers", "2", "--new_tokens", "3", "--batch", "2")
+    sizes = ("--shape", "128x192", "--vocab", "256", "--layers", "2", "--new-tokens", "3", "--batch", "2")
     options = ("--dtype", "float32", "--backend", "torch", "--certify")
     rows = {row["model"]: row for row in run("generate", tmp_path / "r.json", *sizes, *options)["results"]}
     assert list(rows) == ["patched, dense", "stock SiLU", "patched, sparse", "patched, certified"]

@@ -1,0 +1,300 @@
+"""The sections of docs/benchmarks.md: which results each one shows, and how. Numbers come from the results."""
+
+from __future__ import annotations
+
+import statistics
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Row = dict[str, Any]
+
+DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+NAMES = {
+    "llama-3.2-1b": "Llama-3.2-1B",
+    "llama-2-7b": "Llama-2-7B",
+    "llama-3-8b": "Llama-3-8B",
+    "opt-6.7b": "OPT-6.7B",
+}
+
+
+class Result(dict[str, Any]):
+    """What a benchmark wrote: ``provenance`` and ``results``."""
+
+    @property
+    def rows(self) -> list[Row]:
+        return self["results"]
+
+    @property
+    def conditions(self) -> str:
+        """Command, machine and date in one paragraph."""
+        p = self["provenance"]
+        where = p["gpu"] or f"{p['cpu']}, {p['cores']} cores, {p['threads']} threads"
+        libraries = f"torch {p['torch'].split('+')[0]}, transformers {p['transformers']}"
+        return f"`{p['command']}`  \n{where}; {libraries}; {p['date'][:10]}."
+
+
+@dataclass(frozen=True)
+class Section:
+    """One heading of the page."""
+
+    title: str
+    results: tuple[str, ...]
+    """File names in benchmarks/results; ``text`` gets them in this order."""
+    text: Callable[..., str]
+    level: int = 2
+
+    @property
+    def heading(self) -> str:
+        return f"{'#' * self.level} {self.title}"
+
+
+# ---- cells and tables
+
+
+def times(ratio: float) -> str:
+    """A speed-up."""
+    return f"{ratio:.2f}×"
+
+
+def percent(share: float) -> str:
+    """A share, without decimals."""
+    return f"{share * 100:.0f} %"
+
+
+def span(values: Iterable[float]) -> str:
+    """From the smallest to the largest, without decimals."""
+    known = list(values)
+    return f"{min(known):.0f} to {max(known):.0f}"
+
+
+def paragraph(text: str) -> str:
+    """Filled anew, for text with numbers in it."""
+    return textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)
+
+
+def shape(row: Row) -> str:
+    """Name and sizes of an MLP."""
+    kind = "" if row["gated"] else " plain"
+    return f"{NAMES.get(row['shape'], row['shape'])}, {row['hidden']} × {row['neurons']}{kind}"
+
+
+def dtype(row: Row) -> str:
+    return DTYPES[row["dtype"]]
+
+
+def sparsity(row: Row) -> str:
+    """The wanted share, of which ties between neurons leave a little."""
+    return percent(round(row["sparsity"], 2))
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[str]], left: int = 1) -> str:
+    """Markdown with ``left`` columns of names, the others aligned right."""
+    rule = ["---" if i < left else "---:" for i in range(len(head))]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines))
+
+
+def pivot(
+    rows: Iterable[Row],
+    index: dict[str, Callable[[Row], str]],
+    column: Callable[[Row], str],
+    cell: Callable[[Row], str],
+) -> str:
+    """One line per distinct ``index``, one column per distinct ``column``, in the order of the rows."""
+    lines: dict[tuple[str, ...], dict[str, str]] = {}
+    columns: dict[str, None] = {}
+    for row in rows:
+        columns.setdefault(column(row))
+        lines.setdefault(tuple(name(row) for name in index.values()), {})[column(row)] = cell(row)
+    body = [[*names, *(cells.get(c, "") for c in columns)] for names, cells in lines.items()]
+    return table([*index, *columns], body, len(index))
+
+
+MLP = {"shape": shape, "dtype": dtype}
+
+
+# ---- the sections
+
+
+def introduction() -> str:
+    return """\
+*Written by `python benchmarks/report.py` from [benchmarks/results](../benchmarks/results); change the results or
+[report_sections.py](../benchmarks/report_sections.py), not this page.*
+
+Skipping silent neurons is compared with **dense PyTorch in the same dtype** on stock weights, in the same process. Results
+are checked before they are timed, competitors take turns, and calls cycle through more weights than a cache holds. Times are
+medians, speed-ups the median of the ratios within one turn; the JSON files have quartiles, and the bytes read against a
+streaming read of the same machine. The byte limit is what reading fewer weights can give if all else is equal: 2.5× at 90 %
+in a gated MLP, 1.8× in a plain one; ratios above it say that dense is off its own limit.
+
+**Against other programs.** The rival is what a user of transformers runs today. A CPU user will also think of llama.cpp,
+which decodes without Python between the layers, quantises, and is several times faster than transformers on small models,
+skipping or not: SmolLM2-135M in bfloat16 on two cores like these, about 133 tokens/s against 28 stock and 36 skipping (by
+hand; no script here repeats it). What these pages measure is what sparsity is worth inside PyTorch, not how fast a CPU can
+decode.
+
+**Machines.** All of it is from one kind of two-core virtual machine, whose memory is shared with others: its speed changed
+by more than a factor of two between runs, so compare within a table and not between them. No number here is from a GPU. The
+Triton kernels are tested in Triton's interpreter and compile for sm_90; on GPUs `auto` stays dense until `hf_sparse.tune`
+has measured that skipping is faster.
+
+**Your machine:**
+
+```console
+$ python benchmarks/mlp_decode.py --plot       # one token; four shapes, 0 to 99 % sparsity
+$ python benchmarks/mlp_batch.py --plot        # 1 to 512 tokens, independent and correlated
+$ python benchmarks/mlp_certified.py --plot    # certified skip; --weights takes the weights of a model of yours
+$ python benchmarks/generate.py --certify      # generate() of a randomly initialised Llama-3.2-1B; --batch
+```
+
+Use an idle machine. `--out FILE` keeps the committed results as they are."""
+
+
+def decode(result: Result) -> str:
+    rows = result.rows
+    at_90 = [row for row in rows if sparsity(row) == "90 %"]
+    bf16 = [row for row in rows if row["dtype"] == "bfloat16"]
+
+    def from_to(row: Row) -> str:
+        return f"{row['dense']['median_ms']:.2f} → {row['sparse']['median_ms']:.2f} ms"
+
+    reading = f"""
+        What lies above the byte limit is not skipping but reading: while torch's linear layers in bfloat16 read memory
+        at {span(row["dense_gb_per_s"] for row in bf16)} GB/s for one token, the kernel read at
+        {span(row["gb_per_s"] for row in bf16)}, {percent(statistics.median(row["bandwidth_share"] for row in bf16))}
+        (median) of what a plain streaming read reached in the same turns; the column 0 % shows that part alone. It
+        depends on the machine. Memory gave {span(row["read_gb_per_s"] for row in rows)} GB/s during this run, so
+        neighbouring cells compare only roughly. On 2026-11-21, when torch read faster, the first line was 2.98× at
+        90 %."""
+    return f"""\
+{result.conditions} [All rows](../benchmarks/results/mlp_decode.json), [plot](../benchmarks/results/mlp_decode.png).
+
+{pivot(rows, MLP, sparsity, lambda row: times(row["speedup"]))}
+
+Dense → skipping at 90 %:
+
+{pivot(at_90, {"shape": shape}, dtype, from_to)}
+
+{paragraph(reading)}"""
+
+
+def certified(result: Result) -> str:
+    by_case: dict[tuple[str, str, str], list[Row]] = {}
+    for row in result.rows:
+        by_case.setdefault((row["shape"], row["dtype"], sparsity(row)), []).append(row)
+    pairs = [{**own, "plain": plain["speedup"]} for plain, own in by_case.values()]
+
+    def cell(row: Row) -> str:
+        return f"{times(row['plain'])} → {times(row['speedup'])}, {percent(row['surviving'])}"
+
+    return f"""\
+{result.conditions} [All rows](../benchmarks/results/mlp_certified.json), [plot](../benchmarks/results/mlp_certified.png).
+
+One token, uncertified → certified with bit-identical results, and the share of gate rows that the certificate leaves to
+read (of a plain MLP, rows of the up projection). [kernels.md](kernels.md#certified-skip) says what a certificate is.
+
+{pivot(pairs, MLP, sparsity, cell)}"""
+
+
+def batch(result: Result) -> str:
+    kinds = {"independent": "independent", "correlated 8:30": "correlated"}
+    index = {**MLP, "tokens are": lambda row: kinds[row["inputs"]]}
+
+    def cell(row: Row) -> str:
+        return f"{times(row['speedup'])} ({row['union'] * 100:.0f}%)"
+
+    return f"""\
+{result.conditions} [All rows](../benchmarks/results/mlp_batch.json), [plot](../benchmarks/results/mlp_batch.png).
+
+A decoding batch or a prompt, 90 % silent for each token, by the number of tokens in the call, with the union of active
+neurons in brackets. Independent tokens share neurons only by chance; correlated ones, as trained models have them, are made
+so that the union of 8 is 30 %.
+
+{pivot(result.rows, index, lambda row: str(row["tokens"]), cell)}
+
+In float32 torch is slow on this CPU, which is part of what those lines show. Many tokens are a matter of arithmetic, not of
+reading: even where some token needs every neuron, the up and down projections of the pairs that are silent are not
+computed."""
+
+
+def dense(result: Result, shapes: Result, dtypes: Result) -> str:
+    def by_tokens(rows: list[Row]) -> str:
+        index = {**MLP, "sparsity": sparsity}
+        return pivot(rows, index, lambda row: str(row["tokens"]), lambda row: times(row["speedup"]))
+
+    lowest = min(row["speedup"] for one in (result, shapes, dtypes) for row in one.rows)
+    return f"""\
+As the operators choose by themselves (`auto`), against torch on stock weights, by the number of tokens in the call. With 8
+and more independent tokens some token needs every neuron also at 50 %. The lowest of all these medians is {times(lowest)}.
+
+{result.conditions} [All rows](../benchmarks/results/mlp_dense.json).
+
+{by_tokens(result.rows)}
+
+{shapes.conditions} [All rows](../benchmarks/results/mlp_dense_shapes.json).
+
+{by_tokens(shapes.rows)}
+
+{dtypes.conditions} [All rows](../benchmarks/results/mlp_dense_dtypes.json).
+
+{by_tokens(dtypes.rows)}"""
+
+
+def generate(result: Result) -> str:
+    rows = {row["model"]: row for row in result.rows}
+    first, stock = rows["patched, dense"], rows["stock SiLU"]
+    lines = []
+    for name, row in rows.items():
+        over_stock = row["speedup"] / stock["speedup"]
+        lines.append([name, f"{row['tokens_per_s']:.2f}", times(row["speedup"]), times(over_stock)])
+    head = ["model", "tokens/s", "of patched, dense", "of stock"]
+    sizes = f"{first['layers']} layers, {first['dtype']}, batch {first['batch']}"
+    about = f"""
+        A randomly initialised Llama-3.2-1B ({sizes}, {first["prompt_tokens"]} + {first["new_tokens"]} tokens) with
+        FATReLU thresholds that silence {percent(first["sparsity"])} of the neurons. Attention and the head of 128,256
+        tokens are as in any other model, and dense. Ratios are medians of those taken by turns."""
+    return f"""\
+{result.conditions} [All rows](../benchmarks/results/generate.json).
+
+{paragraph(about)}
+
+{table(head, lines)}
+
+On 2026-11-21, when memory was faster: 9.3 tokens/s dense, 15.9 skipping, 1.71×."""
+
+
+def finetuned(result: Result) -> str:
+    names = {
+        "dense": "dense baseline",
+        "relu": "ReLU substitution",
+        "prosparse": "ReLU and progressive L1 (`prosparse`, `l1_scale` 25)",
+        "prosparse-100": "the same, `l1_scale` 100",
+    }
+    lines = []
+    for run in result["runs"]:
+        last = run["evaluations"][-1]
+        active = 1 - last["sparsity"]
+        shares = f"{last['sparsity'] * 100:.1f} %", f"{active * 100:.1f} %"
+        lines.append([names[run["name"]], f"{last['perplexity']:.2f}", *shares])
+    return f"""\
+Real Llama, real C4: 260 K parameters (stories260K), 1,000 updates of 2,048 tokens, all runs on the same tokens, float32; one
+seed; {result["date"]}. It shows that the parts work together, not what sparsity costs a large model. Conditions, commands and
+layers are in [results/c4-stories260k.md](results/c4-stories260k.md).
+
+{table(["run", "perplexity", "sparsity", "density"], lines)}"""
+
+
+SECTIONS = (
+    Section("Benchmarks", (), introduction, level=1),
+    Section("One MLP, one token", ("mlp_decode.json",), decode),
+    Section("Certified skip", ("mlp_certified.json",), certified),
+    Section("Several tokens in one call", ("mlp_batch.json",), batch),
+    Section(
+        "Where nothing can be skipped",
+        ("mlp_dense.json", "mlp_dense_shapes.json", "mlp_dense_dtypes.json"),
+        dense,
+    ),
+    Section("`generate()`", ("generate.json",), generate),
+    Section("Finetuned for sparsity", ("../../docs/results/c4-stories260k.json",), finetuned),
+)
