@@ -20,6 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from triton_ops.processor import processor_name
+from triton_ops.table import table as columns
+
 RESULTS = Path(__file__).parent / "results"
 NAME = Path(sys.argv[0]).stem  # of the benchmark that runs
 
@@ -224,7 +227,7 @@ def provenance(device: str) -> dict[str, Any]:
         "command": f"python benchmarks/{shlex.join([Path(command[0]).name, *command[1:]])}",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": device,
-        "cpu": _cpu(),
+        "cpu": processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_before": round(os.getloadavg()[0], 2),
@@ -243,16 +246,6 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _cpu() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def save(path: Path, conditions: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
@@ -274,7 +267,4 @@ def _plain(value: Any) -> Any:
 
 def table(rows: Sequence[Mapping[str, str]]) -> str:
     """Columns aligned right under the keys of the rows."""
-    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    head, *body = ["  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines]
-    return "\n".join([head, "  ".join("-" * w for w in widths), *body])
+    return columns([list(rows[0]), None, *(list(row.values()) for row in rows)], left=())

@@ -80,10 +80,11 @@ class Documents:
     ) -> Iterator[tuple[str, GetState]]:
         """Texts of part ``part`` of ``parts`` of a split, in order, from ``state`` on (None: the beginning).
 
-        With each text comes a function that gives the state just after it, until the next text is taken.
+        With each text comes a function that gives the state just after it, until the next text is taken. Rows
+        whose text is null are left out.
 
         Raises:
-            ValueError: the text column is missing, or holds something else than text.
+            ValueError: the text column is missing, or holds something else than text, or nothing but nulls.
 
         """
         from datasets.distributed import split_dataset_by_node
@@ -94,16 +95,29 @@ class Documents:
         data = split_dataset_by_node(self._open(split), rank=part, world_size=parts)
         if state is not None:
             data.load_state_dict(state)
+        nulls, texts = 0, 0
         for row in data:
             text = row.get(self._field)
-            if not isinstance(text, str):
+            if isinstance(text, str):
+                texts += 1
+                yield text, data.state_dict
+            elif text is None and self._field in row:
+                nulls += 1
+            else:
                 have = (
                     f"has columns {', '.join(row)}" if text is None else f"holds {type(text).__name__} there"
                 )
                 raise ValueError(
                     f"text_field={self._field!r} is no text: the {split} split of {self._name!r} {have}."
                 )
-            yield text, data.state_dict
+        if nulls and not texts and state is None:
+            where = f"the {split} split of {self._name!r}"
+            if parts > 1:
+                where += f", part {part + 1} of {parts}"
+            raise ValueError(
+                f"text_field={self._field!r} is null in every row of {where} ({nulls:,} rows); name the "
+                "column that holds the text."
+            )
 
     def _open(self, split: str) -> Any:
         from datasets import load_dataset

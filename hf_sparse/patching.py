@@ -12,7 +12,7 @@ from transformers.activations import ACT2FN
 
 from hf_sparse import checkpoint_block
 from hf_sparse.activations import build_activation, is_stock, relu_up, row_of
-from hf_sparse.adapters import Block, Skipped, find_blocks
+from hf_sparse.adapters import Block, find_blocks, require_blocks
 from hf_sparse.checkpoint_block import Record
 from hf_sparse.config import ACTIVATIONS, SparsityConfig
 from hf_sparse.errors import PatchError
@@ -46,19 +46,20 @@ def patch(
     """
     config = _as_config(config, fields)
     base = transformers_model(model)
-    blocks, skipped = find_blocks(base)
-    chosen = _choose(base, blocks, skipped, config)
+    blocks, skipped = require_blocks(base)
+    chosen = _choose(base, blocks, config)
     field, original = _stock_activation(base, blocks)
-    new: dict[str, nn.Module] = {block.name: _stock_block(block) for block in blocks}
+    new: dict[str, nn.Module] = {copy.name: _stock_block(copy) for b in blocks for copy in (b, *b.spares)}
     for index, block in enumerate(chosen):
-        new[block.name] = _sparse_block(block, config, index)
-    activations = {f"{b.name}.{b.roles.act}": new[b.name].get_submodule(b.roles.act) for b in blocks}
+        for copy in (block, *block.spares):  # the other adapters' copies, for when they are switched to
+            new[copy.name] = _sparse_block(copy, config, index)
+    activations = {f"{b.place}.{b.roles.act}": new[b.name].get_submodule(b.roles.act) for b in blocks}
     stock_name = _stock_name(base, config, field, original, activations)
 
     # Everything that can fail has been done; from here on there are only assignments.
     Record(config, len(blocks), field, original).write(base.config, stock_name=stock_name)
-    _exchange(base, {id(block.module): new[block.name] for block in blocks})
-    patched = [Block(block.name, new[block.name], block.roles) for block in chosen]
+    _exchange(base, {id(copy.module): new[copy.name] for b in blocks for copy in (b, *b.spares)})
+    patched = [replace(block, module=new[block.name]) for block in chosen]
     return PatchReport(type(base).__name__, config, patched, skipped, original, stock_name)
 
 
@@ -74,9 +75,9 @@ def unpatch(model: nn.Module) -> PatchReport:
     if record is None:
         raise PatchError(f"this {type(base).__name__} is not patched: its config has no hf_sparse block.")
     blocks, skipped = find_blocks(base)
-    _exchange(base, {id(block.module): _stock_block(block) for block in blocks})
+    _exchange(base, {id(copy.module): _stock_block(copy) for b in blocks for copy in (b, *b.spares)})
     record.erase(base.config)
-    blocks = [Block(b.name, base.get_submodule(b.name), b.roles) for b in blocks]
+    blocks = [replace(b, module=base.get_submodule(b.name)) for b in blocks]
     return PatchReport(type(base).__name__, None, blocks, skipped, record.activation)
 
 
@@ -129,10 +130,10 @@ def patch_from_config(model: PreTrainedModel) -> None:
     record = checkpoint_block.read(model.config)
     if record is None:
         return
-    blocks, skipped = find_blocks(model)
+    blocks, _ = find_blocks(model)
     if len(blocks) != record.blocks or any(isinstance(b.module, SparseMLP) for b in blocks):
         return
-    chosen = _choose(model, blocks, skipped, record.config)
+    chosen = _choose(model, blocks, record.config)
     for block in blocks:  # the config named the new activation; the stock blocks have the original one
         block.module._modules[block.roles.act] = ACT2FN[record.activation]
     for module in model.modules():  # what the field feeds beside the MLP blocks, such as a mixer
@@ -215,22 +216,13 @@ def transformers_model(model: nn.Module) -> PreTrainedModel:
     return base
 
 
-def _choose(
-    model: PreTrainedModel, blocks: list[Block], skipped: list[Skipped], config: SparsityConfig
-) -> list[Block]:
+def _choose(model: PreTrainedModel, blocks: list[Block], config: SparsityConfig) -> list[Block]:
     """The blocks that ``config`` means.
 
     Raises:
-        PatchError: there are none, an index is out of range, or a block cannot take the config.
+        PatchError: an index is out of range, or a block cannot take the config.
 
     """
-    if not blocks:
-        seen = sorted({f"{s.class_name} at {s.name}: {s.reason}" for s in skipped})[:3]
-        found = "; ".join(seen) or "no module in a layer owns linear layers and an activation"
-        raise PatchError(
-            f"no MLP block of a known shape in {type(model).__name__}. Known: down(act(gate(x)) * up(x)) and "
-            f"down(act(up(x))) as a module of linear layers and one activation. Found: {found}."
-        )
     indices = range(len(blocks)) if config.layers is None else config.layers
     if max(indices) >= len(blocks):
         raise PatchError(
@@ -284,7 +276,7 @@ def _stock_activation(model: PreTrainedModel, blocks: list[Block]) -> tuple[str,
     record = checkpoint_block.read(model.config)
     if record is not None:
         return record.field, record.activation
-    names = [f"{block.name}.{block.roles.act}" for block in blocks]
+    names = [f"{block.place}.{block.roles.act}" for block in blocks]
     field = activation_field(model, model.config, names)
     if field is None:
         raise PatchError(

@@ -26,6 +26,8 @@ from hf_sparse.assets.corpus import python_corpus
 from hf_sparse.launch import finetune
 from hf_sparse.metrics import DEFINITION, SparsityReport, measure
 from hf_sparse.texts import EMBEDDED, evaluation_texts
+from hf_sparse.windows import context_length
+from triton_ops.table import table
 
 DEFAULT_OUTPUT = "runs/quickstart"
 _HOLDOUT = 0.01
@@ -63,21 +65,17 @@ class QuickstartResult:
     """Duration of the whole run."""
 
     def __str__(self) -> str:
-        rows = [
-            (a.name, f"{a.sparsity:.1%}", f"{b.sparsity:.1%}", f"{c.sparsity:.1%}")
-            for a, b, c in zip(self.before.layers, self.substituted.layers, self.after.layers, strict=True)
-        ]
         reports = (self.before, self.substituted, self.after)
-        overall = [
+        layers = zip(*(report.layers for report in reports), strict=True)
+        rows = [
+            ("sparsity of", "before", "ReLU put in", "after"),
+            None,
+            *((same[0].name, *(f"{layer.sparsity:.1%}" for layer in same)) for same in layers),
+            None,
             ("all layers: sparsity", *(f"{r.sparsity:.1%}" for r in reports)),
             ("perplexity", *(f"{r.perplexity:.2f}" for r in reports)),
             ("decode tokens/s", f"{self.dense_speed:.0f}", "", f"{self.sparse_speed:.0f}"),
         ]
-        header = ("sparsity of", "before", "ReLU put in", "after")
-        width = max(len(row[0]) for row in (header, *rows, *overall))
-        line = "-" * (width + 3 * 13)
-        shown = [header, None, *rows, None, *overall]
-        table = [line if row is None else _row(row, width) for row in shown]
         ratio = self.sparse_speed / self.dense_speed
         notes = [
             f"{DEFINITION};",
@@ -85,7 +83,7 @@ class QuickstartResult:
         ]
         if not self.skips:
             notes.append(_DENSE_NOTE)
-        return "\n".join([*table, *notes])
+        return "\n".join([table(rows), *notes])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -144,7 +142,7 @@ def quickstart(
     say(f"[1/6] Load {name} and measure it on held-out text of {text}")
     tokenizer = AutoTokenizer.from_pretrained(source)
     dense = _load(source)
-    length = min(getattr(dense.config.get_text_config(), "max_position_embeddings", 1024), 1024)
+    length = min(context_length(dense) or 1024, 1024)
     texts = _evaluation_texts(dataset, tokenizer, eval_tokens)
 
     def measured(of: Any) -> SparsityReport:
@@ -206,10 +204,6 @@ def quickstart(
     say(f"sparsity by layer: {folder / 'sparsity.png'}    numbers: {folder / 'report.json'}")
     say(f"the sparse model:  {final}    {result.seconds:.0f} seconds in all")
     return result
-
-
-def _row(row: Sequence[str], width: int) -> str:
-    return f"{row[0]:<{width}}" + "".join(f"{cell:>13}" for cell in row[1:])
 
 
 def _indented(text: str) -> str:

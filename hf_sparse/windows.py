@@ -1,15 +1,53 @@
-"""Texts to windows of tokens: documents joined by end-of-text tokens and cut, as in training."""
+"""Texts to tokens, and tokens to windows: documents joined by end-of-text tokens and cut."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-_TOKENISE_AT_ONCE = 64
+TOKENISE_AT_ONCE = 64
+"""Texts in one call of a tokenizer: enough for its threads, few enough to wait for."""
+
+
+class Tokeniser:
+    """Texts to token ids, each ending in the end-of-text token; texts that are empty give no tokens.
+
+    Raises:
+        ValueError: the tokenizer has no end-of-text token.
+
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"the tokenizer {tokenizer.name_or_path!r} has no eos_token to put between texts; set one in "
+                "its tokenizer_config.json, or tokenizer.eos_token."
+            )
+        self._tokenizer, self._end = tokenizer, tokenizer.eos_token_id
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        if not (full := [text for text in texts if text]):
+            return [[] for _ in texts]
+        encoded = iter(self._tokenizer(full, return_attention_mask=False, verbose=False)["input_ids"])
+        return [self._ended(next(encoded)) if text else [] for text in texts]
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        if ids[-1:] == [self._end]:
+            ids = ids[:-1]
+        return [*ids, self._end] if ids else []
+
+
+def tokenised(
+    texts: Iterable[str], tokenise: Callable[[list[str]], list[list[int]]]
+) -> Iterator[tuple[str, list[int]]]:
+    """Each text with its tokens."""
+    iterator = iter(texts)
+    while chunk := list(islice(iterator, TOKENISE_AT_ONCE)):
+        yield from zip(chunk, tokenise(chunk), strict=True)
 
 
 def windows(
@@ -26,8 +64,8 @@ def windows(
     full: list[list[int]] = []
     row: list[int] = []
     left = float("inf") if max_tokens is None else max_tokens
-    for document in _tokenised(texts, tokenizer):
-        take = document[: int(min(left, len(document)))]
+    for _, tokens in tokenised(texts, Tokeniser(tokenizer)):
+        take = tokens[: int(min(left, len(tokens)))]
         left -= len(take)
         row += take
         while len(row) >= sequence_length:
@@ -44,15 +82,7 @@ def windows(
         yield torch.tensor([row])
 
 
-def _tokenised(texts: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
-    end = tokenizer.eos_token_id
-    if end is None:
-        raise ValueError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no eos_token to put between texts; set one, or "
-            "give measure() batches of input_ids."
-        )
-    iterator = iter(texts)
-    while chunk := list(islice(iterator, _TOKENISE_AT_ONCE)):
-        for ids in tokenizer(chunk, return_attention_mask=False, verbose=False)["input_ids"]:
-            if ids and ids != [end]:
-                yield ids if ids[-1] == end else [*ids, end]
+def context_length(model: nn.Module) -> int | None:
+    """The longest sequence that a transformers model has positions for; None if its config does not say."""
+    config: Any = model.config
+    return getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -17,6 +17,9 @@ from typing import Any
 
 from run_log import read_log
 
+from triton_ops.processor import processor_name
+from triton_ops.table import table as columns
+
 
 def main() -> None:
     """Read the runs, print the table, write the file."""
@@ -54,14 +57,14 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 def table(runs: list[dict[str, Any]]) -> str:
     """One line for each run, and one for each original model."""
-    width = max(len("original model"), *(len(run["name"]) for run in runs))
-    lines = [f"{'':{width}}  {'tokens':>12}  {'perplexity':>10}  {'sparsity':>8}  {'density':>8}"]
+    rows = [["", "tokens", "perplexity", "sparsity", "density"]]
     seen = []
     for run in runs:
         if run["original"] and run["original"]["loss"] not in seen:
             seen.append(run["original"]["loss"])
-            lines.append(_line("original model", 0, run["original"], width))
-    lines += [_line(run["name"], run["tokens"], run["evaluations"][-1], width) for run in runs]
+            rows.append(_row("original model", 0, run["original"]))
+    rows += [_row(run["name"], run["tokens"], run["evaluations"][-1]) for run in runs]
+    lines = [columns(rows)]
     recipes = [run["recipe"] for run in runs]
     for name in recipes[0]:
         values = [recipe.get(name) for recipe in recipes]
@@ -74,18 +77,12 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 def machine() -> dict[str, Any]:
     """Processor, and how much of it this process may use."""
-    name = platform.processor() or platform.machine()
-    try:
-        cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in cpuinfo if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return {"cpu": name, "cores": os.cpu_count(), "python": platform.python_version()}
+    return {"cpu": processor_name(), "cores": os.cpu_count(), "python": platform.python_version()}
 
 
-def _line(name: str, tokens: int, found: dict[str, Any], width: int) -> str:
+def _row(name: str, tokens: int, found: dict[str, Any]) -> list[str]:
     sparsity = found["sparsity"]
-    return f"{name:{width}}  {tokens:12,}  {found['perplexity']:10.3f}  {sparsity:8.2%}  {1 - sparsity:8.2%}"
+    return [name, f"{tokens:,}", f"{found['perplexity']:.3f}", f"{sparsity:.2%}", f"{1 - sparsity:.2%}"]
 
 
 if __name__ == "__main__":

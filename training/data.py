@@ -26,8 +26,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hf_sparse.documents import Documents, HeldOut
+from hf_sparse.windows import TOKENISE_AT_ONCE, Tokeniser, tokenised
 
-_TOKENISE_AT_ONCE = 32
 _BATCHES_AHEAD = 2
 
 
@@ -128,8 +128,8 @@ class Stream:
                 # A string seeds through SHA-512: the same order on every machine and Python version.
                 random.Random(f"{self._seed}/{epoch}/{self._index}/{block}").shuffle(order)
                 place = {"epoch": epoch, "block": block, "reader": reader}
-                for begin in range(first, len(order), _TOKENISE_AT_ONCE):
-                    chosen = order[begin : begin + _TOKENISE_AT_ONCE]
+                for begin in range(first, len(order), TOKENISE_AT_ONCE):
+                    chosen = order[begin : begin + TOKENISE_AT_ONCE]
                     # Held-out texts become empty documents, so that places do not depend on what is held out.
                     kept = ["" if texts[i][0] in self._held_out else texts[i][0] for i in chosen]
                     for offset, tokens in enumerate(self._tokenise(kept)):
@@ -204,31 +204,6 @@ class TrainingData:
         return Batch(torch.tensor(rows, dtype=torch.int64), states)
 
 
-class Tokeniser:
-    """Texts to token ids, each ending in the end-of-text token; empty texts give no tokens.
-
-    Raises:
-        ValueError: the tokenizer has no end-of-text token.
-
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        if tokenizer.eos_token_id is None:
-            raise ValueError(
-                f"the tokenizer {tokenizer.name_or_path!r} has no eos_token to put between documents; "
-                "set one in its tokenizer_config.json."
-            )
-        self._tokenizer, self._eos = tokenizer, tokenizer.eos_token_id
-
-    def __call__(self, texts: list[str]) -> list[list[int]]:
-        full = [text for text in texts if text]
-        if not full:
-            return [[] for _ in texts]
-        encoded = self._tokenizer(full, return_attention_mask=False, verbose=False)["input_ids"]
-        tokens = iter(ids if ids and ids[-1] == self._eos else [*ids, self._eos] for ids in encoded)
-        return [next(tokens) if text else [] for text in texts]
-
-
 def open_documents(recipe: Recipe) -> Documents:
     """The data set of a recipe; errors as of :class:`hf_sparse.documents.Documents`.
 
@@ -263,16 +238,15 @@ def evaluation_data(
     """
     split = "validation" if source.has_validation else "train"
     chosen = HeldOut(1.0 if source.has_validation else recipe.holdout)
-    tokenise = Tokeniser(tokenizer)
     wanted = recipe.eval_tokens // recipe.sequence_length * recipe.sequence_length
     row: list[int] = []
     used: list[str] = []
     documents = (text for text, _ in source.read(split, None) if text in chosen)
-    while len(row) < wanted and (texts := list(islice(documents, _TOKENISE_AT_ONCE))):
-        for text, tokens in zip(texts, tokenise(texts), strict=True):
-            if len(row) < wanted:
-                row += tokens
-                used.append(text)
+    for text, tokens in tokenised(documents, Tokeniser(tokenizer)):
+        row += tokens
+        used.append(text)
+        if len(row) >= wanted:
+            break
     count = min(len(row), wanted) // recipe.sequence_length
     if count == 0:
         raise ValueError(

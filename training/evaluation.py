@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,28 +18,11 @@ def evaluate(
 ) -> SparsityReport:
     """Measure ``model`` on ``sequences`` (int64 [N, S], the same in every process, N at least their number).
 
-    Each process takes every W-th sequence; the counts of all are added up.
+    Each process takes every W-th sequence; the reports of all add up.
     """
     own = sequences[accelerator.process_index :: accelerator.num_processes]
     most = -(-len(sequences) // accelerator.num_processes)
-    reports = gather_object([measure(accelerator.unwrap_model(model), _batches(own, most, batch_size))])
-    return merge(reports)
-
-
-def merge(reports: list[SparsityReport]) -> SparsityReport:
-    """One report from those of the same model on parts of the data."""
-    predicted = sum(report.predicted_tokens for report in reports)
-    layers = tuple(
-        replace(parts[0], tokens=sum(p.tokens for p in parts), zeros=sum(p.zeros for p in parts))
-        for parts in zip(*(report.layers for report in reports), strict=True)
-    )
-    return replace(
-        reports[0],
-        layers=layers,
-        loss=sum(report.loss * report.predicted_tokens for report in reports) / predicted,
-        tokens=sum(report.tokens for report in reports),
-        predicted_tokens=predicted,
-    )
+    return sum(gather_object([measure(accelerator.unwrap_model(model), _batches(own, most, batch_size))]))
 
 
 def as_record(report: SparsityReport) -> dict[str, Any]:

@@ -29,6 +29,8 @@ from transformers.utils.logging import disable_progress_bar
 
 import hf_sparse
 from hf_sparse.metrics import SparsityReport
+from hf_sparse.windows import context_length
+from triton_ops.table import table
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -145,7 +147,7 @@ def check_length(recipe: Recipe, model: PreTrainedModel) -> None:
         ValueError: sequence_length is too large.
 
     """
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = context_length(model)
     if limit and recipe.sequence_length > limit:
         raise ValueError(
             f"sequence_length={recipe.sequence_length} is more than the {limit} positions of "
@@ -187,12 +189,12 @@ def save_final(
 def summary(output: Path) -> str:
     """The evaluations of a finished run, as a few lines."""
     names = {"original": "original model", "eval": "step"}
-    lines = [f"{'':16} {'perplexity':>10} {'sparsity':>9}"]
+    rows = [("", "perplexity", "sparsity")]
     for record in read_log(output / "log.jsonl"):
         if record["kind"] in names:
             name = names[record["kind"]] + (f" {record['step']}" if record["kind"] == "eval" else "")
-            lines.append(f"{name:16} {record['perplexity']:10.2f} {record['sparsity']:9.1%}")
-    return "\n".join([*lines, f"the model is in {output / 'final'}"])
+            rows.append((name, f"{record['perplexity']:.2f}", f"{record['sparsity']:.1%}"))
+    return f"{table(rows)}\nthe model is in {output / 'final'}"
 
 
 if __name__ == "__main__":

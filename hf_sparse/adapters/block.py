@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import nn
 
+from hf_sparse.adapters.copies import place
 from hf_sparse.adapters.roles import Roles
 
 
@@ -18,6 +19,13 @@ class Block:
     """Qualified name, as in ``model.get_submodule(name)``."""
     module: nn.Module
     roles: Roles
+    spares: tuple[Block, ...] = ()
+    """Copies in the same place that are not in use now, as PEFT's ``modules_to_save`` keeps them."""
+
+    @property
+    def place(self) -> str:
+        """The name that the block has in the model that its config builds, without PEFT's copies."""
+        return place(self.name)
 
     @property
     def kind(self) -> Literal["gated", "plain"]:

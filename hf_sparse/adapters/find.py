@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from hf_sparse.activations.known import STOCK_ACTIVATIONS
 from hf_sparse.adapters.block import Block
+from hf_sparse.adapters.copies import idle, in_use, place
 from hf_sparse.adapters.roles import Roles
 from hf_sparse.adapters.shapes import linears, recognise
+from hf_sparse.errors import PatchError
 
 
 @dataclass(frozen=True)
@@ -25,16 +27,16 @@ def find_blocks(model: nn.Module) -> tuple[list[Block], list[Skipped]]:
     """MLP blocks of ``model`` inside its repeated layers, stock or patched, in ``named_modules`` order.
 
     Only modules that are, or are in, a numbered child (as those of a ``ModuleList`` are) count: a
-    classification head or a projector is not a layer's MLP.
+    classification head or a projector is not a layer's MLP. Of a block that PEFT keeps copies of
+    (``modules_to_save``), the one in use is found; the others are its ``spares``.
     """
     blocks: list[Block] = []
     skipped: list[Skipped] = []
     inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if name.startswith(inside) or not any(part.isdigit() for part in name.split(".")):
+    for name, module in in_use(model):
+        if name.startswith(inside) or not _in_layers(name):
             continue
-        # A patched block says itself which child plays which part.
-        roles = own if isinstance(own := vars(module).get("roles"), Roles) else recognise(module)
+        roles = _roles(module)
         if roles is not None:
             blocks.append(Block(name, module, roles))
         else:
@@ -43,7 +45,42 @@ def find_blocks(model: nn.Module) -> tuple[list[Block], list[Skipped]]:
                 skipped.append(Skipped(name, type(module).__name__, reason))
             continue
         inside = (*inside, name + ".")
+    return _with_spares(model, blocks), skipped
+
+
+def require_blocks(model: nn.Module) -> tuple[list[Block], list[Skipped]]:
+    """What :func:`find_blocks` finds.
+
+    Raises:
+        PatchError: it finds no block; the message says what there is instead.
+
+    """
+    blocks, skipped = find_blocks(model)
+    if not blocks:
+        seen = sorted({f"{s.class_name} at {s.name}: {s.reason}" for s in skipped})[:3]
+        found = "; ".join(seen) or "no module in a layer owns linear layers and an activation"
+        raise PatchError(
+            f"no MLP block of a known shape in {type(model).__name__}. Known: down(act(gate(x)) * up(x)) and "
+            f"down(act(up(x))) as a module of linear layers and one activation. Found: {found}."
+        )
     return blocks, skipped
+
+
+def _in_layers(name: str) -> bool:
+    return any(part.isdigit() for part in place(name).split("."))
+
+
+def _roles(module: nn.Module) -> Roles | None:
+    # A patched block says itself which child plays which part.
+    return own if isinstance(own := vars(module).get("roles"), Roles) else recognise(module)
+
+
+def _with_spares(model: nn.Module, blocks: list[Block]) -> list[Block]:
+    spares: dict[str, list[Block]] = {block.place: [] for block in blocks}
+    for name, module in idle(model):
+        if (same := spares.get(place(name))) is not None and (roles := _roles(module)) is not None:
+            same.append(Block(name, module, roles))
+    return [replace(block, spares=tuple(spares[block.place])) for block in blocks]
 
 
 def _why_not(module: nn.Module) -> str | None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from triton_ops.table import table
 
 DEFINITION = "sparsity: share of exact zeros among the values that reach the down projections"
 """What every number called sparsity in this package means."""
@@ -36,13 +38,23 @@ class LayerSparsity:
         """``1 - sparsity``: share of neurons that have to be computed."""
         return 1 - self.sparsity
 
+    def __add__(self, other: LayerSparsity) -> LayerSparsity:
+        """The same block over the tokens of both."""
+        if (self.name, self.neurons) != (other.name, other.neurons):
+            raise ValueError(
+                f"{self.name} of {self.neurons} neurons and {other.name} of {other.neurons} are not one "
+                "block; only reports of the same model add up."
+            )
+        return replace(self, tokens=self.tokens + other.tokens, zeros=self.zeros + other.zeros)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SparsityReport:
     """What :func:`hf_sparse.measure` found; ``print`` shows it as a table.
 
     Sparsity is the share of exact zeros among the values that reach the down projections: over tokens and
-    neurons for a layer, and over layers, too, for the whole model. Density is ``1 - sparsity``.
+    neurons for a layer, and over layers, too, for the whole model. Density is ``1 - sparsity``. Reports of
+    one model on parts of the data add up, with ``+`` or ``sum``, to the report on all of it.
     """
 
     layers: tuple[LayerSparsity, ...]
@@ -74,24 +86,52 @@ class SparsityReport:
         except OverflowError:
             return math.inf
 
-    def __str__(self) -> str:
-        width = max(len("all layers"), *(len(layer.name) for layer in self.layers))
-        rule = "-" * (width + 30)
-        lines = [f"{'MLP block':<{width}}  {'neurons':>8}  {'sparsity':>8}  {'density':>8}", rule]
-        for layer in self.layers:
-            lines.append(
-                f"{layer.name:<{width}}  {layer.neurons:>8,}  {layer.sparsity:>8.2%}  {layer.density:>8.2%}"
+    def __add__(self, other: SparsityReport) -> SparsityReport:
+        """The report over the data of both.
+
+        Raises:
+            ValueError: they are of different models, or over windows of different lengths.
+
+        """
+        if len(self.layers) != len(other.layers):
+            raise ValueError(
+                f"a report of {len(self.layers)} MLP blocks and one of {len(other.layers)} do not add up; "
+                "they must be of the same model."
             )
-        total = sum(layer.neurons for layer in self.layers)
+        if self.sequence_length != other.sequence_length:
+            raise ValueError(
+                f"reports with sequence_length={self.sequence_length} and {other.sequence_length} do not "
+                "add up: the loss depends on it. Measure both with the same."
+            )
+        predicted = self.predicted_tokens + other.predicted_tokens
+        summed = self.loss * self.predicted_tokens + other.loss * other.predicted_tokens
+        return replace(
+            self,
+            layers=tuple(a + b for a, b in zip(self.layers, other.layers, strict=True)),
+            loss=summed / predicted,
+            tokens=self.tokens + other.tokens,
+            predicted_tokens=predicted,
+        )
+
+    def __radd__(self, nothing: int) -> SparsityReport:
+        return self if nothing == 0 else NotImplemented  # sum() begins with 0
+
+    def __str__(self) -> str:
+        def row(name: str, neurons: int, of: LayerSparsity | SparsityReport) -> tuple[str, ...]:
+            return name, f"{neurons:,}", f"{of.sparsity:.2%}", f"{of.density:.2%}"
+
+        rows = [
+            ("MLP block", "neurons", "sparsity", "density"),
+            None,
+            *(row(layer.name, layer.neurons, layer) for layer in self.layers),
+            None,
+            row("all layers", sum(layer.neurons for layer in self.layers), self),
+        ]
         window = f" in windows of {self.sequence_length:,}" if self.sequence_length else ""
-        return "\n".join(
-            [
-                *lines,
-                rule,
-                f"{'all layers':<{width}}  {total:>8,}  {self.sparsity:>8.2%}  {self.density:>8.2%}",
-                f"perplexity {self.perplexity:.4g} (loss {self.loss:.4f}), {self.tokens:,} tokens{window}",
-                DEFINITION,
-            ]
+        return (
+            f"{table(rows)}\n"
+            f"perplexity {self.perplexity:.4g} (loss {self.loss:.4f}), {self.tokens:,} tokens{window}\n"
+            f"{DEFINITION}"
         )
 
     def to_dict(self) -> dict[str, Any]:

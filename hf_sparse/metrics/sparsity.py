@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
+from contextlib import ExitStack
 from inspect import signature
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from hf_sparse.adapters import Block, find_blocks
-from hf_sparse.errors import PatchError
+from hf_sparse.adapters import Block, require_blocks
+from hf_sparse.metrics.batches import as_batches, parts
 from hf_sparse.metrics.report import LayerSparsity, SparsityReport
-from hf_sparse.windows import windows
-
-_LONGEST_DEFAULT = 1024
+from hf_sparse.metrics.running import causal_model, input_device, observed, without_copies
 
 
 def measure(
@@ -34,11 +31,13 @@ def measure(
 
     Sparsity is the share of exact zeros among the values that reach the down projections of the MLP blocks,
     over tokens, neurons and layers. A dense (SiLU, GELU) model has none. Works on stock, patched and
-    PEFT-wrapped models, and leaves the model as it was: mode, hooks, weights.
+    PEFT-wrapped models, also offloaded, compiled, sharded or replicated ones, and leaves the model as it was:
+    mode, hooks, weights, and free to be trained on.
 
     Args:
         model: a causal language model of transformers.
-        data: texts; or rows with a ``"text"``, as ``datasets`` gives them; or batches, as of a DataLoader:
+        data: texts; or rows with a ``"text"``, as ``datasets`` gives them (nulls among either are left out);
+            or batches, as of a DataLoader:
             mappings with ``input_ids`` int64 ``[B, S]`` and optionally ``attention_mask`` ``[B, S]`` (where
             it is 0 there is padding, which counts nowhere) and ``labels`` ``[B, S]`` (-100 is left out of
             the loss).
@@ -51,34 +50,34 @@ def measure(
 
     Raises:
         PatchError: no MLP block of a known shape in ``model``.
-        ValueError: no data, or data of another kind; no tokenizer; a size out of range.
+        ValueError: no data, or data of another kind; no tokenizer; a size out of range; a model that does not
+            predict the next token.
 
     """
     _require_positive(sequence_length=sequence_length, batch_size=batch_size, max_tokens=max_tokens)
-    blocks, _ = find_blocks(model)
-    if not blocks:
-        raise PatchError(
-            f"no MLP block of a known shape in {type(model).__name__}, so there is no sparsity to measure; "
-            "hf_sparse.inspect(model) says what was looked at."
-        )
-    batches, window = _batches(model, data, tokenizer, sequence_length, batch_size, max_tokens)
+    model = without_copies(model)
+    blocks, _ = require_blocks(model)
+    bare = causal_model(model)
+    batches, window = as_batches(
+        bare,
+        data,
+        tokenizer=tokenizer,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+    )
     counters = [_ZeroCounter(block) for block in blocks]
     loss = torch.zeros((), dtype=torch.float64)
     tokens = predicted = 0
-    bare: Any = model
-    if hasattr(bare, "get_base_model"):
-        bare = bare.get_base_model()
     takes_positions = "position_ids" in signature(bare.forward).parameters
+    device = input_device(bare)
     with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode())
-        stack.enter_context(_evaluating(model))
+        stack.enter_context(observed(model))
         for counter in counters:
             stack.enter_context(counter)
         bar = stack.enter_context(_bar(max_tokens, progress))
-        device = next(model.parameters()).device
         for batch in batches:
-            input_ids, mask, labels = (None if t is None else t.to(device) for t in _parts(batch))
-            assert input_ids is not None
+            input_ids, mask, labels = parts(batch, device)
             padding = mask is not None and not mask.all()
             for counter in counters:
                 counter.mask = mask if padding else None
@@ -99,8 +98,14 @@ def measure(
             "data holds no token to predict: it is empty, an iterator that was used up before, or all its "
             "texts are shorter than two tokens."
         )
+    layers = tuple(counter.result() for counter in counters)
+    if not any(layer.tokens for layer in layers):
+        raise ValueError(
+            f"the model ran, but no token reached the down projection of any of its {len(layers)} MLP "
+            "blocks: something runs them by other means than their modules."
+        )
     return SparsityReport(
-        layers=tuple(counter.result() for counter in counters),
+        layers=layers,
         loss=loss.item() / predicted,
         tokens=tokens,
         predicted_tokens=predicted,
@@ -147,101 +152,17 @@ class _ZeroCounter:
         return LayerSparsity(name=self._block.name, neurons=self._neurons, tokens=self._tokens, zeros=zeros)
 
 
-def _batches(
-    model: nn.Module,
-    data: Iterable[Any],
-    tokenizer: Any,
-    sequence_length: int | None,
-    batch_size: int,
-    max_tokens: int | None,
-) -> tuple[Iterator[Mapping[str, Any]], int | None]:
-    """``data`` as batches, and the window length if it is text."""
-    if isinstance(data, str | Mapping):
-        raise ValueError(f"data is one {type(data).__name__}; give a list of texts, or of batches: [data].")
-    iterator = iter(data)
-    try:
-        first = next(iterator)
-    except StopIteration:
-        return iter(()), None
-    whole = chain([first], iterator)
-    if isinstance(first, Mapping) and "input_ids" in first:
-        return whole, None
-    if not (isinstance(first, str) or (isinstance(first, Mapping) and isinstance(first.get("text"), str))):
-        found = (
-            f"a mapping with {', '.join(map(str, first))}"
-            if isinstance(first, Mapping)
-            else repr(type(first))
-        )
-        raise ValueError(f"data holds {found}; give texts, rows with a 'text', or batches with input_ids.")
-    texts = (item if isinstance(item, str) else item["text"] for item in whole)
-    length = _window(model, sequence_length)
-    packed = windows(
-        texts,
-        tokenizer if tokenizer is not None else _own_tokenizer(model),
-        sequence_length=length,
-        batch_size=batch_size,
-        max_tokens=max_tokens,
-    )
-    return ({"input_ids": ids} for ids in packed), length
-
-
-def _window(model: nn.Module, asked: int | None) -> int:
-    config: Any = model.config
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if asked is None:
-        return min(context or _LONGEST_DEFAULT, _LONGEST_DEFAULT)
-    if asked < 2:
-        raise ValueError(f"sequence_length={asked} leaves nothing to predict; use 2 or more.")
-    if context is not None and asked > context:
-        raise ValueError(f"sequence_length={asked} is longer than the model's context of {context} tokens.")
-    return asked
-
-
-def _own_tokenizer(model: nn.Module) -> Any:
-    from transformers import AutoTokenizer
-
-    name = getattr(model, "name_or_path", "") or getattr(model.config, "_name_or_path", "")
-    reason = "the model has no name_or_path"
-    if name:
-        try:
-            return AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            reason = f"{name!r} has none that loads: {str(error).splitlines()[0]}"
-    raise ValueError(f"texts need a tokenizer, and {reason}. Pass tokenizer=…, or batches of input_ids.")
-
-
-def _parts(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """``input_ids``, ``attention_mask`` and ``labels`` of a batch as ``[B, S]`` tensors."""
-    if not isinstance(batch, Mapping) or "input_ids" not in batch:
-        raise ValueError(f"data mixes batches with {type(batch).__name__}; every batch needs input_ids.")
-    input_ids = _rows(batch["input_ids"])
-    others: list[Tensor | None] = []
-    for key in ("attention_mask", "labels"):
-        tensor = None if batch.get(key) is None else _rows(batch[key])
-        if tensor is not None and tensor.shape != input_ids.shape:
-            raise ValueError(
-                f"{key} has shape {list(tensor.shape)} beside input_ids of {list(input_ids.shape)}; "
-                "both must be [B, S]."
-            )
-        others.append(tensor)
-    return input_ids, others[0], others[1]
-
-
-def _rows(value: Any) -> Tensor:
-    try:
-        tensor = torch.as_tensor(value)
-    except (TypeError, ValueError):
-        raise ValueError(
-            "a batch holds lists that are no [B, S] tensor; with datasets, use set_format('torch')."
-        ) from None
-    return tensor.unsqueeze(0) if tensor.dim() == 1 else tensor
-
-
 def _loss(output: Any, input_ids: Tensor, mask: Tensor | None, labels: Tensor | None) -> tuple[float, int]:
     """Summed cross-entropy of the next tokens, in nats, and their number."""
     logits = getattr(output, "logits", None)
     if logits is None:
         raise ValueError("the model gives no logits; load it with AutoModelForCausalLM.")
+    if logits.shape[:-1] != input_ids.shape:
+        raise ValueError(
+            f"the model gives logits {list(logits.shape)} for input_ids {list(input_ids.shape)}, where "
+            "measure needs a row for each token: load it with AutoModelForCausalLM, and without prompt "
+            "tuning, which adds tokens of its own."
+        )
     targets = (input_ids if labels is None else labels).clone()
     if mask is not None:
         targets[mask == 0] = -100
@@ -251,18 +172,6 @@ def _loss(output: Any, input_ids: Tensor, mask: Tensor | None, labels: Tensor | 
     for row, target in zip(logits[:, :-1], targets, strict=True):  # one sequence at a time in float32
         total += cross_entropy(row.float(), target, reduction="sum", ignore_index=-100).item()
     return total, int((targets != -100).sum())
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; outside, every module is again in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _bar(max_tokens: int | None, progress: bool) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_sparse.adapters import find_blocks
+from hf_sparse.adapters import require_blocks
 
 
 class L1Penalty:
@@ -26,20 +26,16 @@ class L1Penalty:
 
     Give it the bare model, before or after wrapping it for data parallelism. It is correct under
     (non-reentrant) gradient checkpointing: what a recomputation passes through the hooks again is not
-    counted. It costs no activation memory, since h is kept for the down projection anyway.
+    counted. It costs no activation memory, since h is kept for the down projection anyway. Attach it when the
+    PEFT adapter to be trained is active: of ``modules_to_save`` it watches the copy in use.
 
     Raises:
-        ValueError: no MLP block of a known shape is found in ``model``.
+        PatchError: no MLP block of a known shape is found in ``model``.
 
     """
 
     def __init__(self, model: nn.Module) -> None:
-        blocks, _ = find_blocks(model)
-        if not blocks:
-            raise ValueError(
-                f"no MLP block of a known shape was found in {type(model).__name__}; "
-                "hf_sparse.inspect(model) says what was looked at."
-            )
+        blocks, _ = require_blocks(model)
         self._means: list[Tensor] = []
         self._in_forward = False
         # The two hooks on the whole model mark where a forward begins and ends, which tells it from a

@@ -11,7 +11,6 @@ import torch
 from data import (
     DataExhaustedError,
     StreamState,
-    Tokeniser,
     TrainingData,
     evaluation_data,
     open_documents,
@@ -20,6 +19,7 @@ from recipe import Recipe
 
 import hf_sparse.texts
 from hf_sparse.documents import HeldOut
+from hf_sparse.windows import Tokeniser
 from support.runs import sentences, write_jsonl
 
 

@@ -21,6 +21,7 @@ from functools import cache
 from pathlib import Path
 
 from triton_ops.activations import TABLE
+from triton_ops.processor import processor_fields
 from triton_ops.storage import cache_dir, write_atomically
 
 SOURCE = Path(__file__).with_name("mlp.cpp")
@@ -115,9 +116,6 @@ def _run(command: list[str]) -> str:
 
 def _cpu() -> str:
     """What -march=native depends on: the machine and the CPU's feature flags."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    features = (line for line in lines if line.split(":")[0].strip() in ("flags", "Features", "model name"))
-    return f"{platform.machine()} {' '.join(sorted(set(features)))}"
+    fields = processor_fields()
+    features = [fields.get(name, "") for name in ("model name", "flags", "Features")]
+    return " ".join([platform.machine(), platform.processor(), *features])
