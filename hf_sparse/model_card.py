@@ -24,9 +24,9 @@ tags:
 def write_model_card(model: nn.Module, folder: str | os.PathLike[str]) -> Path | None:
     """Bring the README in ``folder``, where ``model`` has been saved, in line with the model.
 
-    What is written stands between two marks. A README that is there keeps every other byte; where there is none,
-    one is made. For a model that is not patched the section is taken out, and a README that is nothing else is
-    removed.
+    What is written stands between two marks. A README that is there keeps every other byte; where there is
+    none, one is made. For a model that is not patched the section is taken out, and a README that is nothing
+    else is removed.
 
     Returns:
         the README, None if there is none.
