@@ -50,8 +50,8 @@ class SparsityConfig:
             for name, part in parts.items():
                 if part.blocks not in (None, len(chosen)):
                     raise ValueError(
-                        f"{name} has values for {part.blocks} blocks, but layers names {len(chosen)}; give one "
-                        "value, or one per layer."
+                        f"{name} has values for {part.blocks} blocks, but layers names {len(chosen)}; give "
+                        "one value, or one per layer."
                     )
             order = sorted(range(len(chosen)), key=chosen.__getitem__)
             parts = {name: part.arranged(order) for name, part in parts.items()}
@@ -80,7 +80,7 @@ class SparsityConfig:
         return SparsityConfig(**given)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, with ``format_version``. Of a part, fields that have their default are left out."""
+        """Plain JSON types, with ``format_version``. Fields of a part that have their default are absent."""
         parts = {name: part.to_dict() for name, part in self.parts.items()}
         layers = None if self.layers is None else list(self.layers)
         return {"format_version": FORMAT_VERSION, **parts, "layers": layers}

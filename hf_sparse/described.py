@@ -121,13 +121,14 @@ def _refuse_repeated(model: PreTrainedModel, blocks: Sequence[Block], record: Re
     if built is None or len(find_blocks(built)[0]) != len(blocks):
         raise PatchError(
             f"{len(blocks)} MLP blocks are in {places} places of this {type(model).__name__}, and its config "
-            "tells blocks apart by their number. Give each layer a block of its own (copy.deepcopy), or use one "
-            "activation and one value for all."
+            "tells blocks apart by their number. Give each layer a block of its own (copy.deepcopy), or use "
+            "one activation and one value for all."
         )
 
 
 def _nested(config: PretrainedConfig) -> list[PretrainedConfig]:
-    found, todo = [], [config]
+    found: list[PretrainedConfig] = []
+    todo = [config]
     while todo:
         one = todo.pop()
         if all(one is not other for other in found):

@@ -3,8 +3,8 @@
 ``PreTrainedModel.post_init`` ends every construction: all auto classes, ``from_config``, direct calls, meta
 skeletons before the weights load. When the config carries an ``"hf_sparse"`` block, the wrapped method first
 puts the sparse blocks in place; a config without one passes straight through.
-``PreTrainedModel._initialize_weights`` gives parameters that a checkpoint lacks their first values; parameters
-of ours have theirs from ``reset_parameters``.
+``PreTrainedModel._initialize_weights`` gives parameters that a checkpoint lacks their first values; those of
+ours have theirs from ``reset_parameters``.
 ``PreTrainedModel.save_pretrained`` first brings the config in line with the modules.
 """
 

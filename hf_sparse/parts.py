@@ -67,6 +67,6 @@ class Part(ABC):
         """
         if self.blocks not in (None, len(blocks)):
             raise PatchError(
-                f"{type(self).__name__} has values for {self.blocks} blocks, but {len(blocks)} are patched now."
+                f"{type(self).__name__} has values for {self.blocks} blocks, but {len(blocks)} are patched."
             )
         return self

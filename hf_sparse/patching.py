@@ -228,8 +228,8 @@ def _choose(model: PreTrainedModel, blocks: list[Block], config: SparsityConfig)
     indices = range(len(blocks)) if config.layers is None else config.layers
     if max(indices) >= len(blocks):
         raise PatchError(
-            f"layers={shown(config.layers)} names block {max(indices)}, but {type(model).__name__} has blocks "
-            f"0 to {len(blocks) - 1}."
+            f"layers={shown(config.layers)} names block {max(indices)}, but {type(model).__name__} has "
+            f"blocks 0 to {len(blocks) - 1}."
         )
     for name, part in config.parts.items():
         if part.blocks not in (None, len(indices)):

@@ -44,7 +44,7 @@ def activation_field(model: PreTrainedModel, names: Iterable[str]) -> str | None
 
 
 def sets_activation(model: PreTrainedModel, field: str, activations: Mapping[str, nn.Module]) -> bool:
-    """Whether ``field`` of the config is what made the stock ``activations`` (by name) of a ``model`` being built.
+    """Whether ``field`` of the config made the stock ``activations`` (by name) of a ``model`` being built.
 
     They tell it themselves, unless another field says the same. Only then another model is built: this runs
     while a model is loaded, where that is best avoided.
@@ -155,7 +155,7 @@ def _stand_in(name: str) -> nn.Module:
 
 
 def build_stock(model: PreTrainedModel, field: str, value: str) -> PreTrainedModel | None:
-    """A weightless model of the class and config of ``model`` with one field changed; None if it cannot be."""
+    """A weightless model as ``model``, with one field of the config changed; None if it cannot be built."""
     config = copy.deepcopy(model.config)
     vars(config).pop(KEY, None)
     registered = KEY in ACT2FN

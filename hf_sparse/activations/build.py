@@ -21,8 +21,8 @@ MODULES: dict[str, type[nn.Module]] = {
     "drelu": nn.ReLU,  # the block does as much to its up projection
     "jsrelu": JSReLU,
 }
-"""The class for each row of :data:`triton_ops.activations.TABLE`. It is called with the row's parameter, if there
-is one, and keeps it as an attribute of that name.
+"""The class for each row of :data:`triton_ops.activations.TABLE`. It is called with the row's parameter, if
+there is one, and keeps it as an attribute of that name.
 
 ReLU and squared ReLU are the classes that transformers builds, so that a model with them is a stock model.
 """

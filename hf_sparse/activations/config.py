@@ -153,8 +153,8 @@ class ActivationConfig(Part):
             first = found[0]
             other = next(i for i, one in enumerate(found) if (one.name, one.mix) != (first.name, first.mix))
             raise PatchError(
-                f"the activations of the patched blocks differ: {first} at {blocks[0].name}, {found[other]} at "
-                f"{blocks[other].name}; a config can say one kind. Patch the model again with one activation."
+                f"the activations of the patched blocks differ: {first} at {blocks[0].name}, {found[other]} "
+                f"at {blocks[other].name}; a config can say one kind. Patch the model again with one of them."
             )
         values = tuple(one.parameter for one in found)
         if self.blocks is None and len(set(values)) == 1:
@@ -182,7 +182,8 @@ class ActivationConfig(Part):
 def _found(block: Block, said: ActivationConfig) -> ActivationConfig:
     """The activation of a patched block, read off its modules."""
     mlp: Any = block.module
-    act, mix = mlp.activation, 1.0
+    act: Any = mlp.activation
+    mix = 1.0
     if isinstance(act, MixedActivation):
         act, mix = act.new, act.k
     if said.name == ORIGINAL and same_function(act, mlp.original_activation):
@@ -202,6 +203,7 @@ def same_function(a: object, b: object) -> bool:
     """Whether two activation modules are of one class with the same settings."""
 
     def settings(module: object) -> dict[str, Any]:
-        return {k: v for k, v in vars(module).items() if isinstance(v, int | float | str) and k != "training"}
+        own = {k: v for k, v in vars(module).items() if not k.startswith("_") and k != "training"}
+        return {k: v for k, v in own.items() if isinstance(v, int | float | str)}
 
     return type(a) is type(b) and settings(a) == settings(b)
