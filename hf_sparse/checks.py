@@ -19,7 +19,8 @@ _FLOAT32_MAX = 3.4028234663852886e38
 
 def shown(value: Any) -> str:
     """``value`` for a message: short, in ASCII, so that look-alike letters show."""
-    return _SHORT.repr(value)
+    text = _SHORT.repr(value)
+    return text if len(text) <= 160 else f"{text[:160]}..."
 
 
 def number(field: str, value: Any) -> float:
@@ -110,7 +111,8 @@ def sized(field: str, value: Collection[Any]) -> None:
     """
     if len(value) > MAX_BLOCKS:
         raise ValueError(
-            f"{field}={shown(value)} has {len(value)} elements; no model has more than {MAX_BLOCKS} blocks."
+            f"{field} has {len(value)} elements; no model has more than {MAX_BLOCKS} blocks. Give at most "
+            "one value per block."
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_sparse.activations.config import ActivationConfig
+from hf_sparse.activations.config import ACTIVATION_FIELDS, ActivationConfig
 from hf_sparse.checks import indices, known, mapping, shown
 from hf_sparse.parts import Part
 
@@ -42,7 +42,7 @@ class SparsityConfig:
         layers: Sequence[int] | None = None,
         **others: Any,
     ) -> None:
-        known("the config", list(others), ["layers", *PARTS])
+        _refuse_unknown(list(others))
         given = {"activation": activation, **{k: v for k, v in others.items() if v is not None}}
         parts = {name: PARTS[name].read(given[name]) for name in PARTS if name in given}
         if layers is not None:
@@ -100,7 +100,7 @@ class SparsityConfig:
                 f"format_version={shown(version)} cannot be read; this hf_sparse reads version "
                 f"{FORMAT_VERSION}. If it is newer, upgrade with `pip install -U hf-sparse`."
             )
-        known("the config", list(values), ["format_version", "layers", *PARTS])
+        _refuse_unknown(list(values))
         return cls(**values)
 
     @classmethod
@@ -134,3 +134,15 @@ class SparsityConfig:
                 '"relu".'
             )
         return value
+
+
+def _refuse_unknown(names: list[str]) -> None:
+    try:
+        known("the config", names, [*PARTS, "layers"])
+    except ValueError as error:
+        if inner := [name for name in names if name in ACTIVATION_FIELDS]:
+            raise ValueError(
+                f"{error} {inner[0]} is a field of the activation: {{'activation': {{'name': ..., "
+                f"'{inner[0]}': ...}}}}, or patch(model, name, {inner[0]}=...)."
+            ) from None
+        raise

@@ -6,7 +6,8 @@ What is saved must say what the modules compute, or not be saved.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -52,18 +53,45 @@ def described(model: PreTrainedModel, record: Record) -> Record | None:
     return Record.of(config, len(blocks), record.field, record.activation)
 
 
-def bring_in_line(model: PreTrainedModel) -> None:
-    """Make the config of ``model``, about to be saved, say what its modules compute.
+@contextmanager
+def in_line(model: PreTrainedModel) -> Iterator[None]:
+    """While ``model`` is saved in here, its config says what its modules compute, and mostly afterwards, too.
+
+    Only where no block is patched any more, the config has its ``"hf_sparse"`` block back afterwards: it may be
+    shared with another model that is patched.
 
     Raises:
         PatchError: no config can say it, or this config is not that of the patched model.
         ValueError: the block in the config was changed by hand to something malformed.
 
     """
-    sparse = {name: module for name, module in model.named_modules() if isinstance(module, SparseMLP)}
+    owners = _owners(model)
+    records = [checkpoint_block.read(owner.config) for owner in owners]
+    stock: list[tuple[PretrainedConfig, Record, str]] = []
+    for owner, record in zip(owners, records, strict=True):
+        assert record is not None
+        if not _bring_in_line(owner, record):
+            stock.append((owner.config, record, vars(owner.config)[record.field]))
+    for config, record, _ in stock:
+        record.erase(config)
+    try:
+        yield
+    finally:
+        for config, record, value in stock:
+            record.write(config, stock_name=value)
+
+
+def _owners(model: PreTrainedModel) -> list[PreTrainedModel]:
+    """The outermost model, ``model`` or in it, of each config with a block among those that are saved.
+
+    Raises:
+        PatchError: there are patched blocks in none of them.
+
+    """
+    sparse = [name for name, module in model.named_modules() if isinstance(module, SparseMLP)]
     if not sparse and not checkpoint_block.has(model.config):
-        return
-    owners: dict[str, PreTrainedModel] = {}  # the outermost model of each config with a block
+        return []
+    owners: dict[str, PreTrainedModel] = {}
     saved = {id(config) for config in _nested(model.config)}
     for name, module in model.named_modules():
         if not isinstance(module, PreTrainedModel) or _inside(name, owners):
@@ -76,24 +104,22 @@ def bring_in_line(model: PreTrainedModel) -> None:
             f'"{KEY}" block that says so: it was replaced after the patch. Patch the model again, or '
             "hf_sparse.unpatch(model) with its former config."
         )
-    for owner in owners.values():
-        _bring_in_line(owner)
+    return list(owners.values())
 
 
-def _bring_in_line(model: PreTrainedModel) -> None:
-    record = checkpoint_block.read(model.config)
-    assert record is not None
+def _bring_in_line(model: PreTrainedModel, record: Record) -> bool:
+    """Let the config say what the modules compute; False where none is patched."""
     with checkpoint_block.refusing():
         record.agree(model.config)
     now = described(model, record)
     if now is None:
-        record.erase(model.config)
-        return
+        return False
     blocks = {block.place: block.module for block in find_blocks(model)[0]}
     if now != record:
         now.write(model.config, stock_name=stock_name(model, now, blocks))
     elif vars(model.config)[record.field] != KEY and any(map(_holds_more, blocks.values())):
         now.write(model.config, stock_name=None)
+    return True
 
 
 def _holds_more(block: nn.Module) -> bool:

@@ -14,12 +14,11 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from hf_sparse.checkpoint_block import KEY
-from hf_sparse.described import bring_in_line
+from hf_sparse.described import in_line
 from hf_sparse.modules import ParameterLeaf
 from hf_sparse.patching import patch_from_config
 from hf_sparse.stock import UnpatchedActivation
@@ -32,9 +31,9 @@ def install() -> None:
     """
     if _originals:
         return
-    for name, before in _BEFORE.items():
-        _originals[name] = getattr(PreTrainedModel, name)
-        setattr(PreTrainedModel, name, _wrapped(name, before))
+    for name, around in _AROUND.items():
+        original = _originals[name] = getattr(PreTrainedModel, name)
+        setattr(PreTrainedModel, name, _wrapped(name, original, around))
     ACT2FN[KEY] = UnpatchedActivation
 
 
@@ -44,7 +43,7 @@ def uninstall() -> None:
     What another tool has wrapped around our wrapper stays, and calls the original through it.
     """
     for name, original in _originals.items():
-        if getattr(getattr(PreTrainedModel, name), "_hf_sparse", None) == name:
+        if vars(getattr(PreTrainedModel, name)).get("_hf_sparse") == name:
             setattr(PreTrainedModel, name, original)
     if _originals:
         _originals.clear()
@@ -52,37 +51,40 @@ def uninstall() -> None:
 
 
 _originals: dict[str, Callable[..., Any]] = {}
+"""While installed, the methods of transformers by name."""
 
 
-def _wrapped(name: str, before: Callable[..., None]) -> Callable[..., Any]:
-    original = _originals[name]
-
+def _wrapped(name: str, original: Callable[..., Any], around: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def wrapper(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        if _originals:
-            before(self, *args, **kwargs)
-        return original(self, *args, **kwargs)
+        # Signatures differ between versions of transformers: nothing is named here.
+        call = functools.partial(original, self, *args, **kwargs)
+        return around(call, self, *args) if _originals else call()
 
     vars(wrapper)["_hf_sparse"] = name
     return wrapper
 
 
-def _before_post_init(model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+def _post_init(call: Callable[[], Any], model: PreTrainedModel, *_: Any) -> Any:
     patch_from_config(model)
+    return call()
 
 
-def _before_initialize_weights(model: PreTrainedModel, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+def _initialize_weights(call: Callable[[], Any], model: PreTrainedModel, *args: Any) -> Any:
+    module = args[0] if args else None
     if isinstance(module, ParameterLeaf) and not getattr(module, "_is_hf_initialized", False):
         module.reset_parameters()
-        module._is_hf_initialized = True  # type: ignore[assignment]  # the model's own rules are for stock modules
+        vars(module)["_is_hf_initialized"] = True  # the model's own rules are for stock modules
+    return call()
 
 
-def _before_save_pretrained(model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
-    bring_in_line(model)
+def _save_pretrained(call: Callable[[], Any], model: PreTrainedModel, *_: Any) -> Any:
+    with in_line(model):
+        return call()
 
 
-_BEFORE: dict[str, Callable[..., None]] = {
-    "post_init": _before_post_init,
-    "_initialize_weights": _before_initialize_weights,
-    "save_pretrained": _before_save_pretrained,
+_AROUND: dict[str, Callable[..., Any]] = {
+    "post_init": _post_init,
+    "_initialize_weights": _initialize_weights,
+    "save_pretrained": _save_pretrained,
 }

@@ -58,6 +58,11 @@ def row_of(activation: nn.Module, *, relu_up: bool = False) -> tuple[str, float]
     return name, 0.0 if parameter is None else getattr(activation, parameter.name)
 
 
+def relu_up(name: str) -> bool:
+    """Whether the activation of a config is also a ReLU on the up projection."""
+    return name in TABLE and TABLE[name].relu_up
+
+
 def is_stock(name: str) -> bool:
     """Whether stock transformers calls the same module by the same name."""
     return name in MODULES and ACT2CLS.get(name) is MODULES[name]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hf_sparse.activations.build import row_of
+from hf_sparse.activations.build import relu_up, row_of
 from hf_sparse.activations.mixed import MixedActivation
 from hf_sparse.checks import known, mapping, number, numbers, shown
 from hf_sparse.errors import PatchError
@@ -22,6 +22,9 @@ ACTIVATIONS = (ORIGINAL, *TABLE)
 """Names of activations. ``"original"`` keeps the model's own."""
 
 _OWNERS = {row.parameter.name: row.name for row in TABLE.values() if row.parameter}
+
+ACTIVATION_FIELDS = ("name", *_OWNERS, "mix")
+"""Every field that an activation can have."""
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -100,7 +103,7 @@ class ActivationConfig(Part):
     @property
     def relu_up(self) -> bool:
         """Whether the up projection of a gated MLP goes through ReLU as well."""
-        return self.name in TABLE and TABLE[self.name].relu_up
+        return relu_up(self.name)
 
     @property
     def blocks(self) -> int | None:

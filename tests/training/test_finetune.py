@@ -38,7 +38,7 @@ def test_train_save_reload(command, in_process, tmp_path, tokenizer):
     assert 0.3 < first["sparsity"] < 0.7
 
     model = AutoModelForCausalLM.from_pretrained(output / "final", dtype=torch.float32)
-    assert hf_sparse.inspect(model).config.activation == "relu"
+    assert hf_sparse.inspect(model).config.activation.name == "relu"
     report = measure(model, held_out_batches(line, tokenizer))
     assert report.loss == pytest.approx(last["loss"], rel=1e-6)
     assert report.perplexity == pytest.approx(last["perplexity"], rel=1e-6)
