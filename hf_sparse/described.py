@@ -57,8 +57,8 @@ def described(model: PreTrainedModel, record: Record) -> Record | None:
 def in_line(model: PreTrainedModel) -> Iterator[None]:
     """While ``model`` is saved in here, its config says what its modules compute, and mostly afterwards, too.
 
-    Only where no block is patched any more, the config has its ``"hf_sparse"`` block back afterwards: it may be
-    shared with another model that is patched.
+    Only where no block is patched any more, the config has its ``"hf_sparse"`` block back afterwards: it may
+    be shared with another model that is patched.
 
     Raises:
         PatchError: no config can say it, or this config is not that of the patched model.

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 import hf_sparse
 from hf_sparse import SparsityConfig
-from hf_sparse.activations import is_stock, relu_up
+from hf_sparse.activations import is_stock
 from support.activations import FIELDS
 from triton_ops.activations import TABLE
 
@@ -31,7 +31,7 @@ STOCK_EXPRESSIBLE = {"original", *filter(is_stock, TABLE)}
 @pytest.mark.parametrize("name", CONFIGS)
 def test_round_trip_is_bit_identical(tiny_model, input_ids, tmp_path, name) -> None:
     for model_type in ("llama", "gemma2", "phi", "gpt2"):
-        if relu_up(CONFIGS[name].activation) and model_type in ("phi", "gpt2"):
+        if CONFIGS[name].activation.relu_up and model_type in ("phi", "gpt2"):
             continue
         model = tiny_model(model_type)
         stock = model(input_ids).logits
