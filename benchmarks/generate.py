@@ -71,7 +71,7 @@ def thresholds(model: LlamaForCausalLM, prompt: Tensor, sparsity: float) -> tupl
     # The thresholds of one layer change the input of the next: repeat until they are each other's.
     for _ in range(3):
         if values:
-            hf_sparse.patch(model, hf_sparse.SparsityConfig(activation="fatrelu", threshold=values))
+            hf_sparse.patch(model, "fatrelu", threshold=values)
         blocks, _ = find_blocks(model)
         hooks = [
             block.gate_linear.register_forward_hook(
@@ -155,12 +155,12 @@ def models(args: argparse.Namespace, prompt: Tensor) -> dict[str, LlamaForCausal
     dense = copied(stock)
     sparse = copied(stock, own="down_proj")  # for a layout of its own
     certified = copied(sparse) if args.certify else None
-    config = {"activation": "fatrelu", "threshold": threshold}
-    hf_sparse.patch(dense, hf_sparse.SparsityConfig(**config))
-    hf_sparse.patch(sparse, hf_sparse.SparsityConfig(**config))
+    hf_sparse.patch(dense, "fatrelu", threshold=threshold)
+    hf_sparse.patch(sparse, "fatrelu", threshold=threshold)
     found = {"patched, dense": dense, "stock SiLU": stock, "patched, sparse": sparse}
     if certified is not None:
-        hf_sparse.patch(certified, hf_sparse.SparsityConfig(**config, certify=True))
+        hf_sparse.patch(certified, "fatrelu", threshold=threshold)
+        hf_sparse.prepare(certified, certify=True)
         found["patched, certified"] = certified
     return found
 

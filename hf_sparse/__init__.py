@@ -1,16 +1,20 @@
 """Activation-sparse MLPs for Hugging Face models: patch, finetune, run, measure."""
 
 from hf_sparse._version import __version__
+from hf_sparse.activations import ActivationConfig
 from hf_sparse.config import SparsityConfig
 from hf_sparse.errors import PatchError
 from hf_sparse.hooks import install, uninstall
 from hf_sparse.metrics import SparsityReport, measure
+from hf_sparse.patch_report import PatchReport
 from hf_sparse.patching import inspect, patch, prepare, set_mix, unpatch
 from hf_sparse.tuning import TuneReport, tune
 from triton_ops import backend
 
 __all__ = [
+    "ActivationConfig",
     "PatchError",
+    "PatchReport",
     "SparsityConfig",
     "SparsityReport",
     "TuneReport",

@@ -5,13 +5,17 @@ The block is untrusted input when it comes from a checkpoint; reading it validat
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
+from hf_sparse.activations import is_stock
+from hf_sparse.activations.config import ORIGINAL
+from hf_sparse.checks import MAX_BLOCKS, mapping, shown
 from hf_sparse.config import SparsityConfig
 
 KEY = "hf_sparse"
@@ -23,16 +27,23 @@ class Record:
     """What the block says."""
 
     config: SparsityConfig
-    blocks: int
-    """How many MLP blocks the model has, patched or not; ``layers`` and ``threshold`` count along them."""
+    blocks: int | None
+    """How many MLP blocks the model has, patched or not, where ``config`` tells them apart by their number;
+    None where it says the same of all."""
     field: str
     """The config field that names the activation, such as ``"hidden_act"``."""
     activation: str
     """The value that field had before."""
 
+    @staticmethod
+    def of(config: SparsityConfig, blocks: int, field: str, activation: str) -> Record:
+        """The record of a model with ``blocks`` MLP blocks."""
+        return Record(config, None if config.uniform else blocks, field, activation)
+
     def to_dict(self) -> dict[str, Any]:
+        count = {} if self.blocks is None else {"blocks": self.blocks}
         stock = {"field": self.field, "activation": self.activation}
-        return {**self.config.to_dict(), "blocks": self.blocks, "stock": stock}
+        return {**self.config.to_dict(), **count, "stock": stock}
 
     def write(self, config: PretrainedConfig, *, stock_name: str | None) -> None:
         """Put the block and the activation field into ``config``.
@@ -49,6 +60,33 @@ class Record:
         delattr(config, KEY)
         setattr(config, self.field, self.activation)
 
+    def agree(self, config: PretrainedConfig) -> None:
+        """Refuse an activation field that says something else than the block.
+
+        Raises:
+            ValueError: names both.
+
+        """
+        activation, layers = self.config.activation, self.config.layers
+        may_be = [KEY]
+        if activation.name == ORIGINAL:
+            may_be.append(self.activation)
+        elif is_stock(activation.name) and activation.mix == 1 and not self.config.others:
+            every_block = layers is None or len(layers) == self.blocks
+            if every_block or activation.name == self.activation:
+                may_be.append(activation.name)
+        value = vars(config).get(self.field)
+        if value not in may_be:
+            raise ValueError(
+                f"{self.field}={shown(value)} contradicts it: with {activation} the field says "
+                f"{' or '.join(map(repr, may_be))}. Set it so, or take the block out of the config."
+            )
+
+
+def has(config: PretrainedConfig) -> bool:
+    """Whether ``config`` has the block, whatever it says."""
+    return KEY in vars(config)
+
 
 def read(config: PretrainedConfig) -> Record | None:
     """The record in ``config``, None if there is none.
@@ -57,23 +95,40 @@ def read(config: PretrainedConfig) -> Record | None:
         ValueError: the block is malformed or from a newer version.
 
     """
-    data = getattr(config, KEY, None)
-    if data is None:
+    if not has(config):
         return None
-    try:
-        if not isinstance(data, Mapping):
-            raise ValueError(f"it is a {type(data).__name__}, not a mapping.")
-        rest = dict(data)
-        blocks, stock = rest.pop("blocks", None), rest.pop("stock", None)
-        if type(blocks) is not int or blocks < 1:
-            raise ValueError(f"blocks={blocks!r} is not a positive number of MLP blocks.")
-        if not isinstance(stock, Mapping) or set(stock) != {"field", "activation"}:
-            raise ValueError(f'stock={stock!r} is not {{"field": ..., "activation": ...}}.')
+    with refusing():
+        values = mapping("it", vars(config)[KEY])
+        counted, blocks, stock = "blocks" in values, values.pop("blocks", None), values.pop("stock", None)
+        if stock is None or set(stock := mapping("stock", stock)) != {"field", "activation"}:
+            raise ValueError(f'stock={shown(stock)} is not {{"field": ..., "activation": ...}}.')
         field, activation = stock["field"], stock["activation"]
         if not isinstance(activation, str) or activation == KEY or activation not in ACT2FN:
-            raise ValueError(f"stock activation {activation!r} is not one that transformers knows.")
-        if not isinstance(field, str) or not isinstance(vars(config).get(field), str):
-            raise ValueError(f"stock field {field!r} is not a field of {type(config).__name__}.")
-        return Record(SparsityConfig.from_dict(rest), blocks, field, activation)
+            raise ValueError(f"stock.activation={shown(activation)} is not one that transformers knows.")
+        if not isinstance(field, str) or not names_activation(vars(config).get(field)):
+            raise ValueError(
+                f"stock.field={shown(field)} is no field of {type(config).__name__} that names an activation."
+            )
+        sparsity = SparsityConfig.from_dict(values)
+        if sparsity.uniform and counted:
+            raise ValueError(
+                f"blocks={shown(blocks)} has no meaning in a config that says the same of all blocks; leave "
+                "it out."
+            )
+        if not sparsity.uniform and not (type(blocks) is int and 1 <= blocks <= MAX_BLOCKS):
+            raise ValueError(f"blocks={shown(blocks)} is not the number of MLP blocks of a model.")
+        return Record(sparsity, blocks, field, activation)
+
+
+def names_activation(value: object) -> bool:
+    """Whether a config's field with this value may be the one that names the activation."""
+    return isinstance(value, str) and (value == KEY or value in ACT2FN)
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Errors in here say that it is the block of the config that cannot be used."""
+    try:
+        yield
     except ValueError as error:
         raise ValueError(f'the "{KEY}" block of the model config cannot be used: {error}') from error

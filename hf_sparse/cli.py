@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_sparse._version import __version__
-from hf_sparse.config import ACTIVATIONS, SparsityConfig
+from hf_sparse.activations.config import ACTIVATIONS
+from hf_sparse.config import SparsityConfig
 from hf_sparse.texts import EMBEDDED, evaluation_texts, file_texts
 from triton_ops import AUTO, BACKENDS
 
@@ -92,8 +93,8 @@ def _add_patch(commands: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
     parser.add_argument("--activation", choices=ACTIVATIONS, default="relu", help="default: relu")
-    parser.add_argument("--threshold", type=float, default=0.0, metavar="T", help="of fatrelu, at least 0")
-    parser.add_argument("--shift", type=float, default=0.0, metavar="B", help="of shifted_relu")
+    parser.add_argument("--threshold", type=float, metavar="T", help="of fatrelu, at least 0")
+    parser.add_argument("--shift", type=float, metavar="B", help="of shifted_relu")
     parser.add_argument("--layers", type=int, nargs="+", metavar="I", help="blocks to patch; default: all")
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="where to save; without it nothing is saved"
@@ -103,12 +104,9 @@ def _add_patch(commands: Any) -> None:
 def _patch(arguments: argparse.Namespace, _: list[str]) -> int:
     import hf_sparse
 
-    config = SparsityConfig(
-        activation=arguments.activation,
-        threshold=arguments.threshold,
-        shift=arguments.shift,
-        layers=None if arguments.layers is None else tuple(arguments.layers),
-    )
+    given = {"threshold": arguments.threshold, "shift": arguments.shift, "layers": arguments.layers}
+    fields = {name: value for name, value in given.items() if value is not None}
+    config = SparsityConfig.read(arguments.activation, **fields)
     if arguments.output is not None:
         _require_empty(arguments.output)
     model, tokenizer = _load(arguments.model)

@@ -1,9 +1,12 @@
-"""The transformers methods that ``import hf_sparse`` wraps: patched models load, and are saved, as such.
+"""The transformers methods that ``import hf_sparse`` wraps, so that loading and saving know of a patch.
 
 - ``post_init`` ends every construction: all auto classes, ``from_config``, direct calls, meta skeletons
   before the weights load. When the config carries an ``"hf_sparse"`` block, the sparse blocks are put in
   place first; a config without one passes straight through.
-- ``save_pretrained`` is followed by the README's section on the model.
+- ``_initialize_weights`` gives parameters that a checkpoint lacks their first values; those of ours have
+  theirs from ``reset_parameters``.
+- ``save_pretrained`` first brings the config in line with the modules, and is followed by the README's
+  section on the model.
 - ``_upload_modified_files`` ends every push to the Hub, after transformers has put its own README there.
 """
 
@@ -18,75 +21,101 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from hf_sparse.checkpoint_block import KEY
+from hf_sparse.described import in_line
 from hf_sparse.model_card import write_model_card
+from hf_sparse.modules import ParameterLeaf
 from hf_sparse.patching import patch_from_config
 from hf_sparse.stock import UnpatchedActivation
 
 
 def install() -> None:
-    """Make ``from_pretrained`` rebuild patched models; ``import hf_sparse`` calls this."""
-    if hasattr(PreTrainedModel.post_init, "_hf_sparse_original"):
+    """Make ``from_pretrained`` rebuild patched models, and ``save_pretrained`` save what they compute.
+
+    ``import hf_sparse`` calls this.
+    """
+    if _originals:
         return
-    for name, wrapper in _WRAPPERS.items():
+    for name, around in _AROUND.items():
         original = getattr(PreTrainedModel, name)
-        wrapped = _wrapped(original, wrapper)
-        wrapped._hf_sparse_original = vars(PreTrainedModel).get(name)  # None: inherited
-        setattr(PreTrainedModel, name, wrapped)
+        _originals[name] = vars(PreTrainedModel).get(name)
+        setattr(PreTrainedModel, name, _wrapped(name, original, around))
     ACT2FN[KEY] = UnpatchedActivation
 
 
 def uninstall() -> None:
-    """Put transformers back as it was. Patched models go on working; loading one then fails loudly."""
-    if not hasattr(PreTrainedModel.post_init, "_hf_sparse_original"):
-        return
-    for name in _WRAPPERS:
-        original = vars(PreTrainedModel)[name]._hf_sparse_original
+    """Put transformers back as it was. Patched models go on working; loading one then fails loudly.
+
+    What another tool has wrapped around our wrapper stays, and calls the original through it.
+    """
+    for name, original in _originals.items():
+        if vars(getattr(PreTrainedModel, name)).get("_hf_sparse") != name:
+            continue
         if original is None:
             delattr(PreTrainedModel, name)
         else:
             setattr(PreTrainedModel, name, original)
-    del ACT2FN[KEY]
+    if _originals:
+        _originals.clear()
+        del ACT2FN[KEY]
 
 
-def _wrapped(original: Callable[..., Any], wrapper: Callable[..., Any]) -> Any:
+_originals: dict[str, Any] = {}
+"""While installed, what ``PreTrainedModel`` itself had under each name; None if it inherited it."""
+
+
+def _wrapped(name: str, original: Callable[..., Any], around: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def method(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        return wrapper(original, self, *args, **kwargs)
+    def wrapper(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        # Signatures differ between versions of transformers: as little as possible is named here.
+        call = functools.partial(original, self, *args, **kwargs)
+        return around(call, self, *args, **kwargs) if _originals else call()
 
-    return method
+    vars(wrapper)["_hf_sparse"] = name
+    return wrapper
 
 
-def _post_init(original: Callable[..., None], self: PreTrainedModel) -> None:
-    patch_from_config(self)
-    original(self)
+def _post_init(call: Callable[[], Any], model: PreTrainedModel, *_: Any, **__: Any) -> Any:
+    patch_from_config(model)
+    return call()
+
+
+def _initialize_weights(call: Callable[[], Any], model: PreTrainedModel, *args: Any, **_: Any) -> Any:
+    module = args[0] if args else None
+    if isinstance(module, ParameterLeaf) and not getattr(module, "_is_hf_initialized", False):
+        module.reset_parameters()
+        vars(module)["_is_hf_initialized"] = True  # the model's own rules are for stock modules
+    return call()
 
 
 def _save_pretrained(
-    original: Callable[..., None],
-    self: PreTrainedModel,
+    call: Callable[[], Any],
+    model: PreTrainedModel,
     save_directory: str | os.PathLike[str],
     is_main_process: bool = True,
-    *args: Any,
-    **kwargs: Any,
-) -> None:
-    original(self, save_directory, is_main_process, *args, **kwargs)
-    if is_main_process and os.path.isdir(save_directory):
-        write_model_card(self, save_directory)
+    *_: Any,
+    **__: Any,
+) -> Any:
+    with in_line(model):
+        result = call()
+        if is_main_process and os.path.isdir(save_directory):
+            write_model_card(model, save_directory)
+    return result
 
 
 def _upload(
-    original: Callable[..., Any],
-    self: PreTrainedModel,
+    call: Callable[[], Any],
+    model: PreTrainedModel,
     working_dir: str | os.PathLike[str],
-    *args: Any,
-    **kwargs: Any,
+    *_: Any,
+    **__: Any,
 ) -> Any:
-    write_model_card(self, working_dir)
-    return original(self, working_dir, *args, **kwargs)
+    write_model_card(model, working_dir)
+    return call()
 
 
-_WRAPPERS: dict[str, Callable[..., Any]] = {
+_AROUND: dict[str, Callable[..., Any]] = {
     "post_init": _post_init,
+    "_initialize_weights": _initialize_weights,
     "save_pretrained": _save_pretrained,
     "_upload_modified_files": _upload,
 }

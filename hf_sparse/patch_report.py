@@ -37,6 +37,7 @@ class PatchReport:
             lines.append(f"  {count} x {name} ({form}), {hidden} -> {intermediate} -> {hidden}")
         if self.config is not None:
             lines.append(f"  activation: {self.original_activation} -> {_activation(self.config)}")
+            lines += [f"  {name}: {part}" for name, part in self.config.others]
             loads = f"as {self.stock_name!r}" if self.stock_name else "refused; it needs `import hf_sparse`"
             lines.append(f"  in plain transformers: {loads}")
         for by, count in Counter(filter(None, (replaced_forward(b.module) for b in self.blocks))).items():
@@ -48,13 +49,11 @@ class PatchReport:
 
 def _activation(config: SparsityConfig) -> str:
     details = []
-    if any(config.thresholds):
-        low, high = min(config.thresholds), max(config.thresholds)
-        details.append(f"threshold {low:g}" if low == high else f"thresholds {low:g} to {high:g}")
-    if config.shift:
-        details.append(f"shift {config.shift:g}")
-    if config.mix != 1:
-        details.append(f"mixed in at {config.mix:g}")
-    if config.certify:
-        details.append("certified")
-    return config.activation + (f" ({', '.join(details)})" if details else "")
+    for field, value in config.activation.to_dict().items():
+        if isinstance(value, list):
+            details.append(f"{field}s {min(value):g} to {max(value):g}")
+        elif field == "mix":
+            details.append(f"mixed in at {value:g}")
+        elif field != "name":
+            details.append(f"{field} {value:g}")
+    return config.activation.name + (f" ({', '.join(details)})" if details else "")

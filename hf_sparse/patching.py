@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,15 +11,17 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from hf_sparse import checkpoint_block
-from hf_sparse.activations import build_activation, is_stock, relu_up, row_of
+from hf_sparse.activations import build_activation, row_of
 from hf_sparse.adapters import Block, find_blocks, require_blocks
 from hf_sparse.adapters.block import replaced_forward
 from hf_sparse.checkpoint_block import Record
-from hf_sparse.config import ACTIVATIONS, SparsityConfig
+from hf_sparse.checks import shown
+from hf_sparse.config import SparsityConfig
+from hf_sparse.described import described
 from hf_sparse.errors import PatchError
 from hf_sparse.modules import SparseGatedMLP, SparseMLP, SparsePlainMLP
 from hf_sparse.patch_report import PatchReport
-from hf_sparse.stock import UnpatchedActivation, activation_field, builds_same
+from hf_sparse.stock import UnpatchedActivation, activation_field, sets_activation, stock_name
 
 
 def patch(
@@ -45,23 +47,19 @@ def patch(
         ValueError: a field of the config is out of its range.
 
     """
-    config = _as_config(config, fields)
+    config = SparsityConfig.read(config, **fields)
     base = transformers_model(model)
     blocks, skipped = require_blocks(base)
     chosen = _choose(base, blocks, config)
-    field, original = _stock_activation(base, blocks)
-    new: dict[str, nn.Module] = {copy.name: _stock_block(copy) for b in blocks for copy in (b, *b.spares)}
-    for index, block in enumerate(chosen):
-        for copy in (block, *block.spares):  # the other adapters' copies, for when they are switched to
-            new[copy.name] = _sparse_block(copy, config, index)
-    activations = {f"{b.place}.{b.roles.act}": new[b.name].get_submodule(b.roles.act) for b in blocks}
-    stock_name = _stock_name(base, config, field, original, activations)
+    record = Record.of(config, len(blocks), *_stock_activation(base, blocks))
+    new = _new_modules(blocks, chosen, config)
+    name = stock_name(base, record, {block.place: new[block.name] for block in blocks})
 
     # Everything that can fail has been done; from here on there are only assignments.
-    Record(config, len(blocks), field, original).write(base.config, stock_name=stock_name)
-    _exchange(base, {id(copy.module): new[copy.name] for b in blocks for copy in (b, *b.spares)})
+    record.write(base.config, stock_name=name)
+    _exchange(base, blocks, new)
     patched = [replace(block, module=new[block.name]) for block in chosen]
-    return PatchReport(type(base).__name__, config, patched, skipped, original, stock_name)
+    return PatchReport(type(base).__name__, config, patched, skipped, record.activation, name)
 
 
 def unpatch(model: nn.Module) -> PatchReport:
@@ -76,23 +74,29 @@ def unpatch(model: nn.Module) -> PatchReport:
     if record is None:
         raise PatchError(f"this {type(base).__name__} is not patched: its config has no hf_sparse block.")
     blocks, skipped = find_blocks(base)
-    _exchange(base, {id(copy.module): _stock_block(copy) for b in blocks for copy in (b, *b.spares)})
+    _exchange(base, blocks, _new_modules(blocks, [], record.config))
     record.erase(base.config)
     blocks = [replace(b, module=base.get_submodule(b.name)) for b in blocks]
     return PatchReport(type(base).__name__, None, blocks, skipped, record.activation)
 
 
 def inspect(model: nn.Module) -> PatchReport:
-    """What :func:`patch` would change, or, on a patched model, what is patched. Changes nothing."""
+    """What :func:`patch` would change, or, on a patched model, what is patched. Changes nothing.
+
+    Raises:
+        PatchError: the modules of a patched model were changed to something that no config can say.
+
+    """
     base = transformers_model(model)
     blocks, skipped = find_blocks(base)
     record = checkpoint_block.read(base.config)
+    record = None if record is None else described(base, record)
     if record is None:
         return PatchReport(type(base).__name__, None, blocks, skipped)
     blocks = [block for block in blocks if isinstance(block.module, SparseMLP)]
     value = getattr(base.config, record.field)
-    stock_name = None if value == checkpoint_block.KEY else value
-    return PatchReport(type(base).__name__, record.config, blocks, skipped, record.activation, stock_name)
+    name = None if value == checkpoint_block.KEY else value
+    return PatchReport(type(base).__name__, record.config, blocks, skipped, record.activation, name)
 
 
 def set_mix(model: nn.Module, k: float) -> None:
@@ -109,42 +113,58 @@ def set_mix(model: nn.Module, k: float) -> None:
     record = checkpoint_block.read(base.config)
     if record is None:
         raise PatchError(f"set_mix needs a patched model; this {type(base).__name__} is not patched.")
-    config = replace(record.config, mix=k)
+    config = record.config.changed(activation=record.config.activation.with_mix(k))
     if config == record.config:
         return
     for module in base.modules():
         if isinstance(module, SparseMLP):
-            module.set_mix(config.mix)
-    stock_name = _stock_name(base, config, record.field, record.activation, {})
-    replace(record, config=config).write(base.config, stock_name=stock_name)
+            module.set_mix(config.activation.mix)
+    record = replace(record, config=config)
+    blocks, _ = find_blocks(base)
+    record.write(base.config, stock_name=stock_name(base, record, {b.place: b.module for b in blocks}))
 
 
 def patch_from_config(model: PreTrainedModel) -> None:
     """Patch a model under construction from the block in its config; nothing if it has none.
 
-    Runs for inner models too, which may hold only some of the blocks: those are left to the outer model.
+    Runs for inner models before the outer one, which finds their blocks patched. An inner model may hold only
+    some of the blocks: if the config tells them apart by their number, they are left to the outer model.
 
     Raises:
-        ValueError: the block is malformed.
+        ValueError: the block is malformed, or does not fit the model or the rest of its config.
 
     """
     record = checkpoint_block.read(model.config)
     if record is None:
         return
-    blocks, _ = find_blocks(model)
-    if len(blocks) != record.blocks or any(isinstance(b.module, SparseMLP) for b in blocks):
-        return
-    chosen = _choose(model, blocks, record.config)
-    for block in blocks:  # the config named the new activation; the stock blocks have the original one
-        block.module._modules[block.roles.act] = ACT2FN[record.activation]
-    for module in model.modules():  # what the field feeds beside the MLP blocks, such as a mixer
-        for name, child in module._modules.items():
-            if isinstance(child, UnpatchedActivation):
-                module._modules[name] = ACT2FN[record.activation]
-        for name, value in vars(module).items():
-            if isinstance(value, str) and value == checkpoint_block.KEY:
-                vars(module)[name] = record.activation
-    _exchange(model, {id(b.module): _sparse_block(b, record.config, index) for index, b in enumerate(chosen)})
+    with checkpoint_block.refusing():
+        record.agree(model.config)
+        blocks, _ = find_blocks(model)
+        todo = [block for block in blocks if not isinstance(block.module, SparseMLP)]
+        is_inner = model.base_model is model
+        if not record.config.uniform:
+            if is_inner and len(blocks) != record.blocks:
+                return
+            if record.blocks != len(blocks):
+                raise ValueError(
+                    f"blocks={record.blocks} is not the number of MLP blocks of this {type(model).__name__}, "
+                    f"which is {len(blocks)}; load it with all its layers."
+                )
+            if len(todo) < len(blocks):
+                return
+        if not blocks and not is_inner:
+            require_blocks(model)
+        if not todo:
+            return
+        chosen = _choose(model, todo, record.config)
+        made = {f"{block.name}.{block.roles.act}": block.activation for block in todo}
+        if not sets_activation(model, record.field, made):
+            raise ValueError(
+                f"stock.field={record.field!r} does not set the activation of the MLP blocks of "
+                f"{type(model).__name__}; patch the original model again, and save it."
+            )
+        _put_back(model, todo, record.activation)
+        _exchange(model, todo, _new_modules(todo, chosen, record.config))
 
 
 def prepare(model: nn.Module, *, certify: bool = False) -> None:
@@ -182,24 +202,6 @@ def prepare(model: nn.Module, *, certify: bool = False) -> None:
         module.prepare(certify=certify)
 
 
-def _as_config(config: Any, given: dict[str, Any]) -> SparsityConfig:
-    if isinstance(config, str):
-        return SparsityConfig.from_dict({"activation": config, **given})
-    if given:
-        raise ValueError(
-            f"give {', '.join(given)} in the SparsityConfig, or the activation as a name: "
-            'patch(model, "fatrelu", threshold=0.01).'
-        )
-    if isinstance(config, Mapping):
-        return SparsityConfig.from_dict(config)
-    if not isinstance(config, SparsityConfig):
-        raise ValueError(
-            f"config={config!r} is neither a SparsityConfig nor the name of an activation; "
-            f"choose one of {', '.join(ACTIVATIONS)}."
-        )
-    return config
-
-
 def transformers_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model that ``model`` is, or that PEFT wrapped.
 
@@ -227,27 +229,19 @@ def _choose(model: PreTrainedModel, blocks: list[Block], config: SparsityConfig)
     indices = range(len(blocks)) if config.layers is None else config.layers
     if max(indices) >= len(blocks):
         raise PatchError(
-            f"layers={config.layers} names block {max(indices)}, but {type(model).__name__} has blocks "
-            f"0 to {len(blocks) - 1}."
+            f"layers={shown(config.layers)} names block {max(indices)}, but {type(model).__name__} has "
+            f"blocks 0 to {len(blocks) - 1}."
         )
-    if isinstance(config.threshold, tuple) and len(config.threshold) != len(indices):
-        raise PatchError(
-            f"threshold has {len(config.threshold)} values for {len(indices)} blocks; give one number, or "
-            "one per patched block."
-        )
+    for name, part in config.parts.items():
+        if part.blocks not in (None, len(indices)):
+            raise PatchError(
+                f"{name} has values for {part.blocks} blocks, but {len(indices)} are to be patched; give one "
+                "value, or one per patched block."
+            )
     chosen = [blocks[i] for i in indices]
     for block in chosen:
-        if relu_up(config.activation) and block.form == "plain":
-            raise PatchError(
-                f'activation="{config.activation}" needs a gated MLP, but {block.name} '
-                f'({type(block.module).__name__}) has no gate; use "relu".'
-            )
-        parts = {block.roles.gate, block.roles.up, block.roles.down, block.roles.act}
-        if relu_up(config.activation) and (extra := block.module._modules.keys() - parts):
-            raise PatchError(
-                f'activation="{config.activation}" computes the block itself, but {block.name} also has '
-                f'{", ".join(sorted(extra))}; use "relu".'
-            )
+        for part in config.parts.values():
+            part.check(block)
         if by := replaced_forward(block.module):
             raise PatchError(
                 f"the forward of {block.name} was replaced by {by} (Liger's use_liger_kernel does so), which "
@@ -256,15 +250,28 @@ def _choose(model: PreTrainedModel, blocks: list[Block], config: SparsityConfig)
     return chosen
 
 
+def _new_modules(
+    blocks: Sequence[Block], chosen: Sequence[Block], config: SparsityConfig
+) -> dict[str, nn.Module]:
+    """By name, what comes in the place of ``blocks`` and their spares: of those ``chosen``, sparse blocks."""
+    new = {copy.name: _stock_block(copy) for block in blocks for copy in (block, *block.spares)}
+    for index, block in enumerate(chosen):
+        for copy in (block, *block.spares):  # the other adapters' copies, for when they are switched to
+            new[copy.name] = _sparse_block(copy, config, index)
+    return new
+
+
 def _sparse_block(block: Block, config: SparsityConfig, index: int) -> SparseMLP:
     stock = _stock_block(block)
-    activation = build_activation(config, index, stock.get_submodule(block.roles.act))
+    activation = build_activation(config.activation, index, stock.get_submodule(block.roles.act))
     sparse: SparseMLP
     if block.form == "gated":
-        sparse = SparseGatedMLP(stock, block.roles, activation, relu_up=relu_up(config.activation))
+        sparse = SparseGatedMLP(stock, block.roles, activation, relu_up=config.activation.relu_up)
     else:
         sparse = SparsePlainMLP(stock, block.roles, activation)
-    sparse.set_mix(config.mix)
+    sparse.set_mix(config.activation.mix)
+    for _, part in config.others:
+        part.build(sparse, index)
     return sparse
 
 
@@ -272,13 +279,13 @@ def _stock_block(block: Block) -> nn.Module:
     return block.module.restore() if isinstance(block.module, SparseMLP) else block.module
 
 
-def _stock_activation(model: PreTrainedModel, blocks: list[Block]) -> tuple[str, str]:
+def _stock_activation(model: PreTrainedModel, blocks: Sequence[Block]) -> tuple[str, str]:
     """The config field that names the activation, and its stock value."""
     record = checkpoint_block.read(model.config)
     if record is not None:
         return record.field, record.activation
     names = [f"{block.place}.{block.roles.act}" for block in blocks]
-    field = activation_field(model, model.config, names)
+    field = activation_field(model, names)
     if field is None:
         raise PatchError(
             f"no field of {type(model.config).__name__} sets the activation of the MLP blocks, so a saved "
@@ -288,28 +295,23 @@ def _stock_activation(model: PreTrainedModel, blocks: list[Block]) -> tuple[str,
     return field, getattr(model.config, field)
 
 
-def _stock_name(
-    model: PreTrainedModel,
-    config: SparsityConfig,
-    field: str,
-    original: str,
-    activations: Mapping[str, nn.Module],
-) -> str | None:
-    """The activation name with which stock transformers builds the very model, None if there is none.
-
-    ``activations``: by qualified name, those that are about to be put into ``model``.
-    """
-    if config.activation == "original":
-        return original
-    if not is_stock(config.activation) or config.mix != 1:
-        return None
-    same = builds_same(model, model.config, field, config.activation, activations)
-    return config.activation if same else None
+def _put_back(model: nn.Module, blocks: Sequence[Block], activation: str) -> None:
+    """Stock activations where the config named the new one, in ``blocks`` and in whatever else it feeds."""
+    for block in blocks:
+        block.module._modules[block.roles.act] = ACT2FN[activation]
+    for module in model.modules():  # such as a mixer
+        for name, child in module._modules.items():
+            if isinstance(child, UnpatchedActivation):
+                module._modules[name] = ACT2FN[activation]
+        for name, value in vars(module).items():
+            if isinstance(value, str) and value == checkpoint_block.KEY:
+                vars(module)[name] = activation
 
 
-def _exchange(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
-    """Put ``new[id(old)]`` wherever ``old`` is registered; a block may be shared by several owners."""
+def _exchange(model: nn.Module, blocks: Sequence[Block], new: Mapping[str, nn.Module]) -> None:
+    """Put ``new[name]`` wherever a block or spare of that name is; it may be shared by several owners."""
+    exchanged = {id(copy.module): new[copy.name] for block in blocks for copy in (block, *block.spares)}
     for owner in list(model.modules()):
         for name, child in owner._modules.items():
-            if child is not None and id(child) in new:
-                owner._modules[name] = new[id(child)]
+            if child is not None and id(child) in exchanged:
+                owner._modules[name] = exchanged[id(child)]

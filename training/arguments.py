@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from recipe import Recipe, check_keys
+from recipe import Recipe, check_keys, check_renamed
 
 DESCRIPTION = """\
 Finetune a pretrained causal language model for activation sparsity: substitute the activation of its MLP
@@ -31,6 +31,7 @@ examples:
   python training/finetune.py --config training/recipes/relu.yaml --model ./my-model --dataset ./my-texts
   accelerate launch --num_processes 8 training/finetune.py --config training/recipes/prosparse.yaml
   accelerate launch training/finetune.py --config training/recipes/relu.yaml --learning-rate 1e-4 --resume
+  python training/finetune.py --patch '{activation: {name: fatrelu, threshold: 0.1}}' --model ./my-model
 
 docs/training.md tells the rest."""
 
@@ -41,10 +42,14 @@ def parse_recipe(argv: Sequence[str] | None = None) -> Recipe:
     Ends the program with a message and status 2 on a mistake, as argparse does.
     """
     parser = build_parser()
-    words = [_dashed(word) for word in (sys.argv[1:] if argv is None else argv)]
-    given = {k: v for k, v in vars(parser.parse_args(words)).items() if v is not MISSING}
+    line = [_with_dashes(argument) for argument in (sys.argv[1:] if argv is None else argv)]
+    arguments, rest = parser.parse_known_args(line)
+    given = {k: v for k, v in vars(arguments).items() if v is not MISSING}
     config = given.pop("config", None)
     try:
+        check_renamed([a.partition("=")[0][2:].replace("-", "_") for a in rest if a.startswith("--")], "--")
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
         return Recipe(**{**(load_yaml(config) if config else {}), **given})
     except (ValueError, OSError) as error:
         parser.error(str(error))
@@ -72,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of finetune.py: one option per field of Recipe, and ``--config``."""
     parser = argparse.ArgumentParser(
         prog="finetune.py",
-        usage="finetune.py [--config FILE] [--FIELD VALUE ...]",
+        usage="finetune.py [--config FILE] [--OPTION VALUE ...]",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -92,18 +97,20 @@ def build_parser() -> argparse.ArgumentParser:
             group = parser.add_argument_group(headings[f.name])
         default = f.default if f.default is not MISSING else []
         text = f"{documentation[f.name]} Default: {_shown(default)}".replace("%", "%%")
-        group.add_argument(_dashed(f"--{f.name}"), help=text, **_option(hints[f.name]))
+        group.add_argument(_with_dashes(f"--{f.name}"), help=text, **_option(f.name, hints[f.name]))
     return parser
 
 
-def _dashed(word: str) -> str:
-    """``--max_steps`` as ``--max-steps``: the fields of a recipe file may be written as options."""
-    option, equals, value = word.partition("=")
-    return f"{option.replace('_', '-')}{equals}{value}" if word.startswith("--") else word
+def _with_dashes(argument: str) -> str:
+    """An option, with dashes in its name; underscores, as in YAML, are as good. Values stay as they are."""
+    name, equals, value = argument.partition("=")
+    return f"{name.replace('_', '-')}{equals}{value}" if name.startswith("--") else argument
 
 
-def _option(hint: Any) -> dict[str, Any]:
-    """Argparse keywords for a field's type."""
+def _option(name: str, hint: Any) -> dict[str, Any]:
+    """Argparse keywords for a field."""
+    if name == "patch":
+        return {"type": _flow, "metavar": "CONFIG"}
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
@@ -114,6 +121,18 @@ def _option(hint: Any) -> dict[str, Any]:
     if origin is types.UnionType:
         return {"type": lambda text: None if text.lower() == "none" else text, "metavar": "TEXT"}
     return {"type": hint, "metavar": {str: "TEXT", int: "N", float: "X"}[hint]}
+
+
+def _flow(text: str) -> Any:
+    """A name, or a mapping in YAML's one-line form."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        problem = " ".join(str(error).split())
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a name nor a mapping such as '{{activation: {{name: fatrelu, threshold: "
+            f"0.1}}}}': {problem}"
+        ) from None
 
 
 def _shown(default: Any) -> str:

@@ -80,9 +80,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             say(f"original model: perplexity {original.perplexity:.2f}, sparsity {original.sparsity:.1%}")
 
     # The change: another activation, in place. The dense baseline stays as it is.
-    if recipe.activation != "original":
-        mix = schedule_at(recipe, done or 1)["mix"]
-        say(hf_sparse.patch(model, recipe.sparsity_config(mix=mix)))
+    config = recipe.sparsity_config(mix=schedule_at(recipe, done or 1)["mix"])
+    if config is not None:
+        say(hf_sparse.patch(model, config))
     if recipe.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     model, optimizer = accelerator.prepare(model, build_optimizer(recipe, model))

@@ -119,7 +119,7 @@ def schedule_at(recipe: Recipe, step: int) -> dict[str, float]:
     return {
         "learning_rate": recipe.learning_rate * share,
         "l1_coefficient": recipe.l1_schedule().at(step),
-        "mix": linear_mix(step, recipe.mix * recipe.max_steps),
+        "mix": linear_mix(step, recipe.mix_until * recipe.max_steps),
     }
 
 
@@ -129,7 +129,7 @@ def _update(run: Run, penalty: L1Penalty | None, batch: Batch, step: int) -> dic
     now = schedule_at(recipe, step)
     for group in run.optimizer.param_groups:
         group["lr"] = now["learning_rate"]
-    if recipe.mix:
+    if recipe.mix_until:
         hf_sparse.set_mix(accelerator.unwrap_model(run.model), now["mix"])
 
     micro_batches = batch.input_ids.to(accelerator.device).split(recipe.micro_batch)

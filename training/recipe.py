@@ -9,16 +9,15 @@ from __future__ import annotations
 import math
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from hf_sparse.config import ACTIVATIONS, SparsityConfig
+from hf_sparse.activations.config import ORIGINAL
+from hf_sparse.config import SparsityConfig
 from hf_sparse.schedules import SineStages
 
-if typing.TYPE_CHECKING:
-    Activation = str
-else:
-    Activation = Literal[ACTIVATIONS]
+_DENSE = "none"
 
 
 def _free(default: Any) -> Any:
@@ -43,16 +42,11 @@ class Recipe:
     """Branch, tag or commit of a Hub model; none means its main branch."""
 
     # ---- sparsity
-    activation: Activation = "relu"
-    """Activation to substitute in the MLP blocks; "original" trains the dense baseline."""
+    patch: str | dict[str, Any] = "relu"
+    """What the model is patched with: the name of an activation, or all of a SparsityConfig, such as
+    {activation: {name: fatrelu, threshold: 0.01}, layers: [0, 1]}. none trains the dense baseline."""
 
-    threshold: float = 0.0
-    """Threshold of activation fatrelu, at least 0, in units of the pre-activation."""
-
-    shift: float = 0.0
-    """Shift of activation shifted_relu, in units of the pre-activation."""
-
-    mix: float = 0.0
+    mix_until: float = 0.0
     """Fraction of max_steps over which the original activation is mixed out, linearly; 0 swaps at once."""
 
     l1_start: float = 0.0
@@ -176,6 +170,7 @@ class Recipe:
     """Show a progress bar."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "patch", _patch(self.patch))
         hints = typing.get_type_hints(type(self))
         for f in fields(self):
             _check_type(f.name, getattr(self, f.name), hints[f.name])
@@ -193,7 +188,7 @@ class Recipe:
             "log_every",
         ]:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "it must be at least 1")
-        for name in ("mix", "l1_start", "warmup", "final_learning_rate", "holdout"):
+        for name in ("mix_until", "l1_start", "warmup", "final_learning_rate", "holdout"):
             _require(
                 0 <= getattr(self, name) <= 1, name, getattr(self, name), "it must be a fraction, 0 to 1"
             )
@@ -221,26 +216,28 @@ class Recipe:
             self.l1_boundaries,
             "they are fractions of max_steps, 0 to 1",
         )
-        if self.activation == "original" and (self.mix or self.has_l1):
-            wrong = "mix" if self.mix else "l1_targets"
+        if self.patch == _DENSE and (self.mix_until or self.has_l1):
+            wrong = "mix_until" if self.mix_until else "l1_targets"
             raise ValueError(
-                f"{wrong}={getattr(self, wrong)!r} has no meaning for activation='original', the dense "
-                "baseline; leave it out or choose another activation."
+                f"{wrong}={getattr(self, wrong)!r} has no meaning with patch={_DENSE!r}, the dense baseline; "
+                "leave it out or choose an activation."
             )
         try:
             SineStages(tuple(self.l1_boundaries), tuple(self.l1_targets), self.l1_start)
         except ValueError as error:
             raise ValueError(f"l1_boundaries, l1_targets, l1_start: {error}") from None
-        self.sparsity_config()
 
     @property
     def has_l1(self) -> bool:
         """Whether the L1 coefficient is ever above 0."""
         return self.l1_scale > 0 and any(t > 0 for t in self.l1_targets)
 
-    def sparsity_config(self, mix: float = 1.0) -> SparsityConfig:
-        """What the model is patched with."""
-        return SparsityConfig(activation=self.activation, threshold=self.threshold, shift=self.shift, mix=mix)
+    def sparsity_config(self, mix: float = 1.0) -> SparsityConfig | None:
+        """What the model is patched with, at a share ``mix`` of the new activation; None: it stays dense."""
+        if self.patch == _DENSE:
+            return None
+        config = SparsityConfig.read(self.patch)
+        return config.changed(activation=config.activation.with_mix(mix))
 
     def l1_schedule(self) -> SineStages:
         """The L1 coefficient as a function of the step, with ``l1_scale`` applied."""
@@ -270,8 +267,48 @@ def check_keys(values: dict[str, Any], where: str) -> None:
 
     """
     known = [f.name for f in fields(Recipe)]
+    check_renamed(values, f"{where}: ")
     if unknown := sorted(str(k) for k in values.keys() - set(known)):
         raise ValueError(f"{where}: unknown fields {', '.join(unknown)}; known fields: {', '.join(known)}.")
+
+
+_RENAMED = {
+    "activation": "patch, such as `patch: relu` (on the command line `--patch relu`)",
+    "threshold": "patch, such as `patch: {activation: {name: fatrelu, threshold: 0.01}}`",
+    "shift": "patch, such as `patch: {activation: {name: shifted_relu, shift: 0.1}}`",
+    "mix": "mix_until, the fraction of max_steps over which it grows",
+}
+
+
+def check_renamed(names: Iterable[str], before: str) -> None:
+    """Refuse names that stand for a field of another name.
+
+    Raises:
+        ValueError: says which field; the message begins with ``before`` and the name.
+
+    """
+    for name in names:
+        if name in _RENAMED:
+            raise ValueError(f"{before}{name} is no field of a recipe; it is part of {_RENAMED[name]}.")
+
+
+def _patch(value: Any) -> str | dict[str, Any]:
+    """The shortest form of what stands for a SparsityConfig; ``"none"`` for the dense baseline."""
+    if value is None or value == _DENSE:
+        return _DENSE
+    try:
+        config = SparsityConfig.read(value)
+        if config.activation.mix != 1:
+            raise ValueError(
+                f"activation.mix={config.activation.mix} is not for a recipe; mix_until says until when the "
+                "original activation is mixed out."
+            )
+    except ValueError as error:
+        raise ValueError(f"patch: {error}") from None
+    given = {k: v for k, v in config.to_dict().items() if k != "format_version" and v is not None}
+    if given == {"activation": {"name": ORIGINAL}}:
+        return _DENSE
+    return config.activation.name if given == {"activation": {"name": config.activation.name}} else given
 
 
 def _default(name: str) -> Any:
@@ -285,6 +322,8 @@ def _require(ok: bool, name: str, value: Any, mend: str) -> None:
 
 def _check_type(name: str, value: Any, hint: Any) -> None:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if name == "patch":
+        return  # SparsityConfig has checked it
     if origin is Literal:
         _require(value in arguments, name, value, f"choose one of {', '.join(arguments)}")
     elif origin is list:

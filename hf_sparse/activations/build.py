@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import nn
 from transformers.activations import ACT2CLS, ReLUSquaredActivation
 
 from hf_sparse.activations.relu_family import FATReLU, JSReLU, ShiftedReLU
-from hf_sparse.config import SparsityConfig
 from triton_ops.activations import TABLE
+
+if TYPE_CHECKING:
+    from hf_sparse.activations.config import ActivationConfig
 
 MODULES: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -26,15 +30,14 @@ ReLU and squared ReLU are the classes that transformers builds, so that a model 
 _NAMES = {(cls, TABLE[name].relu_up): name for name, cls in MODULES.items()}
 
 
-def build_activation(config: SparsityConfig, index: int, original: nn.Module) -> nn.Module:
-    """The activation of the ``index``-th patched block; ``original`` is the block's own."""
-    if config.activation == "original":
+def build_activation(config: ActivationConfig, index: int, original: nn.Module) -> nn.Module:
+    """The activation of the ``index``-th patched block, not mixed; ``original`` is the block's own."""
+    if config.name not in MODULES:
         return original
-    parameter = TABLE[config.activation].parameter
-    if parameter is None:
-        return MODULES[config.activation]()
-    value = getattr(config, parameter.name)
-    return MODULES[config.activation](value[index] if isinstance(value, tuple) else value)
+    if TABLE[config.name].parameter is None:
+        return MODULES[config.name]()
+    value = config.parameter
+    return MODULES[config.name](value[index] if isinstance(value, tuple) else value)
 
 
 def row_of(activation: nn.Module, *, relu_up: bool = False) -> tuple[str, float] | None:

@@ -21,6 +21,7 @@ from hf_sparse.adapters.roles import Roles
 from hf_sparse.modules.certified import Certified
 from hf_sparse.modules.guarded import GuardedModule
 from hf_sparse.modules.hooked import carry_device_hook
+from hf_sparse.modules.leaf import ParameterLeaf
 from hf_sparse.modules.ownership import give_back, held_elsewhere, lend, shares_nothing
 from triton_ops import DENSE, Certificate
 from triton_ops.problem import Form
@@ -78,6 +79,11 @@ class SparseMLP(GuardedModule):
         carry_device_hook(stock, self)
 
     @property
+    def stock(self) -> nn.Module:
+        """The block that this one stands for, with the children that it had."""
+        return self._stock[0]
+
+    @property
     def stock_class(self) -> type[nn.Module]:
         return type(self._stock[0])
 
@@ -108,7 +114,7 @@ class SparseMLP(GuardedModule):
         self.disclose()
         (stock,) = self._stock
         for name, child in self._modules.items():
-            if name != self.roles.act:
+            if name != self.roles.act and not isinstance(child, ParameterLeaf):
                 stock._modules[name] = child
         stock.training = self.training
         carry_device_hook(self, stock)

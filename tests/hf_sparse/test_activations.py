@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from hf_sparse import SparsityConfig
+from hf_sparse import ActivationConfig
 from hf_sparse.activations import MODULES, FATReLU, build_activation, relu_up, row_of
-from hf_sparse.config import ACTIVATIONS
+from hf_sparse.activations.config import ACTIVATIONS
 from support.activations import FIELDS, points
 from triton_ops.activations import TABLE
 
 
 def module(name: str) -> nn.Module:
-    return build_activation(SparsityConfig(activation=name, **FIELDS[name]), 0, nn.SiLU())
+    return build_activation(ActivationConfig(name=name, **FIELDS[name]), 0, nn.SiLU())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

@@ -35,7 +35,10 @@ def test_push_and_load(tiny_model, input_ids, tmp_path) -> None:
     with LoopbackHub() as hub:
         hub.run(PUSH, str(tmp_path / "stock"), home=tmp_path / "author")
         pushed = hub.repositories["me/llama-sparse"]
-        assert json.loads(pushed["config.json"])["hf_sparse"]["threshold"] == 0.1
+        assert json.loads(pushed["config.json"])["hf_sparse"]["activation"] == {
+            "name": "fatrelu",
+            "threshold": 0.1,
+        }
         assert "model.safetensors" in pushed
         said = hub.run(LOAD, str(tmp_path / "ids.pt"), str(tmp_path / "logits.pt"), home=tmp_path / "user")
     hf_sparse.patch(model, "fatrelu", threshold=0.1)

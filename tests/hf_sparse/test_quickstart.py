@@ -33,7 +33,7 @@ def test_the_numbers_are_those_of_the_saved_model(run):
     result, _ = run
     model = AutoModelForCausalLM.from_pretrained(result.output / "finetune" / "final")
     assert len(hf_sparse.inspect(model).blocks) == 5
-    assert model.config.hf_sparse["activation"] == "relu"
+    assert model.config.hf_sparse["activation"] == {"name": "relu"}
     report = hf_sparse.measure(model, python_corpus().held_out, max_tokens=2048)
     assert [layer.zeros for layer in report.layers] == [layer.zeros for layer in result.after.layers]
     assert report.loss == pytest.approx(result.after.loss, rel=1e-6)

@@ -14,16 +14,16 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 import hf_sparse
 from hf_sparse import SparsityConfig
-from hf_sparse.activations import is_stock, relu_up
+from hf_sparse.activations import is_stock
 from support.activations import FIELDS
 from triton_ops.activations import TABLE
 
 CONFIGS = {
-    **{name: SparsityConfig(activation=name, **FIELDS[name]) for name in TABLE},
+    **{name: SparsityConfig.read(name, **FIELDS[name]) for name in TABLE},
     "original": SparsityConfig(activation="original"),
-    "thresholds": SparsityConfig(activation="fatrelu", threshold=(0.1, 1 / 3, 0.2)),
+    "thresholds": SparsityConfig.read("fatrelu", threshold=(0.1, 1 / 3, 0.2)),
     "some_layers": SparsityConfig(layers=(0, 2)),
-    "mixed": SparsityConfig(activation="jsrelu", mix=0.3),
+    "mixed": SparsityConfig.read("jsrelu", mix=0.3),
 }
 STOCK_EXPRESSIBLE = {"original", *filter(is_stock, TABLE)}
 
@@ -31,7 +31,7 @@ STOCK_EXPRESSIBLE = {"original", *filter(is_stock, TABLE)}
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi", "gpt2"])
 def test_round_trip_is_bit_identical(tiny_model, input_ids, tmp_path, family, name) -> None:
-    if relu_up(CONFIGS[name].activation) and family in ("phi", "gpt2"):
+    if CONFIGS[name].activation.relu_up and family in ("phi", "gpt2"):
         with pytest.raises(hf_sparse.PatchError, match="needs a gated MLP"):
             hf_sparse.patch(tiny_model(family), CONFIGS[name])
         return
@@ -147,10 +147,10 @@ def test_part_of_a_model_fails_loudly_when_run(tiny_model, input_ids, tmp_path) 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"activation": "evil"}, "activation='evil'"),
+        ({"activation": "evil"}, "activation.name='evil'"),
         ({"format_version": 99}, "format_version=99"),
         ({"surprise": 1}, "surprise"),
-        ({"certify": None}, "certify=None"),
+        ({"certify": None}, "unknown fields in the config: certify"),
         ({"blocks": -1}, "blocks=-1"),
         ({"stock": {"field": "__class__", "activation": "silu"}}, "__class__"),
         ({"stock": {"field": "hidden_act", "activation": "os.system"}}, "os.system"),

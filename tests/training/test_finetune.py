@@ -38,7 +38,7 @@ def test_train_save_reload(command, in_process, tmp_path, tokenizer):
     assert 0.3 < first["sparsity"] < 0.7
 
     model = AutoModelForCausalLM.from_pretrained(output / "final", dtype=torch.float32)
-    assert hf_sparse.inspect(model).config.activation == "relu"
+    assert hf_sparse.inspect(model).config.activation.name == "relu"
     report = measure(model, held_out_batches(line, tokenizer))
     assert report.loss == pytest.approx(last["loss"], rel=1e-6)
     assert report.perplexity == pytest.approx(last["perplexity"], rel=1e-6)
@@ -48,7 +48,7 @@ def test_train_save_reload(command, in_process, tmp_path, tokenizer):
 
 def test_the_log_has_every_step_and_setting(command, in_process, tmp_path):
     output = tmp_path / "run"
-    in_process(command(output, max_steps=10, log_every=4, warmup=0.2, mix=0.4))
+    in_process(command(output, max_steps=10, log_every=4, warmup=0.2, mix_until=0.4))
     train = records(output, "train")
     assert [r["step"] for r in train] == [4, 8, 10]
     assert [r["tokens"] for r in train] == [4 * 128, 8 * 128, 10 * 128]
@@ -69,7 +69,7 @@ def test_l1_raises_sparsity_over_plain_substitution_on_the_same_tokens(command, 
 
 
 def test_the_dense_baseline_is_the_stock_model(command, in_process, tmp_path):
-    in_process(command(tmp_path / "run", activation="original"))
+    in_process(command(tmp_path / "run", patch="none"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/final")
     assert model.config.hidden_act == "silu"
     assert not hasattr(model.config, "hf_sparse")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import yaml
 from arguments import build_parser, load_yaml, parse_recipe
 from recipe import Recipe
 
+from hf_sparse import SparsityConfig
+
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "training" / "recipes").glob("*.yaml"))
 
@@ -16,7 +19,14 @@ RECIPES = sorted((ROOT / "training" / "recipes").glob("*.yaml"))
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"activation": "gelu"}, r"activation='gelu'.*relu2"),
+        ({"patch": "gelu"}, r"patch: activation\.name='gelu'.*relu2"),
+        (
+            {"patch": {"activation": {"name": "fatrelu", "threshold": -1}}},
+            r"patch: activation\.threshold=-1\.0",
+        ),
+        ({"patch": {"activation": {"name": "relu", "mix": 0.5}}}, r"patch: activation\.mix=0.5.*mix_until"),
+        ({"patch": {"treshold": 1}}, "patch: unknown fields in the config: treshold"),
+        ({"patch": 3}, "patch: config=3 is neither"),
         ({"max_steps": 0}, "max_steps=0.*at least 1"),
         ({"max_steps": 10.5}, "max_steps=10.5.*whole number"),
         ({"learning_rate": "fast"}, "learning_rate='fast'.*finite number"),
@@ -26,12 +36,15 @@ RECIPES = sorted((ROOT / "training" / "recipes").glob("*.yaml"))
         ({"l1_targets": [1.0]}, "boundaries has 0 values and targets 1"),
         ({"l1_boundaries": [0.5, 2.0], "l1_targets": [1.0, 1.0]}, "l1_boundaries.*fractions"),
         ({"l1_boundaries": [0.5, 0.4], "l1_targets": [1.0, 1.0]}, "do not rise"),
-        ({"activation": "original", "mix": 0.5}, "mix=0.5.*dense baseline"),
+        ({"patch": "none", "mix_until": 0.5}, "mix_until=0.5.*dense baseline"),
         (
-            {"activation": "original", "l1_boundaries": [1.0], "l1_targets": [1.0]},
+            {"patch": "original", "l1_boundaries": [1.0], "l1_targets": [1.0]},
             r"l1_targets=\[1.0\].*dense baseline",
         ),
-        ({"threshold": 0.1}, 'threshold=0.1 has no meaning.*"fatrelu"'),
+        (
+            {"patch": {"activation": {"name": "relu", "threshold": 0.1}}},
+            r"patch: activation\.threshold=0.1 has no meaning.*'fatrelu'",
+        ),
         ({"eval_tokens": 10}, "eval_tokens=10.*sequence_length=1024"),
         ({"resume": "yes"}, "resume='yes'.*bool"),
         ({"revision": 3}, "revision=3.*text or none"),
@@ -46,7 +59,7 @@ def test_a_bad_field_is_refused_by_name_value_and_mend(changes, message):
 def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path):
     file = tmp_path / "r.yaml"
     file.write_text("learning_rate: 1e-4\nmax_steps: 7\nl1_boundaries: [0.5, 1]\nl1_targets: [1e-2, 2]\n")
-    recipe = parse_recipe(["--config", str(file), "--max_steps", "9", "--l1_targets", "3", "4", "--resume"])
+    recipe = parse_recipe(["--config", str(file), "--max-steps", "9", "--l1_targets", "3", "4", "--resume"])
     assert recipe.learning_rate == 1e-4
     assert recipe.max_steps == 9
     assert recipe.l1_targets == [3.0, 4.0]
@@ -58,6 +71,7 @@ def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path)
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        ("activation: relu\n", "activation is no field of a recipe; it is part of patch"),
         ("learning_rat: 1\n", "unknown fields learning_rat; known fields: .*learning_rate"),
         ("just text", "field: value"),
         ("a: [1", "not valid YAML"),
@@ -80,10 +94,64 @@ def test_mistakes_on_the_command_line_end_with_a_message_not_a_traceback(capsys)
 def test_every_field_is_documented_in_the_help():
     text = build_parser().format_help()
     for field in fields(Recipe):
-        assert f"--{field.name}" in text
+        assert f"--{field.name.replace('_', '-')}" in text
     assert "examples:" in text
     for heading in ("model:", "sparsity:", "data:", "optimisation:", "evaluation:", "output:"):
         assert heading in text
+
+
+@pytest.mark.parametrize(
+    ("given", "kept", "config"),
+    [
+        ("relu", "relu", SparsityConfig()),
+        ("none", "none", None),
+        ("original", "none", None),
+        ("{activation: jsrelu}", "jsrelu", SparsityConfig.read("jsrelu")),
+        (
+            "{activation: {name: fatrelu, threshold: 1e-2}, layers: [1, 0]}",
+            {"activation": {"name": "fatrelu", "threshold": 0.01}, "layers": [0, 1]},
+            SparsityConfig.read("fatrelu", threshold=0.01, layers=[0, 1]),
+        ),
+    ],
+)
+def test_patch_is_a_sparsity_config_in_the_file_and_on_the_command_line(tmp_path, given, kept, config):
+    (tmp_path / "r.yaml").write_text(f"patch: {given}\n")
+    for line in (["--patch", given], [f"--patch={given}"], ["--config", str(tmp_path / "r.yaml")]):
+        recipe = parse_recipe(line)
+        assert recipe.patch == kept
+        assert recipe.sparsity_config() == config
+    again = Recipe(**json.loads(json.dumps(recipe.to_dict())))
+    assert again == recipe
+    assert again.changed(recipe.to_dict()) == []
+    if config is not None:
+        assert recipe.sparsity_config(mix=0.5).activation.mix == 0.5
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["--activation", "relu"], "--activation is no field of a recipe; it is part of patch"),
+        (["--threshold=0.1"], "fatrelu, threshold"),
+        (["--mix", "0.1"], "mix_until"),
+        (["--max-stepz", "1"], "unrecognized arguments: --max-stepz"),
+        (["--patch", "{activation: [relu"], "neither a name nor a mapping"),
+        (["--patch", "fatrelu2"], "patch: activation.name='fatrelu2' is not known"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_named(line, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_recipe(line)
+    assert end.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_options_have_dashes_and_underscores_are_as_good():
+    dashes = parse_recipe(["--max-steps", "7", "--output-dir=a_b--c_d", "--no-gradient-checkpointing"])
+    assert dashes == parse_recipe(
+        ["--max_steps", "7", "--output_dir=a_b--c_d", "--no-gradient_checkpointing"]
+    )
+    assert (dashes.max_steps, dashes.output_dir) == (7, "a_b--c_d")
+    assert "_" not in "".join(re.findall(r"--[a-z][-_a-z0-9]*", build_parser().format_usage()))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
@@ -106,7 +174,7 @@ def test_recipes_that_are_compared_train_on_the_same_tokens():
     )
     for other in (relu, prosparse):
         differing = {c.split(":")[0] for c in other.changed(dense.to_dict())}
-        assert differing <= {"activation", "l1_start", "l1_boundaries", "l1_targets"}
+        assert differing <= {"patch", "l1_start", "l1_boundaries", "l1_targets"}
 
 
 def test_a_changed_field_matters_or_not():

@@ -22,7 +22,7 @@ FIELDS = {
     "eval_every": 16,
     "log_every": 3,
     "micro_batch": 3,
-    "mix": 0.25,
+    "mix_until": 0.25,
     "l1_start": 0.2,
     "l1_boundaries": [0.5, 1.0],
     "l1_targets": [0.5, 2.0],

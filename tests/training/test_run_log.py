@@ -43,12 +43,12 @@ def test_other_processes_write_nothing(tmp_path):
 
 
 def test_runs_are_compared(command, in_process, tmp_path):
-    for name, activation in (("dense", "original"), ("sparse", "relu")):
-        in_process(command(tmp_path / name, activation=activation))
+    for name, patch in (("dense", "none"), ("sparse", "relu")):
+        in_process(command(tmp_path / name, patch=patch))
     script = [sys.executable, str(TRAINING / "compare.py")]
     result = tmp_path / "out" / "result.json"
     printed = run([*script, str(tmp_path / "dense"), str(tmp_path / "sparse"), "--json", str(result)])
-    assert "activation: dense original; sparse relu" in printed
+    assert "patch: dense none; sparse relu" in printed
     dense, sparse = json.loads(result.read_text())["runs"]
     assert dense["tokens"] == sparse["tokens"] == 12 * 128
     assert dense["evaluations"][-1]["sparsity"] == 0 < sparse["evaluations"][-1]["sparsity"]

@@ -1,0 +1,72 @@
+"""What a part of a :class:`~hf_sparse.SparsityConfig` has to answer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import nn
+
+from hf_sparse.errors import PatchError
+
+if TYPE_CHECKING:
+    from hf_sparse.adapters import Block
+
+Self = TypeVar("Self", bound="Part")
+
+
+class Part(ABC):
+    """One thing that the MLP blocks of a model compute, configured beside the code that computes it.
+
+    A part is a frozen dataclass with its own validation. ``hf_sparse.config.PARTS`` names it; that entry is
+    all that the rest of the package needs. What belongs to a block as parameters is a
+    :class:`~hf_sparse.modules.ParameterLeaf`, a child of the block with the name of the part.
+    """
+
+    @classmethod
+    @abstractmethod
+    def read(cls: type[Self], value: Any) -> Self:
+        """The part from what :meth:`to_dict` gave, as untrusted input, or from a short form of it.
+
+        Raises:
+            ValueError: names the field, its value and the mend.
+
+        """
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; without fields that have their default."""
+
+    @property
+    def blocks(self) -> int | None:
+        """How many blocks its values are for; None if all are alike."""
+        return None
+
+    def arranged(self: Self, order: Sequence[int]) -> Self:
+        """With the values of its blocks in another order."""
+        return self
+
+    def check(self, block: Block) -> None:  # noqa: B027 - most parts suit every block
+        """Refuse a block that cannot take this part.
+
+        Raises:
+            PatchError: says why, and what to do.
+
+        """
+
+    def build(self, mlp: nn.Module, index: int) -> None:  # noqa: B027 - the activation is built with the block
+        """Put what this part is into ``mlp``, the sparse block of the ``index``-th patched block."""
+
+    def found_in(self: Self, blocks: Sequence[Block]) -> Self:
+        """The part as it is in ``blocks``, those that are patched now, in their order.
+
+        Raises:
+            PatchError: that cannot be said.
+
+        """
+        if self.blocks not in (None, len(blocks)):
+            raise PatchError(
+                f"{type(self).__name__} has values for {self.blocks} blocks, but {len(blocks)} are patched."
+            )
+        return self
