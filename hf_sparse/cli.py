@@ -203,12 +203,15 @@ def _add_tune(commands: Any) -> None:
     parser.add_argument("model", metavar="MODEL", help="a patched model: a Hub id or a local folder")
     _add_text(parser, "default: none, and the table is for layers of unknown density", 4096)
     parser.add_argument("--force", action="store_true", help="measure again what was measured before")
+    parser.add_argument("--certify", action="store_true", help="measure what certificates add, too")
 
 
 def _tune(arguments: argparse.Namespace, _: list[str]) -> int:
     import hf_sparse
 
     model, tokenizer = _load(arguments.model)
+    if arguments.certify:
+        hf_sparse.prepare(model, certify=True)
     report = hf_sparse.tune(
         model,
         _texts(arguments),

@@ -137,11 +137,11 @@ class TestSeveralAdapters:
 
 
 def test_some_layers_and_thresholds_count_along_the_blocks(base, input_ids) -> None:
-    config = {"activation": "fatrelu", "threshold": (0.1, 0.4), "layers": (0, 2)}
+    fields = {"threshold": (0.1, 0.4), "layers": (0, 2)}
     twin = copy.deepcopy(base)
-    hf_sparse.patch(twin, **config)
+    hf_sparse.patch(twin, "fatrelu", **fields)
     model = get_peft_model(base, lora("mlp")).eval()
-    hf_sparse.patch(model, **config)
+    hf_sparse.patch(model, "fatrelu", **fields)
     assert torch.equal(model(input_ids=input_ids).logits, twin(input_ids=input_ids).logits)
 
 

@@ -85,7 +85,8 @@ def test_more_tokens_than_measured_skip_as_the_most_did_if_that_is_built_in(
 @pytest.mark.parametrize("name", ["llama", "gpt_neox"])
 def test_a_model_that_certifies_has_that_measured_too(tiny_model, name) -> None:
     model = tiny_model(name)
-    hf_sparse.patch(model, "relu", certify=True)
+    hf_sparse.patch(model, "relu")
+    hf_sparse.prepare(model, certify=True)
     report = hf_sparse.tune(model, tokens=(1,))
     (certified,) = [m for m in report.measurements if m.problem.certified]
     assert certified.problem.form == ("gated" if name == "llama" else "plain")
@@ -133,7 +134,8 @@ def test_each_block_follows_its_own_density(tiny_model, backend, name, form) -> 
 @needs_compiler
 def test_a_certificate_is_used_up_to_its_break_even(tiny_model) -> None:
     model = tiny_model("llama")
-    hf_sparse.patch(model, "relu", certify=True)
+    hf_sparse.patch(model, "relu")
+    hf_sparse.prepare(model, certify=True)
     stored("cpp", "gated", 0.5)
     stored("cpp", "gated", 0.2, certified=True)
     blocks = [block.module for block in hf_sparse.inspect(model).blocks]
@@ -188,7 +190,8 @@ def test_a_dtype_without_a_kernel_is_dense(tiny_model) -> None:
 
 def test_only_the_part_that_can_be_read_is_measured(tiny_model) -> None:
     model = tiny_model("gpt_neox")
-    hf_sparse.patch(model, "relu", certify=True)
+    hf_sparse.patch(model, "relu")
+    hf_sparse.prepare(model, certify=True)
     wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["dense_h_to_4h"], task_type="CAUSAL_LM"))
     report = hf_sparse.tune(wrapped, tokens=(1,))
     assert [m.problem for m in report.measurements] == [problem("linear")]
@@ -207,9 +210,8 @@ def test_mistakes(tiny_model) -> None:
 @pytest.mark.slow
 def test_the_command(tmp_path, capsys) -> None:
     folder = str(tmp_path / "relu")
-    assert main(["patch", "tiny", "--certify", "--output", folder]) == 0
-    assert "relu (certified)" in capsys.readouterr().out
-    assert main(["tune", folder, "--dataset", "tiny", "--max-tokens", "600"]) == 0
+    assert main(["patch", "tiny", "--output", folder]) == 0
+    assert main(["tune", folder, "--certify", "--dataset", "tiny", "--max-tokens", "600"]) == 0
     out = capsys.readouterr().out
     assert out.count(".mlp ") == 5
     assert "?" not in out  # the density was measured
