@@ -146,9 +146,13 @@ $ python benchmarks/mlp_decode.py --plot       # one token; four shapes, 0 to 99
 $ python benchmarks/mlp_batch.py --plot        # 1 to 512 tokens, independent and correlated
 $ python benchmarks/mlp_certified.py --plot    # certified skip; --weights takes the weights of a model of yours
 $ python benchmarks/generate.py --certify      # generate() of a randomly initialised Llama-3.2-1B; --batch
+$ python benchmarks/busy_neighbour.py          # decoding with and without another process on the cores
 ```
 
-Use an idle machine. `--out FILE` keeps the committed results as they are."""
+Each writes JSON with its conditions to `benchmarks/results/`; `--out FILE` keeps the committed results as they are. On a GPU
+each competitor is one CUDA graph. Use an idle machine for all but the last: torch's own parallel regions, of stock and
+patched models alike, wait for every thread, and with a busy neighbour each turns microseconds into ticks of the scheduler.
+`--threads 1` is then the steadier measurement."""
 
 
 def decode(result: Result) -> str:

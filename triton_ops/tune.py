@@ -266,7 +266,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--backend", choices=list(REGISTRY), help="default: the best that can run")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="numbers of tokens to measure")
-    parser.add_argument("--dry_run", action="store_true", help="print, but do not store the break-even")
+    parser.add_argument("--dry-run", action="store_true", help="print, but do not store the break-even")
     args = parser.parse_args()
     problem = Problem(
         args.form, args.hidden, args.neurons, getattr(torch, args.dtype), args.device, args.certified

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -133,6 +134,27 @@ def test_generate_is_greedy_and_the_same_on_every_backend(tmp_path, backend, cap
     assert capsys.readouterr().out == captured.out
 
 
+def test_generate_with_a_certificate_says_the_same(tmp_path, capsys):
+    main(["patch", "tiny", "--output", str(tmp_path / "relu")])
+    capsys.readouterr()
+    arguments = ["generate", str(tmp_path / "relu"), "--prompt", "Return the", "--max-new-tokens", "8"]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert main([*arguments, "--certify"]) == 0
+    assert capsys.readouterr().out == said
+    assert main(["generate", "tiny", *arguments[2:], "--certify"]) == 2
+    assert "is not patched" in capsys.readouterr().err
+
+
+def test_options_are_written_with_dashes(capsys):
+    for name in COMMANDS:
+        if name == "finetune":  # has the help of the training application
+            continue
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        assert not re.findall(r"--\w+_\w+", capsys.readouterr().out)
+
+
 def test_generate_samples_by_seed(capsys):
     texts = []
     for seed in ("1", "1", "2"):
@@ -195,13 +217,15 @@ def test_finetune_help_is_the_training_applications(capfd):
     assert main(["finetune", "--help"]) == 0
     out = capfd.readouterr().out
     assert "hf-sparse finetune --config prosparse" in out
-    assert "--learning_rate" in out
+    assert "--learning-rate" in out
+    assert "--learning_rate" not in out
 
 
 @pytest.mark.slow
 def test_finetune_passes_mistakes_on(capfd):
-    assert main(["finetune", "--learning_rate", "-1"]) != 0
-    assert "learning_rate=-1.0 cannot be used" in capfd.readouterr().err
+    for option in ("--learning-rate", "--learning_rate"):  # the latter is how a recipe file writes it
+        assert main(["finetune", option, "-1"]) != 0
+        assert "learning_rate=-1.0 cannot be used" in capfd.readouterr().err
 
 
 def test_a_shipped_recipe_needs_no_path(tmp_path, monkeypatch):

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 import hf_sparse
+import triton_ops
+from hf_sparse.assets import TINY_MODEL
 from hf_sparse.assets.corpus import python_corpus
-from hf_sparse.quickstart import _new_folder, quickstart
+from hf_sparse.gain import measure_gain
+from hf_sparse.quickstart import _new_folder, _skips, quickstart
 
-FEW = ("--max_steps", "6", "--global_batch", "8", "--eval_tokens", "1024", "--eval_every", "0")
+FEW = ("--max-steps", "6", "--global-batch", "8", "--eval-tokens", "1024", "--eval-every", "0")
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +24,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quickstart") / "run"
     result = quickstart(
         output=folder,
-        training=[*FEW, "--no-progress", "--l1_boundaries", "0.2", "1.0", "--l1_targets", "1", "20"],
+        training=[*FEW, "--no-progress", "--l1-boundaries", "0.2", "1.0", "--l1-targets", "1", "20"],
         eval_tokens=2048,
         decode_tokens=8,
         say=story.append,
@@ -59,10 +63,12 @@ def test_the_report_shows_it_all(run):
     assert "too small for skipping to pay" in story
     assert result.dense_speed > 0
     assert result.sparse_speed > 0
-    assert len(result.samples) == 3
-    assert all(prompt in story for prompt, _ in result.samples)
+    assert result.gain.sparsity == round(result.after.sparsity, 2)
+    assert story.splitlines()[-1] == str(result.gain)  # the last word is what sparsity is worth
+    assert story.endswith("against dense PyTorch in the same dtype)")
     written = json.loads((result.output / "report.json").read_text())
     assert written["after"]["sparsity"] == result.after.sparsity
+    assert written["gain"]["sparse_ms"] == result.gain.sparse_ms
     assert (result.output / "sparsity.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -92,6 +98,60 @@ def test_earlier_results_are_never_touched(tmp_path, monkeypatch):
 def test_a_failed_finetune_is_an_error(tmp_path, capfd):
     with pytest.raises(RuntimeError, match="exit status"):
         quickstart(
-            output=tmp_path / "run", training=["--max_steps", "0"], eval_tokens=512, say=lambda _: None
+            output=tmp_path / "run", training=["--max-steps", "0"], eval_tokens=512, say=lambda _: None
         )
     assert "max_steps=0 cannot be used" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_model_from_a_folder_gets_settings_of_its_own(tmp_path, capfd):
+    """The learning rate of the embedded model would ruin a pretrained one, and its batches take hours."""
+    result = quickstart(
+        model=str(TINY_MODEL),
+        dataset=str(python_corpus().write(tmp_path / "text")),
+        output=tmp_path / "run",
+        training=["--max-steps", "2", "--no-progress"],
+        eval_tokens=512,
+        decode_tokens=4,
+        say=lambda _: None,
+    )
+    log = [json.loads(line) for line in (result.output / "finetune" / "log.jsonl").read_text().splitlines()]
+    recipe = log[0]["recipe"]
+    assert (recipe["max_steps"], recipe["global_batch"], recipe["learning_rate"]) == (2, 8, 3e-4)
+    assert recipe["sequence_length"] == result.after.sequence_length == 256
+    assert result.model == str(TINY_MODEL)
+
+
+def test_skipping_is_seen_and_not_guessed():
+    model = AutoModelForCausalLM.from_pretrained(TINY_MODEL)
+    with hf_sparse.backend("torch"):
+        assert not _skips(model)
+        hf_sparse.patch(model, "relu")
+        assert _skips(model)
+        hook = model.model.layers[0].mlp.act_fn.register_forward_hook(lambda *_: None)
+        assert _skips(model)  # in the other layers
+        hook.remove()
+        hf_sparse.patch(model, "original")
+        assert not _skips(model)  # nothing is ever exactly zero
+    hf_sparse.patch(model, "relu")
+    with hf_sparse.backend("dense"):
+        assert not _skips(model)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.99])
+def test_the_gain_is_of_the_sparsity_and_shape_asked_for(sparsity):
+    gain = measure_gain(sparsity, hidden=64, neurons=192, dtype=torch.float32)
+    assert (gain.hidden, gain.neurons, gain.dtype, gain.sparsity) == (64, 192, "float32", sparsity)
+    assert gain.dense_ms > 0
+    assert gain.sparse_ms > 0
+    assert gain.ratio == gain.dense_ms / gain.sparse_ms
+    assert f"64 x 192 with {sparsity:.0%} of its neurons silent" in str(gain)
+    assert f"{gain.ratio:.2f}x" in str(gain)
+    assert gain.backend in str(gain)
+
+
+def test_a_wrong_result_is_not_timed(monkeypatch):
+    right = triton_ops.gated_mlp
+    monkeypatch.setattr(triton_ops, "gated_mlp", lambda *args, **kwargs: right(*args, **kwargs) * 1.01)
+    with pytest.raises(RuntimeError, match="computes a wrong MLP"):
+        measure_gain(0.9, hidden=64, neurons=192, dtype=torch.float32)
