@@ -330,6 +330,7 @@ def test_empty_documents_give_no_tokens(tokenizer):
     assert [len(x) for x in ids] == [0, len(tokenizer("cat")["input_ids"]) + 1, 0]
 
 
+@pytest.mark.slow
 def test_real_c4(assets, tokenizer):
     """Real documents: two training shards and a validation shard in allenai/c4's layout."""
     recipe = recipe_for(assets / "c4", sequence_length=256, eval_tokens=51_200, shuffle_buffer=100)

@@ -37,6 +37,7 @@ def test_mlps_pass_opcheck(backend, grad, gated):
         torch.library.opcheck(operator, (*args, *certificate, stamp, *options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["dense", "torch", CPP])
 @pytest.mark.parametrize("grad", [False, True])
 def test_sparse_linear_passes_opcheck(backend, grad):
