@@ -9,14 +9,17 @@
 // one. Hence:
 // - A call has few regions. Within one, work is handed out in pieces, and only pieces that somebody has taken are
 //   waited for.
-// - Time that a region lost, compared with the caller doing all of the work, is paid back: for kRest times as long all
-//   calls work alone. So no more than a share of 1 / (1 + kRest) of the time is ever lost, whatever the neighbours do.
+// - Time that a region lost, compared with the caller doing all of the work, is a debt, and kRest times as long has to
+//   pass until it is paid. While more than kAllowed is owed, calls work alone. So threads that are kept waiting cost a
+//   share of 1 / kRest of the time, whatever the neighbours do, and what happens now and then on an idle machine changes
+//   nothing.
 //
 // What is computed does not depend on the number of threads, so nobody sees it in the results.
 #pragma once
 
 #include <time.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <thread>
@@ -26,12 +29,14 @@ namespace {
 #if defined(HFS_POISON)  // for tests: all threads work whatever the machine is doing
 constexpr int64_t kRest = 0;
 #else
-constexpr int64_t kRest = 10;
+constexpr int64_t kRest = 30;
 #endif
-constexpr int64_t kUnnoticed = 100 * 1000;  // nanoseconds, as long as it may take to wake a thread
-constexpr int kSpins = 1000;                // some microseconds
+constexpr int64_t kUnnoticed = 100 * 1000;        // nanoseconds, as long as it may take to wake a thread
+constexpr int64_t kAllowed = 10 * 1000 * 1000;    // nanoseconds, of a few ticks
+constexpr int64_t kLongest = 1000 * 1000 * 1000;  // nanoseconds of working alone: a process may have been stopped
+constexpr int kSpins = 1000;                      // some microseconds
 
-std::atomic<int64_t> rest_until{0};
+std::atomic<int64_t> all_paid{0};  // the time when nothing will be owed
 
 int64_t nanoseconds(clockid_t clock) {
   timespec now;
@@ -42,8 +47,8 @@ int64_t nanoseconds(clockid_t clock) {
 // Of `threads` as many as it is wise to use now.
 inline int sensible(int threads) {
   if (threads <= 1) return 1;
-  const int64_t until = rest_until.load(std::memory_order_relaxed);
-  return until && nanoseconds(CLOCK_MONOTONIC) < until ? 1 : threads;
+  const int64_t paid = all_paid.load(std::memory_order_relaxed);
+  return paid - nanoseconds(CLOCK_MONOTONIC) > kRest * kAllowed ? 1 : threads;
 }
 
 // One thread in a region.
@@ -100,7 +105,10 @@ void together(int threads, Work work) {
     worked.fetch_add(nanoseconds(CLOCK_THREAD_CPUTIME_ID) - before - me.idle, std::memory_order_relaxed);
   }
   const int64_t end = nanoseconds(CLOCK_MONOTONIC), lost = end - start - worked.load(std::memory_order_relaxed);
-  if (lost > kUnnoticed) rest_until.store(end + kRest * lost, std::memory_order_relaxed);
+  if (lost <= kUnnoticed) return;
+  const int64_t paid = all_paid.load(std::memory_order_relaxed);  // another thread's debt may be lost: then it owes less
+  all_paid.store(std::min(std::max(paid, end) + kRest * lost, end + kRest * kAllowed + kLongest),
+                 std::memory_order_relaxed);
 }
 
 }  // namespace
