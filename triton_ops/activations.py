@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Parameter:
-    """The one number that an activation may have; it counts in the dtype of the pre-activation."""
+    """What an activation may have: one number, or one for each neuron. It counts in the dtype of ``p``."""
 
     name: str
     """What users call it; the operators call every parameter ``threshold``."""
@@ -29,18 +29,19 @@ class Parameter:
 class Activation:
     """A pointwise function that is exactly 0 for most neurons of a sparse model.
 
-    Its functions take pre-activations ``p``, any shape and floating dtype, and the parameter, in units of
-    ``p`` (0 for a row that has none). NaN is never silent: it comes through.
+    Its functions take pre-activations ``p``, ``[..., F]`` of a floating dtype, and the parameter, in units of
+    ``p``: a number, or a tensor ``[F]`` of that dtype; 0 for a row that has none. NaN is never silent: it
+    comes through.
     """
 
     name: str
     code: int = -1
     """Its place in :data:`TABLE`, which is what compiled kernels are given."""
-    value: Callable[[Tensor, float], Tensor]
+    value: Callable[[Tensor, float | Tensor], Tensor]
     """The activation, in the torch calls of its module, so that both have the same bits."""
-    slope: Callable[[Tensor, float], Tensor]
+    slope: Callable[[Tensor, float | Tensor], Tensor]
     """The derivative of ``value``, what autograd computes: at the kink it is 0."""
-    silent: Callable[[Tensor, float], Tensor]
+    silent: Callable[[Tensor, float | Tensor], Tensor]
     """Where ``value`` is 0 and a kernel need not look further, as bool."""
     parameter: Parameter | None = None
     relu_up: bool = False
@@ -104,21 +105,26 @@ ACTIVATIONS = tuple(TABLE)
 """The names."""
 
 
-def check(name: str, threshold: float, *, gated: bool) -> None:
-    """Raise ValueError if ``name`` is unknown or needs a gate, or ``threshold`` is out of its range."""
+def check(name: str, threshold: float | Tensor, *, gated: bool) -> None:
+    """Raise ValueError if ``name`` is unknown or needs a gate, or ``threshold`` is out of its range.
+
+    The values of a tensor are not looked at, which on a GPU would mean to wait for it.
+    """
     row = TABLE.get(name)
     if row is None:
         raise ValueError(f"activation={name!r} is not known; choose one of {', '.join(TABLE)}.")
     if row.relu_up and not gated:
         raise ValueError(f"activation={name!r} needs a gate and an up projection; use 'relu' in a plain MLP.")
+    each = isinstance(threshold, Tensor)
     if row.parameter is None:
-        if threshold != 0:
+        if each or threshold != 0:
+            given = "tensor" if each else threshold
             known = ", ".join(other.name for other in _ROWS if other.parameter)
             raise ValueError(
-                f"threshold={threshold} has no meaning for activation={name!r}; leave it at 0 or use one of "
+                f"threshold={given} has no meaning for activation={name!r}; leave it at 0 or use one of "
                 f"{known}."
             )
-    elif not threshold >= row.parameter.least:
+    elif not each and not threshold >= row.parameter.least:
         least = row.parameter.least
         mend = "a number" if least == -math.inf else f"at least {least:g}"
         raise ValueError(f"threshold={threshold} is not valid for {name}; it is {mend}.")

@@ -30,7 +30,7 @@ class MLP(NamedTuple):
     """``[D]``."""
     activation: str
     """A name in :data:`triton_ops.activations.TABLE`."""
-    threshold: float
-    """The parameter of the activation."""
+    threshold: float | Tensor
+    """The parameter of the activation: for all neurons, or ``[F]``."""
     certificate: Certificate | None = None
     """Of ``first``; backends use it for one token."""

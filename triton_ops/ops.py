@@ -26,13 +26,14 @@ _LIB = torch.library.Library("hf_sparse", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 _LIB.define(
     "gated_mlp(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor? gate_bias, Tensor? up_bias, "
-    "Tensor? down_bias, Tensor? q, Tensor? bounds, int[]? stamp, str activation, float threshold, "
-    "str backend) -> Tensor",
+    "Tensor? down_bias, Tensor? q, Tensor? bounds, Tensor? thresholds, int[]? stamp, str activation, "
+    "float threshold, str backend) -> Tensor",
     tags=_TAGS,
 )
 _LIB.define(
     "plain_mlp(Tensor x, Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias, Tensor? q, "
-    "Tensor? bounds, int[]? stamp, str activation, float threshold, str backend) -> Tensor",
+    "Tensor? bounds, Tensor? thresholds, int[]? stamp, str activation, float threshold, str backend) "
+    "-> Tensor",
     tags=_TAGS,
 )
 _LIB.define("sparse_linear(Tensor h, Tensor weight, Tensor? bias, str backend) -> Tensor", tags=_TAGS)
@@ -48,7 +49,7 @@ def gated_mlp(
     down_bias: Tensor | None = None,
     *,
     activation: str,
-    threshold: float = 0.0,
+    threshold: float | Tensor = 0.0,
     certificate: Certificate | None = None,
     stamp: tuple[int, int] | None = None,
     backend: str = AUTO,
@@ -64,7 +65,8 @@ def gated_mlp(
         up_bias: ``[F]`` or None.
         down_bias: ``[D]`` or None.
         activation: a name in :data:`triton_ops.activations.TABLE`.
-        threshold: its parameter, in units of the pre-activation; 0 if it has none.
+        threshold: its parameter, in units of the pre-activation; 0 if it has none. A number, or one for each
+            neuron: ``[F]``, dtype and device of ``x``, whose values are not checked and get no gradient.
         certificate: of ``gate`` as it is now (:func:`certify`). Backends that can use it then read only the
             gate rows of neurons that may be active. The result is the same, bit for bit. Ignored for an
             activation that is not ``certifiable``.
@@ -89,9 +91,10 @@ def gated_mlp(
         return reference.gated_mlp(
             x, gate, up, down, gate_bias, up_bias, down_bias, activation=activation, threshold=threshold
         )
-    tensors = x, gate, up, down, gate_bias, up_bias, down_bias, *(certificate or (None, None))
+    scalar, each = _threshold(threshold)
+    tensors = x, gate, up, down, gate_bias, up_bias, down_bias, *(certificate or (None, None)), each
     call = _gated_mlp if unobserved(*tensors) else torch.ops.hf_sparse.gated_mlp.default
-    return call(*tensors, stamp, activation, threshold, backend)
+    return call(*tensors, stamp, activation, scalar, backend)
 
 
 def plain_mlp(
@@ -102,7 +105,7 @@ def plain_mlp(
     down_bias: Tensor | None = None,
     *,
     activation: str,
-    threshold: float = 0.0,
+    threshold: float | Tensor = 0.0,
     certificate: Certificate | None = None,
     stamp: tuple[int, int] | None = None,
     backend: str = AUTO,
@@ -117,9 +120,10 @@ def plain_mlp(
         return reference.plain_mlp(
             x, up, down, up_bias, down_bias, activation=activation, threshold=threshold
         )
-    tensors = x, up, down, up_bias, down_bias, *(certificate or (None, None))
+    scalar, each = _threshold(threshold)
+    tensors = x, up, down, up_bias, down_bias, *(certificate or (None, None)), each
     call = _plain_mlp if unobserved(*tensors) else torch.ops.hf_sparse.plain_mlp.default
-    return call(*tensors, stamp, activation, threshold, backend)
+    return call(*tensors, stamp, activation, scalar, backend)
 
 
 def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = AUTO) -> Tensor:
@@ -144,6 +148,15 @@ def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None = None, *, back
         return reference.sparse_linear(h, weight, bias)
     call = _sparse_linear if unobserved(h, weight, bias) else torch.ops.hf_sparse.sparse_linear.default
     return call(h, weight, bias, backend)
+
+
+def _threshold(threshold: float | Tensor) -> tuple[float, Tensor | None]:
+    """As the operators take it."""
+    if not isinstance(threshold, Tensor):
+        return threshold, None
+    if threshold.requires_grad and torch.is_grad_enabled():
+        raise ValueError("threshold requires grad, and the operators give it none; pass threshold.detach().")
+    return 0.0, threshold
 
 
 def _check(
@@ -178,6 +191,8 @@ def _check_mlp(x: Tensor, mlp: MLP) -> None:
     _check(f"{first}_bias", mlp.first_bias, (neurons,), x, "[F]")
     _check("up_bias", mlp.up_bias, (neurons,), x, "[F]")
     _check("down_bias", mlp.down_bias, (hidden,), x, "[D]")
+    if isinstance(mlp.threshold, Tensor):
+        _check("threshold", mlp.threshold, (neurons,), x, "[F]")
     if mlp.certificate is not None:
         rows, bounds = mlp.certificate
         _check("certificate.rows", rows, (neurons, hidden), x, "[F, D]", torch.int8)
@@ -243,11 +258,11 @@ def _dense(x: Tensor, mlp: MLP, product: str) -> Tensor:
 
 
 def _gated_mlp(x: Tensor, *args: Any) -> Tensor:
-    return _mlp(x, _gated(*args), args[8], args[-1])
+    return _mlp(x, _gated(*args), args[9], args[-1])
 
 
 def _plain_mlp(x: Tensor, *args: Any) -> Tensor:
-    return _mlp(x, _plain(*args), args[6], args[-1])
+    return _mlp(x, _plain(*args), args[7], args[-1])
 
 
 def _gated(
@@ -259,6 +274,7 @@ def _gated(
     down_bias: Tensor | None,
     q: Tensor | None,
     bounds: Tensor | None,
+    thresholds: Tensor | None,
     stamp: list[int] | None,
     activation: str,
     threshold: float,
@@ -266,7 +282,8 @@ def _gated(
 ) -> MLP:
     """The operator's arguments after x."""
     certificate = None if q is None or bounds is None else Certificate(q, bounds)
-    return MLP(gate, up, down, gate_bias, up_bias, down_bias, activation, threshold, certificate)
+    own = threshold if thresholds is None else thresholds
+    return MLP(gate, up, down, gate_bias, up_bias, down_bias, activation, own, certificate)
 
 
 def _plain(
@@ -276,13 +293,15 @@ def _plain(
     down_bias: Tensor | None,
     q: Tensor | None,
     bounds: Tensor | None,
+    thresholds: Tensor | None,
     stamp: list[int] | None,
     activation: str,
     threshold: float,
     backend: str,
 ) -> MLP:
     certificate = None if q is None or bounds is None else Certificate(q, bounds)
-    return MLP(up, None, down, up_bias, None, down_bias, activation, threshold, certificate)
+    own = threshold if thresholds is None else thresholds
+    return MLP(up, None, down, up_bias, None, down_bias, activation, own, certificate)
 
 
 def _sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
@@ -325,16 +344,17 @@ def _(h: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
 
 
 def _save_gated_mlp(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:7])
+    ctx.save_for_backward(*inputs[:7], inputs[9])
     ctx.activation, ctx.threshold = inputs[-3:-1]
 
 
 def _gated_mlp_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, gate, up, down, gate_bias, up_bias, _ = ctx.saved_tensors
+    x, gate, up, down, gate_bias, up_bias, _, thresholds = ctx.saved_tensors
     need = ctx.needs_input_grad
     p, u = F.linear(x, gate, gate_bias), F.linear(x, up, up_bias)
     row = TABLE[ctx.activation]
-    a, slope = row.value(p, ctx.threshold), row.slope(p, ctx.threshold)
+    t = ctx.threshold if thresholds is None else thresholds
+    a, slope = row.value(p, t), row.slope(p, t)
     v = torch.relu(u) if row.relu_up else u
     grad_h = grad @ down
     grad_p, grad_u = grad_h * v * slope, grad_h * a
@@ -348,29 +368,29 @@ def _gated_mlp_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         as_tokens(grad_p).sum(0) if need[4] else None,
         as_tokens(grad_u).sum(0) if need[5] else None,
         as_tokens(grad).sum(0) if need[6] else None,
-        *[None] * 6,
+        *[None] * 7,
     )
 
 
 def _save_plain_mlp(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:4])
+    ctx.save_for_backward(*inputs[:4], inputs[7])
     ctx.activation, ctx.threshold = inputs[-3:-1]
 
 
 def _plain_mlp_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, up, down, up_bias = ctx.saved_tensors
+    x, up, down, up_bias, thresholds = ctx.saved_tensors
     need = ctx.needs_input_grad
     p = F.linear(x, up, up_bias)
     row = TABLE[ctx.activation]
-    grad_p = (grad @ down) * row.slope(p, ctx.threshold)
-    a = row.value(p, ctx.threshold)
+    t = ctx.threshold if thresholds is None else thresholds
+    a, grad_p = row.value(p, t), (grad @ down) * row.slope(p, t)
     return (
         grad_p @ up if need[0] else None,
         as_tokens(grad_p).t() @ as_tokens(x) if need[1] else None,
         as_tokens(grad).t() @ as_tokens(a) if need[2] else None,
         as_tokens(grad_p).sum(0) if need[3] else None,
         as_tokens(grad).sum(0) if need[4] else None,
-        *[None] * 6,
+        *[None] * 7,
     )
 
 

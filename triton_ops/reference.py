@@ -25,7 +25,7 @@ def gated_mlp(
     down_bias: Tensor | None = None,
     *,
     activation: str,
-    threshold: float = 0.0,
+    threshold: float | Tensor = 0.0,
 ) -> Tensor:
     """The gated MLP, ``down(act(gate(x)) * up(x))``, dense.
 
@@ -38,7 +38,7 @@ def gated_mlp(
         up_bias: ``[F]`` or None.
         down_bias: ``[D]`` or None.
         activation: a name in :data:`triton_ops.activations.TABLE`.
-        threshold: its parameter, in units of the pre-activation; 0 if it has none.
+        threshold: its parameter, in units of the pre-activation, a number or ``[F]``; 0 if it has none.
 
     Returns:
         ``[..., D]``.
@@ -59,7 +59,7 @@ def plain_mlp(
     down_bias: Tensor | None = None,
     *,
     activation: str,
-    threshold: float = 0.0,
+    threshold: float | Tensor = 0.0,
 ) -> Tensor:
     """The plain MLP, ``down(act(up(x)))``, dense; arguments as in :func:`gated_mlp`, without a gate."""
     h = TABLE[activation].value(F.linear(x, up, up_bias), threshold)

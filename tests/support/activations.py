@@ -20,6 +20,8 @@ FIELDS: dict[str, dict[str, float]] = {
 GATED_OR_PLAIN = [(name, gated) for name, row in TABLE.items() for gated in (True, False)[: 2 - row.relu_up]]
 """Every activation with every kind of MLP that may have it."""
 
+PARAMETRISED = [pair for pair in GATED_OR_PLAIN if TABLE[pair[0]].parameter]
+
 # Tokens, and the share of neurons that may be active: one for each way through the kernels.
 ON_CPU = ((1, 1.0), (5, 1.0), (12, 1.0), (40, 1.0), (40, 0.05))
 ON_GPU = ((1, 1.0), (3, 1.0))
@@ -30,13 +32,22 @@ def points(name: str, dtype: torch.dtype) -> Tensor:
     t = torch.tensor([typical_threshold(name)], dtype=dtype)
     eps = torch.finfo(dtype).eps
     around = torch.cat([t, -t, t * (1 + eps), t * (1 - eps)])
-    return torch.cat([torch.linspace(-4, 4, 33, dtype=dtype), torch.tensor([-20.0, 20.0]).to(dtype), around])
+    return torch.cat([torch.linspace(-4, 4, 33, dtype=dtype), torch.tensor([-8.0, 8.0]).to(dtype), around])
 
 
 def assert_bits_of_the_reference(
-    name: str, gated: bool, dtype: torch.dtype, *, regimes: Sequence[tuple[int, float]], device: str = "cpu"
+    name: str,
+    gated: bool,
+    dtype: torch.dtype,
+    *,
+    regimes: Sequence[tuple[int, float]],
+    each: bool = False,
+    device: str = "cpu",
 ) -> None:
-    """The forced backend gives the bits of the dense formula where no sum can round: with unit matrices."""
+    """The forced backend gives the bits of the dense formula where no sum can round: with unit matrices.
+
+    ``each``: every neuron has a parameter of its own.
+    """
     p = points(name, dtype)
     eye = torch.eye(len(p), dtype=dtype, device=device)
     for tokens, share in regimes:
@@ -44,5 +55,6 @@ def assert_bits_of_the_reference(
         x = torch.where(torch.rand(x.shape) < share, x, -x.abs()).to(device)
         up, down = -eye, triton_ops.neuron_major_(eye.clone())
         gate, up = (eye, up) if gated else (None, eye)
-        block = Block(x, gate, up, down, None, None, None, name, typical_threshold(name))
+        threshold = p.roll(3).abs().clamp(max=2).to(device) if each else typical_threshold(name)
+        block = Block(x, gate, up, down, None, None, None, name, threshold)
         assert torch.equal(block.run(triton_ops), block.run(reference)), f"{tokens} tokens"

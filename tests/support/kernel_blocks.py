@@ -33,7 +33,7 @@ class Block:
     up_bias: Tensor | None
     down_bias: Tensor | None
     activation: str
-    threshold: float
+    threshold: float | Tensor
     certified: bool = False
 
     def tensors(self) -> list[Tensor | None]:
@@ -55,7 +55,10 @@ class Block:
         """The operator of this block in ``triton_ops`` or ``triton_ops.reference``, in ``dtype`` if given."""
         operator = module.plain_mlp if self.gate is None else module.gated_mlp
         tensors = [t if t is None or dtype is None else t.to(dtype) for t in self.tensors()]
-        options = {"activation": self.activation, "threshold": self.threshold}
+        threshold = self.threshold
+        if isinstance(threshold, Tensor) and dtype is not None:
+            threshold = threshold.to(dtype)
+        options = {"activation": self.activation, "threshold": threshold}
         if self.certified and module is not reference:
             options["certificate"] = certify(self.deciding)
         return operator(*tensors, **options)
@@ -127,7 +130,7 @@ def _magnitude(block: Block) -> Tensor:
     p = _linear(block.x, block.deciding, block.deciding_bias)
     bias = block.deciding_bias
     terms = _linear(block.x.abs(), block.deciding.abs(), None if bias is None else bias.abs())
-    a = TABLE[block.activation].value(p, block.threshold)
+    a = TABLE[block.activation].value(p, _threshold(block))
     a = torch.maximum(a.abs(), terms * (a != 0))
     if block.gate is not None:
         a = a * _linear(block.x, block.up, block.up_bias)
@@ -139,13 +142,17 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _jump(block: Block) -> bool:
-    at = torch.tensor(block.threshold, dtype=torch.float64)
-    return bool(TABLE[block.activation].value(at, block.threshold) != 0)
+    at = torch.as_tensor(block.threshold, dtype=torch.float64)
+    return bool((TABLE[block.activation].value(at, at) != 0).any())
+
+
+def _threshold(block: Block) -> float | Tensor:
+    return block.threshold.double() if isinstance(block.threshold, Tensor) else block.threshold
 
 
 def _jumps(block: Block, eps: float) -> Tensor:
     p = _linear(block.x, block.deciding, block.deciding_bias)
-    uncertain = (p - block.threshold).abs() <= 2 * eps * (
+    uncertain = (p - _threshold(block)).abs() <= 2 * eps * (
         block.x.double().abs() @ block.deciding.double().abs().t() + 1
     )
     worth = uncertain * p

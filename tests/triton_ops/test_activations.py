@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import triton_ops
-from support.activations import GATED_OR_PLAIN, ON_CPU, assert_bits_of_the_reference, points
+from support.activations import GATED_OR_PLAIN, ON_CPU, PARAMETRISED, assert_bits_of_the_reference, points
 from support.compiler import CPP, needs_compiler
 from support.kernel_blocks import make_block, typical_threshold
 from triton_ops.activations import TABLE, check
@@ -87,6 +87,46 @@ def test_below_a_silent_pre_activation_all_are_silent(name):
 def test_backends_have_the_bits_of_the_formula(name, gated, dtype, path):
     with triton_ops.backend(path):
         assert_bits_of_the_reference(name, gated, dtype, regimes=ON_CPU)
+
+
+@pytest.mark.parametrize("path", ["dense", "torch", CPP])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("name", "gated"), PARAMETRISED)
+def test_a_neuron_may_have_a_parameter_of_its_own(name, gated, dtype, path):
+    with triton_ops.backend(path):
+        assert_bits_of_the_reference(name, gated, dtype, regimes=ON_CPU, each=True)
+
+
+@pytest.mark.parametrize("path", ["dense", "torch", CPP])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 5, 12, 40])
+@pytest.mark.parametrize(("name", "gated"), PARAMETRISED)
+def test_one_parameter_for_all_is_the_same_for_each(name, gated, tokens, dtype, path):
+    block = make_block(tokens, 33, 301, dtype, name, gated=gated, bias=True, certified=tokens == 1)
+    block.threshold = 1 / 3
+    with triton_ops.backend(path):
+        expected = block.run(triton_ops)
+        block.threshold = torch.full((602,), 1 / 3, dtype=dtype)[::2]
+        assert torch.equal(block.run(triton_ops), expected)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("name", "gated"), PARAMETRISED)
+def test_a_certificate_goes_by_the_parameter_of_each_neuron(name, gated, dtype):
+    block = make_block(1, 200, 300, dtype, name, gated=gated)
+    p = torch.nn.functional.linear(block.x, block.deciding)[0]
+    far = torch.arange(300) % 3 > 0
+    block.threshold = p.abs() + far.to(dtype)  # at or just above the pre-activation, or far above
+    with triton_ops.backend("cpp"):
+        expected = block.run(triton_ops)
+        block.certified = True
+        assert torch.equal(block.run(triton_ops), expected)
+        certificate = triton_ops.certify(block.deciding)
+        block.deciding[far] = math.nan  # not read
+        operator = triton_ops.gated_mlp if gated else triton_ops.plain_mlp
+        options = {"activation": name, "threshold": block.threshold, "certificate": certificate}
+        assert torch.equal(operator(*block.tensors(), **options), expected)
 
 
 @needs_compiler

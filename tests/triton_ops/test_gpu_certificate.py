@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import triton_ops
-from support.activations import GATED_OR_PLAIN
+from support.activations import GATED_OR_PLAIN, PARAMETRISED
 from support.kernel_blocks import DEVICE, Block, make_block
 from triton_ops import certify, neuron_major_, reference
 
@@ -59,6 +59,13 @@ def test_same_bits(dtype, shape, gated):
 @pytest.mark.parametrize(("activation", "gated"), GATED_OR_PLAIN)
 def test_same_bits_for_every_activation(activation, gated):
     assert_same_bits(make_block(1, 40, 16, torch.bfloat16, activation, gated=gated, device=DEVICE))
+
+
+@pytest.mark.parametrize(("activation", "gated"), PARAMETRISED)
+def test_same_bits_with_a_parameter_for_each_neuron(activation, gated):
+    block = make_block(1, 40, 16, torch.bfloat16, activation, gated=gated, device=DEVICE)
+    block.threshold = torch.nn.functional.linear(block.x, block.deciding)[0].abs()
+    assert_same_bits(block)
 
 
 def test_same_bits_for_several_tokens():

@@ -53,12 +53,19 @@ def compiled(kernel: Any, arguments: dict[str, Any], constants: dict[str, Any]) 
 
 
 def hidden_one(
-    dtype: torch.dtype, *, certified: bool, gated: bool, kind: int = 0, hidden: int = HIDDEN
+    dtype: torch.dtype,
+    *,
+    certified: bool,
+    gated: bool,
+    kind: int = 0,
+    hidden: int = HIDDEN,
+    each: bool = False,
 ) -> Any:
     from triton_ops.gpu import launch, one_token
 
     tensors = dict.fromkeys(("x_ptr", "gate_ptr", "gate_bias_ptr", "h_ptr"), dtype)
     tensors |= dict.fromkeys(("up_ptr", "up_bias_ptr"), dtype if gated else None)
+    tensors["thresholds_ptr"] = dtype if each else None
     tensors |= (
         {"q_ptr": torch.int8, "bounds_ptr": torch.float32}
         if certified
@@ -66,16 +73,24 @@ def hidden_one(
     )
     sizes = {"D": hidden, "F": NEURONS, "gate_stride": hidden, "up_stride": hidden if gated else 0}
     floats = dict.fromkeys(("threshold", "gate_error", "own_error", "underflow"), 1e-4)
-    constants = {"KIND": kind, "GATED": gated, "GATE_BIAS": True, "UP_BIAS": gated, "CERTIFIED": certified}
+    constants = {
+        "KIND": kind,
+        "GATED": gated,
+        "GATE_BIAS": True,
+        "UP_BIAS": gated,
+        "EACH": each,
+        "CERTIFIED": certified,
+    }
     tile = launch.hidden_one(hidden, dtype, certified=certified)
     return compiled(one_token._hidden_kernel, tensors | sizes | floats, constants | tile._asdict())
 
 
-def hidden_several(dtype: torch.dtype, tokens: int, *, gated: bool, kind: int = 0) -> Any:
+def hidden_several(dtype: torch.dtype, tokens: int, *, gated: bool, kind: int = 0, each: bool = False) -> Any:
     from triton_ops.gpu import launch, several_tokens
 
     tensors = dict.fromkeys(("x_ptr", "gate_ptr", "gate_bias_ptr", "h_ptr"), dtype)
     tensors |= dict.fromkeys(("up_ptr", "up_bias_ptr"), dtype if gated else None)
+    tensors["thresholds_ptr"] = dtype if each else None
     sizes = {
         "T": tokens,
         "D": HIDDEN,
@@ -83,7 +98,14 @@ def hidden_several(dtype: torch.dtype, tokens: int, *, gated: bool, kind: int = 
         "gate_stride": HIDDEN,
         "up_stride": HIDDEN if gated else 0,
     }
-    constants = {"KIND": kind, "GATED": gated, "GATE_BIAS": True, "UP_BIAS": gated, "UPCAST": False}
+    constants = {
+        "KIND": kind,
+        "GATED": gated,
+        "GATE_BIAS": True,
+        "UP_BIAS": gated,
+        "EACH": each,
+        "UPCAST": False,
+    }
     tile = launch.hidden_several(tokens, HIDDEN, dtype)
     return compiled(
         several_tokens._hidden_kernel, tensors | sizes | {"threshold": 0.5}, constants | tile._asdict()
@@ -110,8 +132,9 @@ def test_one_token_reads_weights_sixteen_bytes_at_a_time(dtype, certified):
 
 @pytest.mark.parametrize("row", TABLE.values(), ids=lambda row: row.name)
 def test_every_activation_compiles(row):
-    hidden_one(torch.float16, certified=True, gated=row.relu_up, kind=row.code)
-    hidden_several(torch.float16, 2, gated=row.relu_up, kind=row.code)
+    options = {"gated": row.relu_up, "kind": row.code, "each": row.parameter is not None}
+    hidden_one(torch.float16, certified=True, **options)
+    hidden_several(torch.float16, 2, **options)
 
 
 @pytest.mark.parametrize("tokens", [8, 32])

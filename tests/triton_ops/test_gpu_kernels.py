@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import triton_ops
-from support.activations import GATED_OR_PLAIN, ON_GPU, assert_bits_of_the_reference
+from support.activations import GATED_OR_PLAIN, ON_GPU, PARAMETRISED, assert_bits_of_the_reference
 from support.kernel_blocks import DEVICE, assert_as_exact_as_dense, make_block
 from triton_ops import ACTIVATIONS, reference
 
@@ -177,3 +177,9 @@ def test_same_bits_every_time(gated, tokens):
 @pytest.mark.parametrize(("activation", "gated"), GATED_OR_PLAIN)
 def test_activations_have_the_bits_of_the_formula(activation, gated, dtype):
     assert_bits_of_the_reference(activation, gated, dtype, regimes=ON_GPU, device=DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("activation", "gated"), PARAMETRISED)
+def test_a_neuron_may_have_a_parameter_of_its_own(activation, gated, dtype):
+    assert_bits_of_the_reference(activation, gated, dtype, regimes=ON_GPU, each=True, device=DEVICE)

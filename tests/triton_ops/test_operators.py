@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import triton_ops
-from support.activations import GATED_OR_PLAIN
+from support.activations import GATED_OR_PLAIN, PARAMETRISED
 from support.backends import change_backend
 from support.compiler import CPP, needs_compiler
 from support.kernel_blocks import make_block
@@ -30,11 +30,12 @@ def test_mlps_pass_opcheck(backend, grad, gated):
     certificate = triton_ops.certify(block.deciding)
     operator, options = (GATED if gated else PLAIN), (block.activation, block.threshold, AUTO)
     with triton_ops.backend(backend):
-        torch.library.opcheck(operator, (*args, None, None, None, *options))
-        torch.library.opcheck(operator, (*without, None, None, None, "relu", 0.0, AUTO))
+        torch.library.opcheck(operator, (*args, None, None, None, None, *options))
+        torch.library.opcheck(operator, (*args, None, None, torch.rand(12), None, *options))
+        torch.library.opcheck(operator, (*without, None, None, None, None, "relu", 0.0, AUTO))
         stamp = list(weight_stamp(block.deciding))
-        torch.library.opcheck(operator, (*args, *certificate, None, *options))
-        torch.library.opcheck(operator, (*args, *certificate, stamp, *options))
+        torch.library.opcheck(operator, (*args, *certificate, None, None, *options))
+        torch.library.opcheck(operator, (*args, *certificate, None, stamp, *options))
 
 
 @pytest.mark.slow
@@ -74,6 +75,18 @@ def test_gradcheck_of_the_mlps(activation, gated):
         return operator(*tensors, activation=activation, threshold=block.threshold)
 
     assert torch.autograd.gradcheck(call, inputs)
+
+
+@pytest.mark.parametrize(("activation", "gated"), PARAMETRISED)
+def test_a_parameter_for_each_neuron_compiles_and_has_gradients_around_it(activation, gated):
+    torch.compiler.reset()
+    block = make_block(2, 8, 12, torch.float64, activation, gated=gated, bias=True)
+    block.threshold = torch.rand(12, dtype=torch.float64)
+    inputs = [t.requires_grad_() for t in block.tensors()]
+    expected = torch.autograd.grad(block.run(reference).sum(), inputs)
+    for run in (block.run, torch.compile(block.run, fullgraph=True, backend="aot_eager")):
+        ours = torch.autograd.grad(run(triton_ops).sum(), inputs)
+        torch.testing.assert_close(ours, expected)
 
 
 def test_gradcheck_of_sparse_linear_and_second_derivatives():
@@ -221,6 +234,10 @@ def test_a_certificate_out_of_date_is_ignored(gated, compiled):
         assert torch.equal(call(stamp), expected)
 
 
+def own_thresholds(each: torch.Tensor) -> dict[str, object]:
+    return {"activation": "fatrelu", "threshold": each}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -235,6 +252,11 @@ def test_a_certificate_out_of_date_is_ignored(gated, compiled):
         ({"down": torch.zeros(8, 12, device="meta")}, "down is on meta and the input is on cpu"),
         ({"activation": "silu"}, "activation='silu' is not known"),
         ({"threshold": 0.5}, "threshold=0.5 has no meaning for activation='relu'"),
+        ({"threshold": torch.zeros(12)}, "threshold=tensor has no meaning for activation='relu'"),
+        (own_thresholds(torch.zeros(8)), r"threshold has shape \[8\]; expected \[F\] = \[12\]"),
+        (own_thresholds(torch.zeros(())), r"threshold has shape \[\]; expected \[F\] = \[12\]"),
+        (own_thresholds(torch.zeros(12).half()), "threshold is torch.float16 and the input is torch.float32"),
+        (own_thresholds(torch.zeros(12, requires_grad=True)), r"pass threshold.detach\(\)"),
     ],
 )
 @pytest.mark.parametrize("backend", ["auto", "cpp"])

@@ -20,7 +20,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # struct Call of mlp.cpp. Between two layers of decoding nothing of Python is left in the caches, so what is
 # done here for every call is kept small: ctypes would take longer to convert twenty arguments.
-_pack = struct.Struct("10P6q3if").pack
+_pack = struct.Struct("11P6q3if").pack
 
 # The threads of OpenMP do not survive a fork, and waiting for them hangs the child; it works on one instead.
 _forked = False
@@ -55,13 +55,14 @@ def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _call(x: Tensor, y: Tensor, mlp: MLP, kind: int) -> Tensor:
     first, up, down, first_bias, up_bias, down_bias, _, threshold, certificate = mlp
+    threshold, each = (0.0, threshold) if isinstance(threshold, Tensor) else (threshold, None)
     hidden, neurons = down.shape
     tokens = y.numel() // hidden
     # Named, so that they live until the kernel is done: copies, and the storage of a weight whose layout
     # another thread may change meanwhile.
     tensors = _contiguous(x), _rows(first), _rows(up)
     storage = down.untyped_storage()
-    vectors = [_contiguous(v) for v in (first_bias, up_bias, down_bias, *(certificate or (None, None)))]
+    vectors = [_contiguous(v) for v in (first_bias, up_bias, down_bias, each, *(certificate or (None, None)))]
     failed = _kernel()(
         _pack(
             *map(_pointer, tensors),

@@ -21,6 +21,7 @@ struct Hidden {
   int64_t T, D, F, gate_stride, up_stride;
   int kind;
   float threshold;
+  const Type* thresholds;  // [F], or null: `threshold` for all
   // Set by carve().
   int32_t* all;     // 0, 1, 2, …
   Type* activated;  // [threads, columns, T]
@@ -38,17 +39,20 @@ struct Hidden {
   // that fill up the last step included.
   int64_t activate(int64_t begin, int64_t end, const float* sums, Type* held) const {
     Mask active_a = {}, active_b = {};
-    const Vec parameter = Vec{} + threshold;
     activations::Table::select(kind, [&](auto activation) {
-      for (int64_t i = begin; i < end; i += kStep)
+      for (int64_t i = begin; i < end; i += kStep) {
+        Vec limit_a = Vec{} + threshold, limit_b = limit_a;
+        if (thresholds) limit_a = limit_b = Vec{};
+        add_bias<W>(limit_a, limit_b, thresholds ? thresholds + i : nullptr, std::min(end - i, kStep));
         for (int64_t t = 0; t < T; ++t, sums += kStep, held += kStep) {
           Vec a, b;
           Float32::load(sums, a, b);
           add_bias<W>(a, b, gate_bias ? gate_bias + i : nullptr, std::min(end - i, kStep));
-          a = apply(activation, rounded<W>(a), parameter), b = apply(activation, rounded<W>(b), parameter);
+          a = apply(activation, rounded<W>(a), limit_a), b = apply(activation, rounded<W>(b), limit_b);
           active_a -= a != 0.0f, active_b -= b != 0.0f;
           W::store(held, a, b);
         }
+      }
     });
     active_a += active_b;
     int64_t count = 0;

@@ -13,13 +13,14 @@ struct Call {
   const void* x;  // [T, D], without a gate h [T, F], of which only the down projection is made
   const void *gate, *up, *down;                    // [F, D]; without an up projection h is the activated gate
   const void *gate_bias, *up_bias, *down_bias;     // [F], [F], [D], or null
+  const void* thresholds;                          // [F], or null: `threshold` for all
   const void *q, *bounds;                          // [F, D] and [F, 3], or null; used for one token
   void* y;                                         // [T, D]
   int64_t T, D, F, gate_stride, up_stride, down_stride;
   int32_t dtype, kind, threads;                    // dtype: 0 float32, 1 bfloat16, 2 float16
   float threshold;
 };
-static_assert(sizeof(Call) == 16 * 8 + 4 * 4, "backend.py packs it by hand");
+static_assert(sizeof(Call) == 17 * 8 + 4 * 4, "backend.py packs it by hand");
 
 namespace {
 
@@ -78,7 +79,7 @@ void activate(const Fused<W>& mlp, typename W::Type* h, int threads, char* scrat
   hidden.x = mlp.x, hidden.gate = mlp.gate, hidden.up = mlp.up, hidden.h = h;
   hidden.gate_bias = mlp.gate_bias, hidden.up_bias = mlp.up_bias, hidden.T = mlp.T, hidden.D = mlp.D, hidden.F = mlp.F;
   hidden.gate_stride = mlp.gate_stride, hidden.up_stride = mlp.up_stride;
-  hidden.kind = mlp.kind, hidden.threshold = mlp.threshold;
+  hidden.kind = mlp.kind, hidden.threshold = mlp.threshold, hidden.thresholds = mlp.thresholds;
   run_part(hidden, threads, scratch, bytes);
 }
 
@@ -116,7 +117,7 @@ int run(const Call& call) {
   if (call.T == 1) mlp.q = (const int8_t*)call.q, mlp.bounds = (const float*)call.bounds;
   mlp.T = call.T, mlp.D = call.D, mlp.F = call.F;
   mlp.gate_stride = call.gate_stride, mlp.up_stride = call.up_stride, mlp.down_stride = call.down_stride;
-  mlp.kind = call.kind, mlp.threshold = rounded<W>(call.threshold);
+  mlp.kind = call.kind, mlp.threshold = rounded<W>(call.threshold), mlp.thresholds = (const Type*)call.thresholds;
   const int threads = sensible(call.threads);
   char* const scratch = take_scratch(size_t(run(mlp, threads, nullptr)));
   if (!scratch) return 1;

@@ -77,6 +77,7 @@ struct Fused {
   int64_t T, D, F, gate_stride, up_stride, down_stride;
   int kind;
   float threshold;
+  const Type* thresholds;  // [F], or null: `threshold` for all
   // Set by carve().
   int64_t groups;
   int64_t* begins;           // [groups + 1]
@@ -91,6 +92,8 @@ struct Fused {
 
   static float bias(const Type* biases, int64_t f) { return biases ? W::widen(biases[f]) : 0.0f; }
 
+  float threshold_of(int64_t f) const { return thresholds ? W::widen(thresholds[f]) : threshold; }
+
   // The neurons of a block that are not certified to be silent.
   int64_t uncertified(int64_t begin, int64_t n, int32_t* index) const {
     float p[kMaxBlock];
@@ -102,7 +105,7 @@ struct Fused {
     int64_t count = 0;
     activations::Table::select(kind, [&](auto activation) {
       for (int64_t i = 0; i < n; ++i)
-        if (!activation.silent(p[i], threshold)) index[count++] = int32_t(i);
+        if (!activation.silent(p[i], threshold_of(begin + i))) index[count++] = int32_t(i);
     });
     return count;
   }
@@ -129,8 +132,8 @@ struct Fused {
     activations::Table::select(kind, [&](auto activation) {
       for (int64_t j = 0; j < count; ++j) {
         const int64_t i = index[j];
-        const float b = bias(gate_bias, begin + i);
-        if (activate<W>(activation, products + j * T, b, threshold, T, h + i * T)) index[active++] = int32_t(i);
+        const float b = bias(gate_bias, begin + i), t = threshold_of(begin + i);
+        if (activate<W>(activation, products + j * T, b, t, T, h + i * T)) index[active++] = int32_t(i);
       }
     });
     if (up) times_up(begin, n, index, active, h);

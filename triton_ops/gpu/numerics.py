@@ -44,26 +44,34 @@ def add_bias(v, bias_ptr, f, mask, BIAS: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def is_silent(p, threshold, KIND: tl.constexpr, dtype: tl.constexpr):
-    """Whether a neuron is silent; not if p is NaN. The threshold counts in the dtype of the model."""
-    limit = round_to(tl.full([], threshold, tl.float32), dtype)
+def load_threshold(threshold, thresholds_ptr, f, mask, EACH: tl.constexpr, dtype: tl.constexpr):
+    """The parameter of the neurons f, in the model's dtype: EACH has its own, or all have one."""
+    if EACH:
+        return tl.load(thresholds_ptr + f, mask=mask, other=0.0).to(tl.float32)
+    else:  # noqa: RET505 (a constexpr branch must stay one)
+        return round_to(tl.full([], threshold, tl.float32), dtype)
+
+
+@triton.jit
+def is_silent(p, t, KIND: tl.constexpr):
+    """Whether a neuron with the parameter t is silent; not if p is NaN."""
     if KIND == FATRELU:
-        return p < limit
-    elif KIND == SHIFTED_RELU:  # noqa: RET505 (a constexpr branch must stay one)
-        return p <= limit
+        return p < t
+    elif KIND == SHIFTED_RELU:  # noqa: RET505
+        return p <= t
     else:
         return p <= 0.0
 
 
 @triton.jit
-def activate(p, threshold, KIND: tl.constexpr, dtype: tl.constexpr):
-    """The activation of p where it is not silent."""
+def activate(p, t, KIND: tl.constexpr, dtype: tl.constexpr):
+    """The activation of p, with the parameter t, where it is not silent."""
     if KIND == RELU2:
         a = p * p
     elif KIND == JSRELU:
         a = p + 0.5 * round_to(p * p, dtype)
     elif KIND == SHIFTED_RELU:
-        a = p - round_to(tl.full([], threshold, tl.float32), dtype)
+        a = p - t
     else:
         known: tl.constexpr = (KIND == RELU) | (KIND == DRELU) | (KIND == FATRELU)
         tl.static_assert(known, "this activation has no formula in triton_ops/gpu/numerics.py")

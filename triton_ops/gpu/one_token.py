@@ -20,7 +20,7 @@ from torch import Tensor
 from triton_ops.activations import TABLE
 from triton_ops.gpu import launch
 from triton_ops.gpu.down import pick
-from triton_ops.gpu.numerics import DRELU, activate, add_bias, is_silent, round_to
+from triton_ops.gpu.numerics import DRELU, activate, add_bias, is_silent, load_threshold, round_to
 from triton_ops.mlp import MLP
 
 FOLD = tl.constexpr(16)  # int8 elements in one load of a lane
@@ -52,6 +52,7 @@ def _neurons(
     up_ptr,
     gate_bias_ptr,
     up_bias_ptr,
+    thresholds_ptr,
     h_ptr,
     f,
     mask,
@@ -63,6 +64,7 @@ def _neurons(
     GATED: tl.constexpr,
     GATE_BIAS: tl.constexpr,
     UP_BIAS: tl.constexpr,
+    EACH: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -70,8 +72,9 @@ def _neurons(
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     p = _dot_rows(x_ptr, gate_ptr + f * gate_stride, mask, D, BLOCK_F, BLOCK_D)
     p = add_bias(p, gate_bias_ptr, f, mask, GATE_BIAS, dtype)
-    active = mask & (is_silent(p, threshold, KIND, dtype) == 0)
-    h = activate(p, threshold, KIND, dtype)
+    t_f = load_threshold(threshold, thresholds_ptr, f, mask, EACH, dtype)
+    active = mask & (is_silent(p, t_f, KIND) == 0)
+    h = activate(p, t_f, KIND, dtype)
     if GATED:
         u = tl.zeros([BLOCK_F], tl.float32)
         if tl.max(active.to(tl.int32), axis=0) > 0:
@@ -147,6 +150,7 @@ def _hidden_kernel(
     up_ptr,
     gate_bias_ptr,
     up_bias_ptr,
+    thresholds_ptr,
     q_ptr,
     bounds_ptr,
     h_ptr,
@@ -162,6 +166,7 @@ def _hidden_kernel(
     GATED: tl.constexpr,
     GATE_BIAS: tl.constexpr,
     UP_BIAS: tl.constexpr,
+    EACH: tl.constexpr,
     CERTIFIED: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -179,7 +184,7 @@ def _hidden_kernel(
         )
         # From here the operations of _neurons, all monotone: if the bound is silent, so is what it bounds.
         bound = add_bias(bound, gate_bias_ptr, f, in_f, GATE_BIAS, dtype)
-        silent = is_silent(bound, threshold, KIND, dtype)
+        silent = is_silent(bound, load_threshold(threshold, thresholds_ptr, f, in_f, EACH, dtype), KIND)
         tl.store(h_ptr + f, tl.zeros([OWNED], tl.float32).to(dtype), mask=in_f & silent)
         open = in_f & (silent == 0)
         count = tl.sum(open.to(tl.int32), axis=0)
@@ -190,6 +195,7 @@ def _hidden_kernel(
                 up_ptr,
                 gate_bias_ptr,
                 up_bias_ptr,
+                thresholds_ptr,
                 h_ptr,
                 first + pick(open, start, BLOCK_F, OWNED),
                 start + tl.arange(0, BLOCK_F) < count,
@@ -201,6 +207,7 @@ def _hidden_kernel(
                 GATED,
                 GATE_BIAS,
                 UP_BIAS,
+                EACH,
                 BLOCK_F,
                 BLOCK_D,
             )
@@ -211,6 +218,7 @@ def _hidden_kernel(
             up_ptr,
             gate_bias_ptr,
             up_bias_ptr,
+            thresholds_ptr,
             h_ptr,
             f,
             in_f,
@@ -222,6 +230,7 @@ def _hidden_kernel(
             GATED,
             GATE_BIAS,
             UP_BIAS,
+            EACH,
             BLOCK_F,
             BLOCK_D,
         )
@@ -233,6 +242,7 @@ def hidden(x: Tensor, mlp: MLP) -> Tensor:
     certified = mlp.certificate is not None
     q, bounds = (None, None) if mlp.certificate is None else (t.contiguous() for t in mlp.certificate)
     tile = launch.hidden_one(hidden, x.dtype, certified=certified)
+    each = isinstance(mlp.threshold, Tensor)
     h = torch.empty(1, neurons, dtype=x.dtype, device=x.device)
     _hidden_kernel[(triton.cdiv(neurons, tile.OWNED),)](
         x,
@@ -240,6 +250,7 @@ def hidden(x: Tensor, mlp: MLP) -> Tensor:
         mlp.up,
         mlp.first_bias,
         mlp.up_bias,
+        mlp.threshold if each else None,
         q,
         bounds,
         h,
@@ -247,7 +258,7 @@ def hidden(x: Tensor, mlp: MLP) -> Tensor:
         neurons,
         mlp.first.stride(0),
         0 if mlp.up is None else mlp.up.stride(0),
-        mlp.threshold,
+        0.0 if each else mlp.threshold,
         _relative_error(hidden, tile.BLOCK_D),
         _relative_error(hidden, tile.BLOCK_Q),
         # Underflow, as the certificate's docstring has it; a factor 1 + ‖w‖ + ‖x‖ is still to come.
@@ -256,6 +267,7 @@ def hidden(x: Tensor, mlp: MLP) -> Tensor:
         GATED=mlp.up is not None,
         GATE_BIAS=mlp.first_bias is not None,
         UP_BIAS=mlp.up_bias is not None,
+        EACH=each,
         CERTIFIED=certified,
         **tile._asdict(),
     )

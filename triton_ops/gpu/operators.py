@@ -35,6 +35,7 @@ def mlp(x: Tensor, mlp: MLP) -> Tensor:
             up=None if mlp.up is None else _with_rows(mlp.up),
             first_bias=_contiguous(mlp.first_bias),
             up_bias=_contiguous(mlp.up_bias),
+            threshold=mlp.threshold.contiguous() if isinstance(mlp.threshold, Tensor) else mlp.threshold,
         )
         rows = as_tokens(x).contiguous()
         h = (one_token if rows.shape[0] == 1 else several_tokens).hidden(rows, block)

@@ -22,7 +22,7 @@ from torch import Tensor
 from triton_ops.activations import TABLE
 from triton_ops.gpu import launch
 from triton_ops.gpu.down import upcast
-from triton_ops.gpu.numerics import DRELU, activate, add_bias, is_silent, round_to
+from triton_ops.gpu.numerics import DRELU, activate, add_bias, is_silent, load_threshold, round_to
 from triton_ops.mlp import MLP
 
 
@@ -71,6 +71,7 @@ def _hidden_kernel(
     up_ptr,
     gate_bias_ptr,
     up_bias_ptr,
+    thresholds_ptr,
     h_ptr,
     T,
     D,
@@ -82,6 +83,7 @@ def _hidden_kernel(
     GATED: tl.constexpr,
     GATE_BIAS: tl.constexpr,
     UP_BIAS: tl.constexpr,
+    EACH: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_F: tl.constexpr,
@@ -95,8 +97,9 @@ def _hidden_kernel(
     valid = in_f[:, None] & in_t[None, :]
     p = _dot_tile(x_ptr, gate_ptr + f * gate_stride, in_f, t, in_t, D, UPCAST, BLOCK_F, BLOCK_T, BLOCK_D)
     p = add_bias(p, gate_bias_ptr, f[:, None], in_f[:, None], GATE_BIAS, dtype)
-    active = valid & (is_silent(p, threshold, KIND, dtype) == 0)
-    h = activate(p, threshold, KIND, dtype)
+    t_f = load_threshold(threshold, thresholds_ptr, f[:, None], in_f[:, None], EACH, dtype)
+    active = valid & (is_silent(p, t_f, KIND) == 0)
+    h = activate(p, t_f, KIND, dtype)
     if GATED:
         wanted = tl.max(active.to(tl.int32), axis=1) > 0
         u = tl.zeros([BLOCK_F, BLOCK_T], tl.float32)
@@ -117,6 +120,7 @@ def hidden(x: Tensor, mlp: MLP) -> Tensor:
     """
     tokens, (neurons, hidden) = x.shape[0], mlp.first.shape
     tile = launch.hidden_several(tokens, hidden, x.dtype)
+    each = isinstance(mlp.threshold, Tensor)
     h = torch.empty(tokens, neurons, dtype=x.dtype, device=x.device)
     _hidden_kernel[triton.cdiv(tokens, tile.BLOCK_T), triton.cdiv(neurons, tile.BLOCK_F)](
         x,
@@ -124,17 +128,19 @@ def hidden(x: Tensor, mlp: MLP) -> Tensor:
         mlp.up,
         mlp.first_bias,
         mlp.up_bias,
+        mlp.threshold if each else None,
         h,
         tokens,
         hidden,
         neurons,
         mlp.first.stride(0),
         0 if mlp.up is None else mlp.up.stride(0),
-        mlp.threshold,
+        0.0 if each else mlp.threshold,
         KIND=TABLE[mlp.activation].code,
         GATED=mlp.up is not None,
         GATE_BIAS=mlp.first_bias is not None,
         UP_BIAS=mlp.up_bias is not None,
+        EACH=each,
         UPCAST=upcast(x.dtype),
         **tile._asdict(),
     )
