@@ -14,6 +14,7 @@ MAX_BLOCKS = 65_536
 """More MLP blocks than any model has: longer lists are refused without a look at their elements."""
 
 _MAX_FIELDS = 64
+_MAX_DEPTH = 8
 _FLOAT32_MAX = 3.4028234663852886e38
 
 
@@ -88,6 +89,24 @@ def mapping(what: str, value: Any) -> dict[str, Any]:
     if odd := [key for key in value if not isinstance(key, str)]:
         raise ValueError(f"{what} has a field {shown(odd[0])} that is no name.")
     return dict(value)
+
+
+def bounded(value: Any) -> None:
+    """Refuse a value that nests more deeply than a config block does, or has more elements than blocks.
+
+    Raises:
+        ValueError: it does.
+
+    """
+    todo = [(value, 0)]
+    while todo:
+        one, depth = todo.pop()
+        if not isinstance(one, list | tuple | Mapping):
+            continue
+        if depth > _MAX_DEPTH:
+            raise ValueError(f"it nests more than {_MAX_DEPTH} levels: {shown(value)}.")
+        sized("a list or mapping in it", one)
+        todo += [(inner, depth + 1) for inner in (one.values() if isinstance(one, Mapping) else one)]
 
 
 def known(what: str, values: Collection[str], names: Collection[str]) -> None:

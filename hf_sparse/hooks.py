@@ -1,8 +1,10 @@
 """The transformers methods that ``import hf_sparse`` wraps, so that loading and saving know of a patch.
 
-- ``post_init`` ends every construction: all auto classes, ``from_config``, direct calls, meta skeletons
-  before the weights load. When the config carries an ``"hf_sparse"`` block, the sparse blocks are put in
-  place first; a config without one passes straight through.
+- ``PretrainedConfig._dict_from_json_file`` reads a ``config.json``. transformers walks what it gives
+  recursively, so a block that nests without end is refused there.
+- ``PreTrainedModel.post_init`` ends every construction: all auto classes, ``from_config``, direct calls,
+  meta skeletons before the weights load. When the config carries an ``"hf_sparse"`` block, the sparse blocks
+  are put in place first; a config without one passes straight through.
 - ``_initialize_weights`` gives parameters that a checkpoint lacks their first values; those of ours have
   theirs from ``reset_parameters``.
 - ``save_pretrained`` first brings the config in line with the modules, and is followed by the README's
@@ -14,13 +16,15 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
-from hf_sparse.checkpoint_block import KEY
+from hf_sparse.checkpoint_block import KEY, refusing
+from hf_sparse.checks import bounded
 from hf_sparse.described import in_line
 from hf_sparse.model_card import write_model_card
 from hf_sparse.modules import ParameterLeaf
@@ -35,10 +39,12 @@ def install() -> None:
     """
     if _originals:
         return
-    for name, around in _AROUND.items():
-        original = getattr(PreTrainedModel, name)
-        _originals[name] = vars(PreTrainedModel).get(name)
-        setattr(PreTrainedModel, name, _wrapped(name, original, around))
+    for name, (owner, around) in _AROUND.items():
+        original = getattr(owner, name, None)
+        if original is None:
+            continue  # a private one may go with another version of transformers
+        _originals[name] = vars(owner).get(name)
+        setattr(owner, name, _wrapped(name, vars(owner).get(name, original), around))
     ACT2FN[KEY] = UnpatchedActivation
 
 
@@ -48,30 +54,49 @@ def uninstall() -> None:
     What another tool has wrapped around our wrapper stays, and calls the original through it.
     """
     for name, original in _originals.items():
-        if vars(getattr(PreTrainedModel, name)).get("_hf_sparse") != name:
+        owner, _ = _AROUND[name]
+        if vars(vars(owner)[name]).get("_hf_sparse") != name:
             continue
         if original is None:
-            delattr(PreTrainedModel, name)
+            delattr(owner, name)
         else:
-            setattr(PreTrainedModel, name, original)
+            setattr(owner, name, original)
     if _originals:
         _originals.clear()
         del ACT2FN[KEY]
 
 
 _originals: dict[str, Any] = {}
-"""While installed, what ``PreTrainedModel`` itself had under each name; None if it inherited it."""
+"""While installed, what each owner itself had under each name; None if it inherited it."""
 
 
-def _wrapped(name: str, original: Callable[..., Any], around: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def wrapper(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+def _wrapped(name: str, original: Any, around: Callable[..., Any]) -> Any:
+    function = getattr(original, "__func__", original)  # of a class method
+
+    @functools.wraps(function)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         # Signatures differ between versions of transformers: as little as possible is named here.
-        call = functools.partial(original, self, *args, **kwargs)
+        call = functools.partial(function, self, *args, **kwargs)
         return around(call, self, *args, **kwargs) if _originals else call()
 
-    vars(wrapper)["_hf_sparse"] = name
-    return wrapper
+    wrapped = wrapper if function is original else classmethod(wrapper)
+    vars(wrapped)["_hf_sparse"] = name
+    return wrapped
+
+
+def _dict_from_json_file(call: Callable[[], Any], _: type, *args: Any, **__: Any) -> Any:
+    try:
+        values = call()
+    except RecursionError:
+        if args and KEY in Path(args[0]).read_text(encoding="utf-8"):
+            raise ValueError(
+                f'{args[0]} nests too deeply to be read; a "{KEY}" block has a few levels. Do not trust it.'
+            ) from None
+        raise
+    if isinstance(values, Mapping) and KEY in values:
+        with refusing():
+            bounded(values[KEY])
+    return values
 
 
 def _post_init(call: Callable[[], Any], model: PreTrainedModel, *_: Any, **__: Any) -> Any:
@@ -113,9 +138,10 @@ def _upload(
     return call()
 
 
-_AROUND: dict[str, Callable[..., Any]] = {
-    "post_init": _post_init,
-    "_initialize_weights": _initialize_weights,
-    "save_pretrained": _save_pretrained,
-    "_upload_modified_files": _upload,
+_AROUND: dict[str, tuple[type, Callable[..., Any]]] = {
+    "_dict_from_json_file": (PretrainedConfig, _dict_from_json_file),
+    "post_init": (PreTrainedModel, _post_init),
+    "_initialize_weights": (PreTrainedModel, _initialize_weights),
+    "save_pretrained": (PreTrainedModel, _save_pretrained),
+    "_upload_modified_files": (PreTrainedModel, _upload),
 }

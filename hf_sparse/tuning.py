@@ -15,6 +15,7 @@ from hf_sparse.patching import inspect, transformers_model
 from triton_ops import DENSE, Problem, break_even
 from triton_ops.backends import REGISTRY
 from triton_ops.problem import Form
+from triton_ops.table import table
 from triton_ops.tune import TOKENS, Measurement, available
 from triton_ops.tune import measure as measure_shape
 
@@ -84,21 +85,17 @@ class TuneReport:
     """Those that were made now; shapes measured before are not measured again."""
 
     def __str__(self) -> str:
-        names = max(len("MLP block"), *(len(layer.name) for layer in self.layers))
-        shapes = max(len("shape"), *(len(layer.shape) for layer in self.layers))
-        counts = "".join(f"{n:>6}" for n in self.tokens)
-        head = f"{'MLP block':<{names}}  {'shape':<{shapes}}  density {counts}  choice, by tokens in a call"
-        lines = [head, "-" * len(head)]
+        head = ["MLP block", "shape", "density", *map(str, self.tokens), "choice, by tokens in a call"]
+        rows: list[list[str] | None] = [head, None]
         for layer in self.layers:
             limits = layer.break_even
-            cells = "".join(f"{limits[n - 1] if n <= len(limits) else 0.0:>6.0%}" for n in self.tokens)
+            cells = (f"{limits[n - 1] if n <= len(limits) else 0.0:.0%}" for n in self.tokens)
             density = "?" if layer.density is None else f"{layer.density:.1%}"
-            lines.append(
-                f"{layer.name:<{names}}  {layer.shape:<{shapes}}  {density:>7} {cells}  {layer.choice}"
-            )
-        lines.append(
-            "in the columns: the density up to which skipping is no slower than dense, by tokens in a call"
-        )
+            rows.append([layer.name, layer.shape, density, *cells, layer.choice])
+        lines = [
+            table(rows, left=(0, 1, -1)),
+            "in the columns: the density up to which skipping is no slower than dense, by tokens in a call",
+        ]
         if any(layer.density is None for layer in self.layers):
             lines.append("unknown density counts as 100 %; give a dataset to measure it")
         else:

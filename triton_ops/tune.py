@@ -21,6 +21,7 @@ from triton_ops.certificate import Certificate, certify
 from triton_ops.layout import neuron_major_
 from triton_ops.ops import gated_mlp, plain_mlp, sparse_linear
 from triton_ops.problem import MATRICES, Problem
+from triton_ops.table import table
 
 TOKENS = (1, 2, 4, 8, 16, 32)
 DENSITIES = (1.0, 0.75, 0.5, 0.3, 0.2, 0.1, 0.05)
@@ -80,15 +81,13 @@ class Measurement:
         what = {"gated": "gated MLP", "plain": "plain MLP", "linear": "linear"}[form]
         rival = "the faster of dense and uncertified / certified" if certified else "dense / sparse"
         name = str(dtype).removeprefix("torch.")
-        lines = [
-            f"{self.backend}, {name}, {hidden} x {neurons}, {what}; {rival} time by density",
-            "tokens  dense ms " + "".join(f"{d:>8.0%}" for d in reversed(densities)) + "  break-even",
-        ]
+        head = f"{self.backend}, {name}, {hidden} x {neurons}, {what}; {rival} time by density"
+        rows = [["tokens", "dense ms", *(f"{d:.0%}" for d in reversed(densities)), "break-even"]]
         for tokens, dense in self.dense_ms.items():
-            ratios = "".join(f"{self.ratio(tokens, d):>8.2f}" for d in reversed(densities))
+            ratios = (f"{self.ratio(tokens, d):.2f}" for d in reversed(densities))
             limit = self._break_even(tokens)
-            lines.append(f"{tokens:>6}  {dense:>8.3f} {ratios}  {f'{limit:.0%}' if limit else 'never':>10}")
-        return "\n".join(lines)
+            rows.append([str(tokens), f"{dense:.3f}", *ratios, f"{limit:.0%}" if limit else "never"])
+        return f"{head}\n{table(rows, left=())}"
 
 
 def measure(

@@ -41,8 +41,7 @@ struct Hidden {
     Mask active_a = {}, active_b = {};
     activations::Table::select(kind, [&](auto activation) {
       for (int64_t i = begin; i < end; i += kStep) {
-        Vec limit_a = Vec{} + threshold, limit_b = limit_a;
-        if (thresholds) limit_a = limit_b = Vec{};
+        Vec limit_a = Vec{} + (thresholds ? 0.0f : threshold), limit_b = limit_a;
         add_bias<W>(limit_a, limit_b, thresholds ? thresholds + i : nullptr, std::min(end - i, kStep));
         for (int64_t t = 0; t < T; ++t, sums += kStep, held += kStep) {
           Vec a, b;
