@@ -99,7 +99,7 @@ def main() -> None:
     prompt = torch.randint(1, stock.config.vocab_size, (1, 16))
     skipping = copy.deepcopy(stock)
     threshold = thresholds(skipping, prompt, args.sparsity)
-    hf_sparse.patch(skipping, hf_sparse.SparsityConfig(activation="fatrelu", threshold=threshold))
+    hf_sparse.patch(skipping, "fatrelu", threshold=threshold)
     runs = {
         "stock": harness.Run([generation(stock, prompt, "dense", args)], "cpu", graph=False),
         "skipping": harness.Run([generation(skipping, prompt, "auto", args)], "cpu", graph=False),
