@@ -156,3 +156,19 @@ with triton_ops.backend("cpp"):
 print(os.waitpid(child, 0)[1])
 """
     assert run(code) == "0"
+
+
+@needs_compiler
+def test_a_call_while_the_interpreter_ends():
+    code = """
+import atexit, torch, triton_ops
+torch.set_num_threads(2)
+down = triton_ops.neuron_major_(torch.randn(64, 999))
+gate, up, x = torch.randn(999, 64), torch.randn(999, 64), torch.randn(1, 64)
+def call():
+    with triton_ops.backend("cpp"):
+        return triton_ops.gated_mlp(x, gate, up, down, activation="relu")
+expected = call()
+atexit.register(lambda: print(torch.equal(call(), expected)))
+"""
+    assert run(code) == "True"

@@ -1,8 +1,8 @@
 // The threads of a call, and when it does without them.
 //
 // They are OpenMP's, which torch uses as well. Between two parallel regions these spin for some milliseconds, and in
-// decoding they never stop: threads of our own would have to share the cores with them, and an MLP took up to twice as
-// long with those, with nothing else on the machine.
+// decoding they never stop: threads of our own would have to share the cores with them. In a loop of OpenMP regions and
+// of work as long as an MLP's, that work took up to twice as long with a thread of our own, without any neighbour.
 //
 // A region ends when each of its threads has been there, whether or not work was left for it. If another process has
 // the core of one, that takes until the scheduler's next tick, or several: milliseconds, where a layer takes tenths of
@@ -10,9 +10,9 @@
 // - A call has few regions. Within one, work is handed out in pieces, and only pieces that somebody has taken are
 //   waited for.
 // - Time that a region lost, compared with the caller doing all of the work, is a debt, and kRest times as long has to
-//   pass until it is paid. While more than kAllowed is owed, calls work alone. So threads that are kept waiting cost a
-//   share of 1 / kRest of the time, whatever the neighbours do, and what happens now and then on an idle machine changes
-//   nothing.
+//   pass until it is paid. While more than kAllowed is owed, calls work alone. So threads that are kept waiting cost about
+//   a share of 1 / kRest of the time (more where kLongest cuts a debt short), and what happens now and then on an idle
+//   machine changes nothing.
 //
 // What is computed does not depend on the number of threads, so nobody sees it in the results.
 #pragma once
