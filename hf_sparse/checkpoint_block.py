@@ -103,7 +103,7 @@ def read(config: PretrainedConfig) -> Record | None:
         if stock is None or set(stock := mapping("stock", stock)) != {"field", "activation"}:
             raise ValueError(f'stock={shown(stock)} is not {{"field": ..., "activation": ...}}.')
         field, activation = stock["field"], stock["activation"]
-        if not isinstance(activation, str) or activation == KEY or activation not in ACT2FN:
+        if not isinstance(activation, str) or not _is_stock_activation(activation):
             raise ValueError(f"stock.activation={shown(activation)} is not one that transformers knows.")
         if not isinstance(field, str) or not names_activation(vars(config).get(field)):
             raise ValueError(
@@ -123,6 +123,16 @@ def read(config: PretrainedConfig) -> Record | None:
 def names_activation(value: object) -> bool:
     """Whether a config's field with this value may be the one that names the activation."""
     return isinstance(value, str) and (value == KEY or value in ACT2FN)
+
+
+def _is_stock_activation(name: str) -> bool:
+    """Whether transformers makes a plain function of the name: one with parameters is none to go back to."""
+    if name == KEY or name not in ACT2FN:
+        return False
+    try:
+        return not ACT2FN[name].state_dict()
+    except Exception:  # it needs a package that is not here
+        return False
 
 
 @contextmanager
