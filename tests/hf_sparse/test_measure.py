@@ -219,6 +219,7 @@ def test_report_table_json_and_plot(llama, tmp_path):
     assert alone != both
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["wrapped", "in place", "its forward", "its blocks", "replicated"])
 def test_hooks_see_what_compiled_and_replicated_models_compute(llama, how):
     hf_sparse.patch(llama, "relu")

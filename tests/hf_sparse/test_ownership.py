@@ -100,6 +100,7 @@ OPTIMIZERS = {
 PLACES = ("before forward", "before backward", "before step", "before zero", "at the end")
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     optimizer=st.sampled_from(list(OPTIMIZERS)),
@@ -355,6 +356,7 @@ def test_a_weight_that_is_gone_is_forgotten() -> None:
     assert not set(weights) & ownership._lent.keys()
 
 
+@pytest.mark.slow
 def test_training_on_two_processes_is_that_of_one(tmp_path) -> None:
     """Logits between updates, skipping, against one process that runs dense."""
     environments = [

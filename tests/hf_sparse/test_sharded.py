@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 TRAIN = """
 import copy, sys, torch
 from torch.distributed.fsdp import fully_shard
@@ -50,6 +52,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_training_goes_on_after_a_measurement_as_if_there_was_none() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -44,6 +44,7 @@ def test_it_is_a_llama_of_the_promised_kind(model, tokenizer):
     assert mlp > model.num_parameters() / 2
 
 
+@pytest.mark.slow
 def test_it_has_learned(model, tokenizer, corpus):
     """Held-out loss is far below the unigram entropy, which is what knowing no order of words costs."""
     report = hf_sparse.measure(model, corpus.held_out, tokenizer=tokenizer, max_tokens=16_384)
@@ -55,6 +56,7 @@ def test_it_has_learned(model, tokenizer, corpus):
     assert report.sparsity == 0
 
 
+@pytest.mark.slow
 def test_the_card_tells_the_truth(model, tokenizer, corpus):
     card = (TINY_MODEL / "README.md").read_text(encoding="utf-8")
     claimed = float(re.search(r"held-out loss \| \*\*([\d.]+)\*\*", card)[1])
@@ -64,6 +66,7 @@ def test_the_card_tells_the_truth(model, tokenizer, corpus):
     assert "Python Software Foundation" in card
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", ["Return the", "The list of", "This module provides"])
 def test_greedy_text_is_made_of_words(model, tokenizer, corpus, prompt):
     known = set(re.findall(r"[a-z]{2,}", " ".join(corpus.train).lower()))
@@ -80,6 +83,7 @@ def test_any_text_survives_the_tokenizer(tokenizer, text):
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
+@pytest.mark.slow
 def test_corpus_splits_share_no_paragraph(corpus):
     def paragraphs(documents):
         return [" ".join(p.split()) for text in documents for p in re.split(r"\n\s*\n", text) if p.split()]
@@ -113,6 +117,7 @@ def test_corpus_from_other_sources(tmp_path):
     assert not any("Hidden" in text for text in found.train + found.held_out)
 
 
+@pytest.mark.slow
 def test_corpus_on_disk(corpus, tmp_path):
     folder = corpus.write(tmp_path / "text")
     for name, documents in (("train", corpus.train), ("validation", corpus.held_out)):

@@ -60,6 +60,7 @@ def test_the_log_has_every_step_and_setting(command, in_process, tmp_path):
     assert run["architecture"] == "LlamaForCausalLM"
 
 
+@pytest.mark.slow
 def test_l1_raises_sparsity_over_plain_substitution_on_the_same_tokens(command, in_process, tmp_path):
     found = {}
     for name, l1 in (("relu", {}), ("l1", {"l1_boundaries": [0.3, 1.0], "l1_targets": [1.0, 5.0]})):
@@ -125,6 +126,7 @@ def test_resuming_another_recipe_is_refused_by_field(command, in_process, tmp_pa
     in_process(command(tmp_path / "run", resume=True, log_every=1, keep_checkpoints=1))
 
 
+@pytest.mark.slow
 def test_running_out_of_data_says_where_and_what_to_do(command, in_process, tmp_path):
     with pytest.raises(
         DataExhaustedError, match=r"stream \d gave \d+ sequences.*Lower max_steps to \d+ or less"
@@ -142,6 +144,7 @@ def test_a_sequence_beyond_the_positions_is_refused(command, in_process, tmp_pat
         in_process(command(tmp_path / "run", sequence_length=128))
 
 
+@pytest.mark.slow
 def test_real_llama_on_real_c4(assets, command, in_process, tmp_path):
     """A short finetune of the 260K-parameter Llama on C4 documents heals the substitution."""
     fields = {"model": assets / "stories260K", "dataset": assets / "c4", "sequence_length": 128}

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 from run_log import RunLog, read_log
 
 from support.runs import TRAINING, environment, run
@@ -42,6 +43,7 @@ def test_other_processes_write_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_runs_are_compared(command, in_process, tmp_path):
     for name, patch in (("dense", "none"), ("sparse", "relu")):
         in_process(command(tmp_path / name, patch=patch))

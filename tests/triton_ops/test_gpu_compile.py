@@ -14,6 +14,7 @@ from triton_ops.activations import TABLE
 
 triton = pytest.importorskip("triton")
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"),
     pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION"),
 ]
