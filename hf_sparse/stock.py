@@ -135,8 +135,10 @@ def _tensors(module: nn.Module) -> dict[str, Any]:
 
 
 def _sets(model: PreTrainedModel, field: str, names: list[str]) -> bool:
-    modules = _named(build_stock(model, field, KEY))
-    return all(isinstance(modules.get(name), UnpatchedActivation) for name in names)
+    # Something else than it says now: another field may say that as well.
+    value = "relu" if vars(model.config)[field] == KEY else KEY
+    modules, made = _named(build_stock(model, field, value)), type(_stand_in(value))
+    return all(type(modules.get(name)) is made for name in names)
 
 
 def _is_kept(config: PretrainedConfig, field: str) -> bool:
