@@ -13,10 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import hf_sparse
+from hf_sparse.activations.config import ACTIVATIONS
 from hf_sparse.assets import TINY_MODEL
 from hf_sparse.assets.corpus import python_corpus
 from hf_sparse.cli import main
-from hf_sparse.config import ACTIVATIONS
 from hf_sparse.launch import _with_recipe_path, application
 from triton_ops import BACKENDS
 
@@ -181,7 +181,7 @@ def test_generate_samples_by_seed(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["patch", "tiny", "--threshold", "0.5"], 'use activation="fatrelu"'),
+        (["patch", "tiny", "--threshold", "0.5"], "use 'fatrelu'"),
         (["patch", "tiny", "--layers", "9"], "names block 9"),
         (["measure", "tiny", "--text-file", "no-such.txt"], "No such file"),
         (["measure", "tiny", "--dataset", "./nowhere"], "dataset='./nowhere' does not exist"),
