@@ -123,7 +123,7 @@ class SparseMLP(GuardedModule):
     def disclose(self) -> None:
         """Give the down projection its stock layout back, and drop the certificate."""
         self._certified.drop()
-        weight = self._weight_of(self.roles.down)
+        weight = self._child(self.roles.down)._parameters.get("weight")
         if weight is not None:
             give_back(weight)
 
@@ -247,10 +247,6 @@ class SparseMLP(GuardedModule):
     def _child(self, name: str) -> nn.Module:
         return cast(nn.Module, self._modules[name])
 
-    def _weight_of(self, name: str) -> Tensor | None:
-        linear = self._modules[name]
-        return None if linear is None else linear._parameters.get("weight")
-
     def prepare(self, *, certify: bool) -> None:
         """Store the down projection neuron-major and certify; else the first call that skips does so."""
         self._certified.wanted = certify
@@ -291,12 +287,11 @@ class SparseMLP(GuardedModule):
         modules, name = self._modules, self.deciding
         if self.readable(name) is None:
             return False
-        if held_elsewhere(self._stock, 0) or held_elsewhere(
-            modules, name, holders=2
-        ):  # the other is the stock block
+        # The stock block is the second holder of the layer.
+        if held_elsewhere(self._stock, 0) or held_elsewhere(modules, name, holders=2):
             return False
-        parameters = modules[name]._parameters  # type: ignore[union-attr]
-        return not held_elsewhere(parameters, "weight") and shares_nothing(parameters["weight"])  # type: ignore[arg-type]
+        parameters: dict[str, Any] = self._child(name)._parameters
+        return not held_elsewhere(parameters, "weight") and shares_nothing(parameters["weight"])
 
     def _may_certify(self, tokens: int) -> bool:
         """Whether a certificate may be used for so many tokens; to be asked before fetching the weights."""
