@@ -26,8 +26,8 @@ Algorithms, theorem 3.1, and Cauchy-Schwarz), plus what underflow may take: no m
 takes) and rounded up. The computed dot product is at most B. Adding the bias, rounding to the dtype of the
 model and the test "p <= threshold" (for fatrelu "p < threshold", with the neuron's own threshold where each
 has one) are monotone, so the same operations done to B decide: if B would be silent, so is the neuron. The
-result is therefore *the same bits*, not an approximation. Comparisons are written so that NaN certifies nothing; rows and inputs with NaN or infinity
-have r, m or ‖x‖ = infinity or NaN, and are computed in full.
+result is therefore *the same bits*, not an approximation. Comparisons are written so that NaN certifies
+nothing; rows and inputs with NaN or infinity have r, m or ‖x‖ = infinity or NaN, and are computed in full.
 """
 
 from __future__ import annotations
