@@ -130,9 +130,8 @@ in a gated MLP, 1.8× in a plain one; ratios above it say that dense is off its 
 
 **Against other programs.** The rival is what a user of transformers runs today. A CPU user will also think of llama.cpp,
 which decodes without Python between the layers, quantises, and is several times faster than transformers on small models,
-skipping or not: SmolLM2-135M in bfloat16 on two cores like these, about 133 tokens/s against 28 stock and 36 skipping (by
-hand; no script here repeats it). What these pages measure is what sparsity is worth inside PyTorch, not how fast a CPU can
-decode.
+skipping or not; no script here measures it yet. What these pages measure is what sparsity is worth inside PyTorch, not how
+fast a CPU can decode.
 
 **Machines.** All of it is from one kind of two-core virtual machine, whose memory is shared with others: its speed changed
 by more than a factor of two between runs, so compare within a table and not between them. No number here is from a GPU. The
@@ -268,6 +267,34 @@ def generate(result: Result) -> str:
 On 2026-11-21, when memory was faster: 9.3 tokens/s dense, 15.9 skipping, 1.71×."""
 
 
+def busy(result: Result) -> str:
+    loads = {
+        "none": "the machine to itself",
+        "bound": "a neighbour bound to one core",
+        "free": "a neighbour that the scheduler may move",
+    }
+    rows = {(row["neighbour"], row["model"]): row for row in result.rows}
+    lines = []
+    for load, name in loads.items():
+        stock, skipping = rows[load, "stock"], rows[load, "skipping"]
+        speeds = [
+            f"{row['tokens_per_s']:.1f} ({percent(row['kept']['median'])})" for row in (stock, skipping)
+        ]
+        lines.append([name, *speeds, times(skipping["against_stock"]["median"])])
+    first = rows["none", "skipping"]
+    about = f"""
+        A small model, where threads meet most often: a Llama of {first["layers"]} layers of {first["hidden"]} × {first["neurons"]},
+        {DTYPES[first["dtype"]]}, {first["weights"]} weights, {percent(first["sparsity"])} of the neurons silent, while
+        {rows["bound", "skipping"]["neighbours"]} other process computes without a pause. Tokens per
+        second, in brackets what is left of the undisturbed speed."""
+    return f"""\
+{result.conditions} [All rows](../benchmarks/results/busy_neighbour.json).
+
+{paragraph(about)}
+
+{table(["", "stock", "skipping", "skipping against stock"], lines)}"""
+
+
 def finetuned(result: Result) -> str:
     names = {
         "dense": "dense baseline",
@@ -300,5 +327,6 @@ SECTIONS = (
         dense,
     ),
     Section("`generate()`", ("generate.json",), generate),
+    Section("A busy neighbour", ("busy_neighbour.json",), busy),
     Section("Finetuned for sparsity", ("../../docs/results/c4-stories260k.json",), finetuned),
 )
