@@ -1,4 +1,4 @@
-"""Layers removed, repeated, exchanged, patched in part: what is saved is what the model computes, or nothing is."""
+"""Layers removed, repeated, exchanged, patched in part: saved is what the model computes, or nothing is."""
 
 from __future__ import annotations
 
@@ -93,7 +93,6 @@ CHANGES = (
     remove,
     reverse,
     repeat,
-    share,
     exchange_with_stock,
     exchange_with_patched,
     restore_one,
