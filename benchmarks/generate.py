@@ -74,10 +74,8 @@ def thresholds(model: LlamaForCausalLM, prompt: Tensor, sparsity: float) -> tupl
             hf_sparse.patch(model, "fatrelu", threshold=values)
         blocks, _ = find_blocks(model)
         hooks = [
-            block.gate_linear.register_forward_hook(
-                lambda _m, _i, out, name=block.name: found.__setitem__(
-                    name, max(quantile(out, sparsity), 0.0)
-                )
+            block.watch(
+                "p", lambda p, name=block.name: found.__setitem__(name, max(quantile(p, sparsity), 0.0))
             )
             for block in blocks
         ]
@@ -96,9 +94,7 @@ def silent_share(model: nn.Module, tokens: Tensor, first: int) -> float:
     shares = []
     blocks, _ = find_blocks(model)
     hooks = [
-        block.down_linear.register_forward_pre_hook(
-            lambda _m, args: shares.append((args[0][:, first:] == 0).float().mean().item())
-        )
+        block.watch("h", lambda h: shares.append((h[:, first:] == 0).float().mean().item()))
         for block in blocks
     ]
     with torch.no_grad():

@@ -27,7 +27,7 @@ import torch
 from blocks import Competitor, Layer
 from harness import check_equal
 from plots import Plot
-from torch import Tensor, nn
+from torch import Tensor
 
 import triton_ops
 
@@ -114,11 +114,10 @@ def model_layers(args: argparse.Namespace) -> Iterator[blocks.Group]:
             raise SystemExit(f"no MLP of {args.weights} is known: {', '.join(map(str, skipped))}")
         for block in found:
 
-            def keep(_m: nn.Module, given: tuple[Tensor, ...], name: str = block.name) -> None:
-                seen[name] = given[0][..., -1:, :]
+            def keep(x: Tensor, name: str = block.name) -> None:
+                seen[name] = x[..., -1:, :]
 
-            deciding = block.up_linear if block.gate_linear is None else block.gate_linear
-            deciding.register_forward_pre_hook(keep)
+            block.watch("x", keep)
         model(tokens.to(args.device), use_cache=False)
         layers = [_layer(block, seen[block.name]) for block in found[: args.layers]]
         yield Path(args.weights).name, dtype, layers
@@ -126,13 +125,8 @@ def model_layers(args: argparse.Namespace) -> Iterator[blocks.Group]:
 
 
 def _layer(block: Any, x: Tensor) -> Layer:
-    linears = [
-        linear for linear in (block.gate_linear, block.up_linear, block.down_linear) if linear is not None
-    ]
-    if not all(type(linear) is nn.Linear for linear in linears):
-        raise SystemExit(f"{block.name} is not made of nn.Linear")
-    *gate, up, down = (linear.weight.detach() for linear in linears)
-    biases = [linear.bias for linear in linears]
+    *gate, up, down = (weight.detach() for weight, _ in block.weights())
+    biases = [bias for _, bias in block.weights()]
     return Layer(x.reshape(1, -1).contiguous(), gate[0] if gate else None, up, down, biases)
 
 

@@ -14,8 +14,8 @@ from transformers.activations import ACT2FN
 from hf_sparse.activations import is_stock
 from hf_sparse.activations.config import ORIGINAL, same_function
 from hf_sparse.activations.known import STOCK_ACTIVATIONS
-from hf_sparse.adapters.block import linear_size
 from hf_sparse.adapters.copies import place
+from hf_sparse.adapters.roles import linear_size
 from hf_sparse.checkpoint_block import KEY, Record, names_activation
 from hf_sparse.modules import SparseMLP
 

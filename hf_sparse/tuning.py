@@ -206,15 +206,15 @@ def _problems(module: SparseMLP, hidden: int, neurons: int) -> tuple[list[Proble
     """What the block can run of the operators as it is, or why it can run none."""
     if module.kernel() is None:
         return [], "its activation is not exactly zero, or has a hook"
-    first, down = module.readable(module.deciding), module.readable(module.roles.down)
-    up = module.readable(module.roles.up)
-    if down is None or (module.roles.form == "gated" and (first is None or up is None)):
+    form, down = module.roles.form, module.readable(module.roles.down)
+    whole = all(module.readable(name) is not None for name in module.roles.before_down)
+    forms: list[tuple[Form, bool]] = [(form, False)] if whole else []
+    if form == "plain":
+        forms.append(("linear", False))
+    if down is None or not forms:
         return [], "its linear layers must be called (an adapter, a hook, quantised or offloaded weights)"
-    forms: list[tuple[Form, bool]] = [("gated", False)] if module.roles.form == "gated" else []
-    if module.roles.form == "plain":
-        forms = [("linear", False)] if first is None else [("plain", False), ("linear", False)]
-    if module.certify and first is not None:
-        forms.append((module.roles.form, True))
+    if module.certify and whole and module.roles.deciding is not None:
+        forms.append((form, True))
     weight = down.weight
     return [Problem(form, hidden, neurons, weight.dtype, weight.device.type, c) for form, c in forms], None
 

@@ -143,8 +143,7 @@ class ActivationConfig(Part):
                 f"activation.name={self.name!r} needs a gated MLP, but {block.name} "
                 f'({block.stock_class.__name__}) has no gate; use "relu".'
             )
-        parts = {block.roles.gate, block.roles.up, block.roles.down, block.roles.act}
-        if extra := block.module._modules.keys() - parts:
+        if extra := block.module._modules.keys() - set(block.roles.names):
             raise PatchError(
                 f"activation.name={self.name!r} computes the block itself, but {block.name} also has "
                 f'{", ".join(sorted(extra))}; use "relu".'

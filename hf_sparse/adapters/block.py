@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from hf_sparse.adapters.copies import place
-from hf_sparse.adapters.roles import Roles
+from hf_sparse.adapters.roles import Linear, Roles
+
+Site: TypeAlias = Literal["x", "p", "a", "h", "y"]
 
 
 @dataclass(frozen=True)
@@ -37,33 +41,53 @@ class Block:
         return getattr(self.module, "stock_class", type(self.module))
 
     @property
-    def gate_linear(self) -> nn.Module | None:
-        return None if self.roles.gate is None else self.module.get_submodule(self.roles.gate)
-
-    @property
-    def up_linear(self) -> nn.Module:
-        return self.module.get_submodule(self.roles.up)
-
-    @property
-    def down_linear(self) -> nn.Module:
-        """The down projection; sparsity is the share of exact zeros in its input."""
-        return self.module.get_submodule(self.roles.down)
-
-    @property
     def activation(self) -> nn.Module:
         return self.module.get_submodule(self.roles.act)
 
     @property
     def hidden_size(self) -> int:
-        size = linear_size(self.up_linear)
-        assert size is not None
-        return size[0]
+        return self.roles.sizes(self.module)[0]
 
     @property
     def intermediate_size(self) -> int:
-        size = linear_size(self.up_linear)
-        assert size is not None
-        return size[1]
+        return self.roles.sizes(self.module)[1]
+
+    def weights(self) -> list[Linear]:
+        """Weights and biases as the operators take them, the deciding projection first and down last.
+
+        ``[F, D]``, and ``[D, F]`` of the down projection. Views of the parameters, for looking only.
+        """
+        found = []
+        for name in (*self.roles.before_down, self.roles.down):
+            linear: Any = self.module.get_submodule(name)
+            weight = linear.weight if hasattr(linear, "in_features") else linear.weight.t()
+            found.append((weight, linear.bias))
+        return [*self.roles.split(found[:-1]), found[-1]]
+
+    def watch(self, site: Site, fn: Callable[[Tensor], None]) -> RemovableHandle:
+        """Call ``fn`` with what passes ``site`` in each forward, until the handle's ``remove()``.
+
+        The sites, and what ``fn`` gets there:
+
+        - ``"x"``, the input ``[..., D]``;
+        - ``"p"``, the pre-activation ``[..., F]``: of the gate, or of a plain block's up projection;
+        - ``"a"``, the output of the activation ``[..., F]``;
+        - ``"h"``, the input of the down projection ``[..., F]``, whose exact zeros are the silent neurons;
+        - ``"y"``, the output ``[..., D]``.
+
+        A patched block whose inside is watched computes with its modules, every neuron; its values are those
+        of skipping, to rounding.
+        """
+        module = self.module
+        if site in ("x", "y"):
+            watched = module
+        else:
+            watched = module.get_submodule(self.roles.down if site == "h" else self.roles.act)
+        if site in ("x", "p", "h"):
+            return watched.register_forward_pre_hook(
+                lambda _, args, kwargs: fn(args[0] if args else next(iter(kwargs.values()))), with_kwargs=True
+            )
+        return watched.register_forward_hook(lambda _, args, output: fn(output))
 
 
 def replaced_forward(module: nn.Module) -> str | None:
@@ -76,16 +100,3 @@ def replaced_forward(module: nn.Module) -> str | None:
         return None
     function = getattr(forward, "__func__", forward)
     return f"{function.__module__}.{getattr(function, '__qualname__', function)}"
-
-
-def linear_size(module: nn.Module) -> tuple[int, int] | None:
-    """``(in, out)`` of anything that acts as a linear layer, None of anything else.
-
-    Declared sizes and not the weight's shape: under ZeRO-3 a weight has shape (0,), and quantised or
-    LoRA-wrapped layers keep the declaration.
-    """
-    for fan_in, fan_out in (("in_features", "out_features"), ("nx", "nf")):
-        size = getattr(module, fan_in, None), getattr(module, fan_out, None)
-        if isinstance(size[0], int) and isinstance(size[1], int):
-            return size[0], size[1]
-    return None

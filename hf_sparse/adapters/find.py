@@ -10,7 +10,7 @@ from hf_sparse.activations.known import STOCK_ACTIVATIONS
 from hf_sparse.adapters.block import Block
 from hf_sparse.adapters.copies import idle, in_use, place
 from hf_sparse.adapters.roles import Roles
-from hf_sparse.adapters.shapes import linears, recognise
+from hf_sparse.adapters.shapes import SHAPES, linears, recognise
 from hf_sparse.errors import PatchError
 
 
@@ -60,8 +60,8 @@ def require_blocks(model: nn.Module) -> tuple[list[Block], list[Skipped]]:
         seen = sorted({f"{s.class_name} at {s.name}: {s.reason}" for s in skipped})[:3]
         found = "; ".join(seen) or "no module in a layer owns linear layers and an activation"
         raise PatchError(
-            f"no MLP block of a known shape in {type(model).__name__}. Known: down(act(gate(x)) * up(x)) and "
-            f"down(act(up(x))) as a module of linear layers and one activation. Found: {found}."
+            f"no MLP block of a known shape in {type(model).__name__}. Known, of linear layers and one "
+            f"activation: {'; '.join(shape.formula for shape in SHAPES)}. Found: {found}."
         )
     return blocks, skipped
 
@@ -88,7 +88,7 @@ def _why_not(module: nn.Module) -> str | None:
     shown = ", ".join(f"{name} {i}->{o}" for name, (i, o) in sizes.items())
     if len(sizes) in (2, 3):
         return (
-            f"its forward is neither down(act(gate(x)) * up(x)) nor down(act(up(x))); linear layers: {shown}"
+            f"its forward is none of {'; '.join(shape.formula for shape in SHAPES)}; linear layers: {shown}"
         )
     if sizes:
         return f"it has {len(sizes)} linear layers where an MLP has two or three: {shown}"

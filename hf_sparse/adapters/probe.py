@@ -8,6 +8,8 @@ not is left alone. Takes well under a millisecond and touches no weight of the m
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -35,11 +37,9 @@ def _marker(p: Tensor) -> Tensor:
 
 def computes(module: nn.Module, roles: Roles) -> bool:
     """Whether ``type(module).forward`` in eval mode is the formula of ``roles`` (see :class:`Roles`)."""
-    up, gate = _TinyLinear(_HIDDEN, _INTERMEDIATE, 1), _TinyLinear(_HIDDEN, _INTERMEDIATE, 2)
-    down = _TinyLinear(_INTERMEDIATE, _HIDDEN, 3)
-    parts = {roles.up: up, roles.down: down, roles.act: _marker}
-    if roles.gate is not None:
-        parts[roles.gate] = gate
+    sizes = roles.linears(_HIDDEN, _INTERMEDIATE)
+    parts: dict[str, Callable[[Tensor], Tensor]] = {roles.act: _marker}
+    parts.update((name, _TinyLinear(*size, seed)) for seed, (name, size) in enumerate(sizes.items()))
     # No instance of the class: a forward that needs more of it than the children and attributes that a
     # sparse block takes over (other methods, super()) must not pass.
     stand_in = object.__new__(nn.Module)
@@ -50,10 +50,10 @@ def computes(module: nn.Module, roles: Roles) -> bool:
         for name, child in module._modules.items()
     }
     x = torch.linspace(-2, 2, 2 * _HIDDEN, dtype=torch.float64, device="cpu").reshape(1, 2, _HIDDEN)
-    h = _marker(up(x)) if roles.gate is None else _marker(gate(x)) * up(x)
+    wanted = parts[roles.down](roles.hidden(parts.__getitem__, x))
     try:
         with torch.no_grad():
             out = type(module).forward(stand_in, x)
     except Exception:  # a forward with other arguments or inner sizes: simply not this formula
         return False
-    return isinstance(out, Tensor) and out.shape == x.shape and torch.allclose(out, down(h), rtol=1e-9)
+    return isinstance(out, Tensor) and out.shape == x.shape and torch.allclose(out, wanted, rtol=1e-9)

@@ -1,23 +1,89 @@
-"""Which child of an MLP plays which part."""
+"""What a shape of MLP is: which child plays which part, and what they compute together."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal, TypeAlias
+
+from torch import Tensor, nn
+
+Child: TypeAlias = Callable[[str], Callable[[Tensor], Tensor]]
+"""Gives the child of a name, to be called."""
+Linear: TypeAlias = tuple[Tensor, Tensor | None]
+"""Weight and bias of a projection."""
+Sizes: TypeAlias = Mapping[str, tuple[int, int]]
+"""``(in, out)`` of linear layers by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Roles:
-    """Names of an MLP's children by the part they play.
+class Roles(ABC):
+    """One MLP of one shape, by the names of its children. Each shape is a subclass, in a file of its own.
 
-    ``gated``: ``down(act(gate(x)) * up(x))``; ``plain``: ``down(act(up(x)))``, where ``gate`` is None.
+    ``gated``: ``down(act(gate(x)) * up(x))``; ``plain``: ``down(act(up(x)))``.
     """
 
-    gate: str | None
-    up: str
     down: str
     act: str
 
+    form: ClassVar[Literal["gated", "plain"]]
+    formula: ClassVar[str]
+    """For people."""
+
+    @classmethod
+    @abstractmethod
+    def candidates(cls, sizes: Sizes, act: str) -> Iterator[Roles]:
+        """Every assignment of linear layers to parts that ``sizes`` allows; ``act`` is the activation."""
+
     @property
-    def form(self) -> Literal["gated", "plain"]:
-        return "plain" if self.gate is None else "gated"
+    @abstractmethod
+    def before_down(self) -> tuple[str, ...]:
+        """The linear layers before the down projection, as :meth:`split` takes them."""
+
+    @abstractmethod
+    def linears(self, hidden: int, neurons: int) -> dict[str, tuple[int, int]]:
+        """``(in, out)`` of the linear layers in a block of these sizes."""
+
+    @abstractmethod
+    def project(self, child: Child, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Pre-activation and, in a gated block, its factor: ``x [..., D]`` to ``[..., F]`` each."""
+
+    def split(self, read: Sequence[Linear]) -> Sequence[Linear]:
+        """Weights and biases of :attr:`before_down` as the operators' ``[F, D]``, the deciding one first."""
+        return read
+
+    @property
+    def deciding(self) -> str | None:
+        """The layer that is the deciding projection and nothing else; None if it is a part of one."""
+        return self.before_down[0]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All children that play a part."""
+        return (*self.before_down, self.down, self.act)
+
+    def hidden(self, child: Child, x: Tensor) -> Tensor:
+        """What reaches the down projection, ``x [..., D] -> [..., F]``: the formula, literally."""
+        p, u = self.project(child, x)
+        a = child(self.act)(p)
+        return a if u is None else a * u
+
+    def sizes(self, module: nn.Module) -> tuple[int, int]:
+        """Hidden size and number of neurons of ``module``, a block of this shape."""
+        size = linear_size(module.get_submodule(self.down))
+        assert size is not None
+        return size[1], size[0]
+
+
+def linear_size(module: nn.Module) -> tuple[int, int] | None:
+    """``(in, out)`` of anything that acts as a linear layer, None of anything else.
+
+    Declared sizes and not the weight's shape: under ZeRO-3 a weight has shape (0,), and quantised or
+    LoRA-wrapped layers keep the declaration.
+    """
+    for fan_in, fan_out in (("in_features", "out_features"), ("nx", "nf")):
+        size = getattr(module, fan_in, None), getattr(module, fan_out, None)
+        if isinstance(size[0], int) and isinstance(size[1], int):
+            return size[0], size[1]
+    return None

@@ -1,26 +1,31 @@
-"""The two shapes of MLP that are recognised: gated (gate, up, down) and plain (up, down)."""
+"""Which shape of MLP a module has, of those that are known."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import permutations
-
 from torch import nn
 
-from hf_sparse.adapters.block import linear_size
+from hf_sparse.adapters.fused import Fused
+from hf_sparse.adapters.gated import Gated
+from hf_sparse.adapters.plain import Plain
 from hf_sparse.adapters.probe import computes
-from hf_sparse.adapters.roles import Roles
+from hf_sparse.adapters.roles import Roles, linear_size
+
+SHAPES: tuple[type[Roles], ...] = (Gated, Plain, Fused)
+"""Every known shape; a new one is a file like theirs and an entry here."""
 
 _NOT_ACTIVATIONS = (nn.Dropout, nn.Identity)
 
 
 def recognise(module: nn.Module) -> Roles | None:
     """The roles of ``module``'s children if it is an MLP that can be patched, else None."""
-    if not 2 <= len(linears(module)) <= 3:
+    sizes = linears(module)
+    if not 2 <= len(sizes) <= 3:
         return None
-    for roles in _candidates(module):
-        if computes(module, roles):
-            return roles
+    for act in activations(module):
+        for shape in SHAPES:
+            for roles in shape.candidates(sizes, act):
+                if computes(module, roles):
+                    return roles
     return None
 
 
@@ -40,18 +45,3 @@ def activations(module: nn.Module) -> list[str]:
         and next(child.parameters(), None) is None
         and next(child.children(), None) is None
     ]
-
-
-def _candidates(module: nn.Module) -> Iterator[Roles]:
-    """Every assignment of children to roles that the declared sizes allow, in the children's order."""
-    sizes = linears(module)
-    for act in activations(module):
-        for names in permutations(sizes):
-            *first, down = names
-            hidden, intermediate = sizes[first[0]]
-            if all(sizes[name] == (hidden, intermediate) for name in first) and sizes[down] == (
-                intermediate,
-                hidden,
-            ):
-                gate = first[0] if len(first) == 2 else None
-                yield Roles(gate=gate, up=first[-1], down=down, act=act)

@@ -125,16 +125,14 @@ class _ZeroCounter:
         """Int ``[B, S]``, 0 at padding; None means there is none."""
 
     def __enter__(self) -> _ZeroCounter:
-        # A hooked linear layer is called as a module, so a patched block takes its dense path: the zeros are
-        # the same ones, and they can be seen.
-        self._handle = self._block.down_linear.register_forward_pre_hook(self._count, with_kwargs=True)
+        self._handle = self._block.watch("h", self._count)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._handle.remove()
 
-    def _count(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        h_TF = (args[0] if args else next(iter(kwargs.values()))).flatten(0, -2)
+    def _count(self, h: Tensor) -> None:
+        h_TF = h.flatten(0, -2)
         if self.mask is not None:
             if len(h_TF) != self.mask.numel():
                 raise ValueError(

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
+from transformers.pytorch_utils import Conv1D
 
 import triton_ops
 from hf_sparse.activations import MixedActivation, row_of
@@ -174,8 +175,8 @@ class SparseMLP(GuardedModule):
         """How to run this call; all that decides it is asked here, once, and the layout is made to fit.
 
         The whole block is one operator if the kernels know the activation and all weights may be read, and
-        skipping pays. In a plain block the down projection alone may skip, too: where the up projection must
-        be called, or there are too many tokens for the whole to pay.
+        skipping pays. The down projection alone may skip, too: where a projection before it must be called
+        (an adapter), and in a plain block where there are too many tokens for the whole to pay.
         """
         compiling = torch.compiler.is_compiling()
         if self.training or torch.is_grad_enabled():
@@ -189,7 +190,9 @@ class SparseMLP(GuardedModule):
             return _STOCK
         ((down, bias),) = read
         activation = self.kernel() if skip else None
-        if activation is not None and (first := self._weights(x, *self._before_down)) is not None:
+        called = None if activation is None else self._weights(x, *self.roles.before_down)
+        if activation is not None and called is not None:
+            first = self.roles.split(called)
             deciding, held, form = first[0][0], None, self.roles.form
             if certify:
                 backend, held = self._certificate(deciding)
@@ -199,11 +202,11 @@ class SparseMLP(GuardedModule):
                 weights = (*[w for w, _ in first], rows, *[b for _, b in first], bias)
                 return Way(form, backend, weights, activation, held)
         plan = triton_ops.plan(down, "linear")
-        if activation is not None and self.roles.gate is None:
+        if activation is not None and (called is None or self.roles.form == "plain"):
             backend = plan.backend(tokens, self.density)
             if backend != DENSE and (rows := neuron_major(down)) is not None:
                 return Way("linear", backend, (rows, bias))
-        if plan.product != DENSE and triton_ops.is_neuron_major(down):
+        if plan.product != DENSE and self._is_linear_down() and triton_ops.is_neuron_major(down):
             # A view: another thread may give the weight back meanwhile.
             return Way("linear", plan.product, (down if compiling else down.detach(), bias))
         if plan.stalls and not compiling:
@@ -242,7 +245,7 @@ class SparseMLP(GuardedModule):
 
     def hidden(self, x: Tensor) -> Tensor:
         """What reaches the down projection, by calls of the modules: ``x [..., D] -> [..., F]``."""
-        return self.activation(self._child(self.deciding)(x))
+        return self.roles.hidden(self._child, x)
 
     def _child(self, name: str) -> nn.Module:
         return cast(nn.Module, self._modules[name])
@@ -253,10 +256,10 @@ class SparseMLP(GuardedModule):
         self._certified.drop()
         if self.kernel() is None:
             return
-        if (down := self.readable(self.roles.down)) is not None:
+        if self._is_linear_down() and (down := self.readable(self.roles.down)) is not None:
             lend(down.weight)
-        if certify and self.owns_deciding() and (first := self.readable(self.deciding)) is not None:
-            self._certificate(first.weight)
+        if certify and self.owns_deciding() and (first := self._deciding()) is not None:
+            self._certificate(cast(Tensor, first.weight))
 
     @property
     def certify(self) -> bool:
@@ -268,24 +271,18 @@ class SparseMLP(GuardedModule):
         certified.wanted = self.certify
         return {**super().__getstate__(), "_certified": certified}
 
-    @property
-    def deciding(self) -> str:
-        """The name of the projection that decides which neurons are active."""
-        return self.roles.gate or self.roles.up
-
-    @property
-    def _before_down(self) -> tuple[str, ...]:
-        """The names of the projections before the down projection, the deciding one first."""
-        gate, up = self.roles.gate, self.roles.up
-        return (up,) if gate is None else (gate, up)
+    def _deciding(self) -> nn.Module | None:
+        """The layer that decides which neurons are active, if there is such a one and it may be read."""
+        name = self.roles.deciding
+        return None if name is None else self.readable(name)
 
     def owns_deciding(self) -> bool:
         """Whether nobody else holds the deciding projection, so that no change of it goes unnoticed.
 
         Not to be asked while a variable of the caller holds it.
         """
-        modules, name = self._modules, self.deciding
-        if self.readable(name) is None:
+        modules, name = self._modules, self.roles.deciding
+        if name is None or self.readable(name) is None:
             return False
         # The stock block is the second holder of the layer.
         if held_elsewhere(self._stock, 0) or held_elsewhere(modules, name, holders=2):
@@ -327,17 +324,23 @@ class SparseMLP(GuardedModule):
             weight = cast(nn.Parameter, parameters["weight"])
             if weight.dtype != x.dtype or weight.device != x.device:
                 return None
-            found.append((weight, parameters["bias"]))
+            found.append((weight if type(linear) is nn.Linear else weight.t(), parameters["bias"]))
         return found
 
-    def readable(self, name: str) -> nn.Linear | None:
+    def _is_linear_down(self) -> bool:
+        return type(self._modules[self.roles.down]) is nn.Linear
+
+    def readable(self, name: str) -> nn.Linear | Conv1D | None:
         """The child ``name`` if its weight may be read directly, None if it must be called as a module.
 
         LoRA, quantised, offloaded, tensor-parallel and hooked layers all fail one of these tests, which is
-        what makes skipping right for them: they are called, and do what they do.
+        what makes skipping right for them: they are called, and do what they do. A ``Conv1D`` stores the
+        transposed weight: as a down projection it is neuron-major as it comes, elsewhere of no use.
         """
         linear = self._modules[name]
-        if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks:
+        if type(linear) is not nn.Linear and not (type(linear) is Conv1D and name == self.roles.down):
+            return None
+        if linear._forward_hooks or linear._forward_pre_hooks:
             return None
         own = linear._parameters
         if "forward" in vars(linear) or type(own.get("weight")) is not nn.Parameter or "bias" not in own:
@@ -360,7 +363,9 @@ class SparseGatedMLP(SparseMLP):
 
     def hidden(self, x: Tensor) -> Tensor:
         """``act(gate(x)) * up(x)``, with ``relu_up`` as far as it is mixed in."""
-        a, u = super().hidden(x), self._child(self.roles.up)(x)
+        p, u = self.roles.project(self._child, x)
+        assert u is not None
+        a = self.activation(p)
         if self.relu_up:
             k = self.mix
             u = torch.relu(u) if k == 1 else (1 - k) * u + k * torch.relu(u)

@@ -43,7 +43,7 @@ class L1Penalty:
         self._handles = [
             model.register_forward_pre_hook(self._begin),
             model.register_forward_hook(self._end, always_call=True),
-            *(b.down_linear.register_forward_pre_hook(self._collect) for b in blocks),
+            *(block.watch("h", self._collect) for block in blocks),
         ]
 
     def value(self) -> Tensor:
@@ -83,8 +83,7 @@ class L1Penalty:
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         self._in_forward = False
 
-    def _collect(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        h = args[0]
+    def _collect(self, h: Tensor) -> None:
         # vector_norm accumulates in float32 and saves only h itself for backward, unlike h.float().abs().
         # A recomputation must save the same tensors as the forward did, so this runs there, too.
         mean = torch.linalg.vector_norm(h, 1, dtype=torch.float32) / h.numel()

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from support.models import tiny
 
-GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "olmo2", "stablelm")
+GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "olmo2", "stablelm", "phi3", "glm")
 PLAIN = ("gpt_neox", "phi", "nemotron", "starcoder2", "gpt2", "persimmon")
 
 

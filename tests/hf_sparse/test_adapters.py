@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from hf_sparse.adapters import find_blocks
+import hf_sparse
+from hf_sparse.adapters import Block, find_blocks
+from hf_sparse.adapters.fused import Fused as FusedRoles
+from hf_sparse.adapters.gated import Gated as GatedRoles
 from hf_sparse.adapters.shapes import recognise
 
 
@@ -60,8 +63,47 @@ class TwoArguments(Gated):
 @pytest.mark.parametrize("mlp", [Gated, Square])
 def test_roles_come_from_what_is_computed(mlp: type[nn.Module]) -> None:
     roles = recognise(mlp())
-    assert roles is not None
+    assert isinstance(roles, GatedRoles)
     assert (roles.gate, roles.up, roles.down, roles.act) == ("w1", "w3", "w2", "f")
+
+
+class Fused(nn.Module):
+    gate_first = True
+
+    def __init__(self, hidden: int = 8, intermediate: int = 20) -> None:
+        super().__init__()
+        self.w2 = nn.Linear(intermediate, hidden)
+        self.w13 = nn.Linear(hidden, 2 * intermediate)
+        self.f = nn.SiLU()
+
+    def forward(self, x):
+        halves = self.w13(x).chunk(2, dim=-1)
+        gate, up = halves if self.gate_first else halves[::-1]
+        return self.w2(up * self.f(gate))
+
+
+class FusedTheOtherWay(Fused):
+    gate_first = False
+
+
+class Interleaved(Fused):
+    def forward(self, x):
+        both = self.w13(x)
+        return self.w2(self.f(both[..., ::2]) * both[..., 1::2])
+
+
+@pytest.mark.parametrize("mlp", [Fused, FusedTheOtherWay])
+def test_gate_and_up_in_one_layer(mlp: type[Fused]) -> None:
+    module = mlp()
+    roles = recognise(module)
+    assert isinstance(roles, FusedRoles)
+    assert roles.gate_first is mlp.gate_first
+    block = Block("mlp", module, roles)
+    assert (block.hidden_size, block.intermediate_size) == (8, 20)
+    x = torch.randn(3, 8)
+    (gate, gate_bias), (up, up_bias), (down, down_bias) = block.weights()
+    h = torch.nn.functional.silu(x @ gate.t() + gate_bias) * (x @ up.t() + up_bias)
+    torch.testing.assert_close(module(x), h @ down.t() + down_bias)
 
 
 class NeedsItsClass(Gated):
@@ -87,6 +129,7 @@ class NeedsAMethod(Gated):
         TwoArguments,
         NeedsItsClass,
         NeedsAMethod,
+        Interleaved,
     ],
 )
 def test_other_functions_of_the_same_structure_are_refused(mlp: type[nn.Module]) -> None:
@@ -112,6 +155,32 @@ def test_blocks_of_real_models(tiny_model, model_type) -> None:
     blocks, skipped = find_blocks(tiny_model(model_type))
     assert [(b.hidden_size, b.intermediate_size) for b in blocks] == [(32, 88)] * 3
     assert not skipped
+
+
+def test_every_site_of_a_block_can_be_watched(tiny_model, model_type, input_ids) -> None:
+    model = tiny_model(model_type)
+    hf_sparse.patch(model, "relu")
+    (block, *_), _ = find_blocks(model)
+    seen: dict[str, torch.Tensor] = {}
+    handles = [
+        block.watch(site, lambda value, site=site: seen.__setitem__(site, value))
+        for site in ("x", "p", "a", "h", "y")
+    ]
+    with torch.no_grad():
+        model(input_ids)
+    for handle in handles:
+        handle.remove()
+    *first, down = block.weights()
+    linear = torch.nn.functional.linear
+    close = torch.testing.assert_close
+    close(seen["p"], linear(seen["x"], *first[0]))
+    close(seen["a"], seen["p"].relu())
+    close(seen["h"], seen["a"] * (linear(seen["x"], *first[1]) if block.form == "gated" else 1))
+    close(seen["y"], linear(seen["h"], *down))
+    seen.clear()
+    with torch.no_grad():
+        model(input_ids)
+    assert not seen
 
 
 def test_experts_are_listed_as_left_alone(tiny_model) -> None:

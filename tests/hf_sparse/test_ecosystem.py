@@ -17,8 +17,8 @@ from support.skips import CountSkips
 TARGETS = ["gate_proj", "up_proj", "down_proj"]
 
 
-def lora(model: torch.nn.Module) -> PeftModel:
-    model = get_peft_model(model, LoraConfig(r=4, target_modules=TARGETS, task_type="CAUSAL_LM"))
+def lora(model: torch.nn.Module, targets: list[str] = TARGETS) -> PeftModel:
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero by default: the adapter would do nothing
             torch.nn.init.normal_(parameter, std=0.1)
@@ -63,12 +63,28 @@ class TestLoRA:
     def test_decoding_uses_the_adapter(self, tiny_model) -> None:
         model = lora(tiny_model("llama"))
         hf_sparse.patch(model, "relu")
+        adapted = greedy(model, "torch")
+        assert_same_logits(adapted, greedy(model, "dense"))
+        with model.disable_adapter():
+            assert not torch.allclose(torch.stack(adapted), torch.stack(greedy(model, "torch")))
+
+    @pytest.mark.parametrize("targets", [["gate_proj"], ["up_proj"], ["gate_proj", "up_proj"]])
+    def test_the_down_projection_skips_under_an_adapter_before_it(self, tiny_model, targets) -> None:
+        model = tiny_model("llama")
+        hf_sparse.patch(model, "relu")
+        model = lora(model, targets)
+        with CountSkips() as skips:
+            adapted = greedy(model, "torch")
+        assert skips.count == 16 * 3
+        assert_same_logits(adapted, greedy(model, "dense"))
+
+    def test_an_adapter_on_the_down_projection_runs_dense(self, tiny_model) -> None:
+        model = lora(tiny_model("llama"), ["down_proj"])
+        hf_sparse.patch(model, "relu")
         with CountSkips() as skips:
             adapted = greedy(model, "torch")
         assert skips.count == 0
         assert_same_logits(adapted, greedy(model, "dense"))
-        with model.disable_adapter():
-            assert not torch.allclose(torch.stack(adapted), torch.stack(greedy(model, "torch")))
 
     def test_merged_adapter_decodes_the_same(self, tiny_model) -> None:
         model = lora(tiny_model("llama"))
@@ -175,7 +191,7 @@ def test_compiled_decoding_has_no_graph_break(tiny_model, name) -> None:
     with torch.no_grad():
         expected = mlp.dense(x)
         # What is not read cannot hurt; a graph that runs dense gives NaN.
-        first = mlp.get_submodule(mlp.roles.gate or mlp.roles.up)
+        first = mlp.get_submodule(mlp.roles.before_down[0])
         silent = first(x).flatten() <= 0
         mlp.get_submodule(mlp.roles.down).weight[:, silent] = torch.nan
         hf_sparse.prepare(model)

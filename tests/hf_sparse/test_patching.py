@@ -25,23 +25,18 @@ def config_for(activation: str, **fields) -> SparsityConfig:
 
 def plain_mlp(block, activation: str, x: Tensor) -> Tensor:
     """The same function in plain PyTorch, from the block's weights."""
-
-    def linear(module, x):
-        weight = module.weight.t() if type(module).__name__ == "Conv1D" else module.weight
-        return F.linear(x, weight, module.bias)
-
+    *first, down = block.weights()
     row = TABLE[activation]
     parameter = sum(FIELDS[activation].values())
 
     def f(p):
         return row.value(p, parameter)
 
-    if block.form == "plain":
-        h = f(linear(block.up_linear, x))
-    else:
-        up = linear(block.up_linear, x)
-        h = f(linear(block.gate_linear, x)) * (up.clamp(min=0) if row.relu_up else up)
-    return linear(block.down_linear, h)
+    h = f(F.linear(x, *first[0]))
+    if block.form == "gated":
+        up = F.linear(x, *first[1])
+        h = h * (up.clamp(min=0) if row.relu_up else up)
+    return F.linear(h, *down)
 
 
 def test_original_activation_is_bit_identical(tiny_model, model_type, input_ids) -> None:
@@ -94,7 +89,7 @@ def test_gradients_equal_plain_pytorch(tiny_model) -> None:
     model = tiny_model("llama")
     (block, *_) = hf_sparse.patch(model, "jsrelu").blocks
     x = torch.randn(2, 5, 32, requires_grad=True)
-    weights = [block.gate_linear.weight, block.up_linear.weight, block.down_linear.weight, x]
+    weights = [*(block.module.get_submodule(name).weight for name in block.roles.linears(1, 1)), x]
     ours = torch.autograd.grad(block.module(x).square().sum(), weights)
     theirs = torch.autograd.grad(plain_mlp(block, "jsrelu", x).square().sum(), weights)
     torch.testing.assert_close(ours, theirs)

@@ -1,0 +1,53 @@
+"""A gated MLP whose gate and up projections are one linear layer: Phi-3, GLM, ModernBERT."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import permutations, product
+
+from torch import Tensor
+
+from hf_sparse.adapters.roles import Child, Linear, Roles, Sizes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fused(Roles):
+    """Two linear layers, the first twice as wide."""
+
+    gate_up: str
+    """The linear layer ``[2F, D]``: one half is the gate, the other the up projection."""
+    gate_first: bool
+
+    form = "gated"
+    formula = "down(act(gate(x)) * up(x)) with gate and up in one layer"
+
+    @classmethod
+    def candidates(cls, sizes: Sizes, act: str) -> Iterator[Fused]:
+        if len(sizes) != 2:
+            return
+        for (gate_up, down), gate_first in product(permutations(sizes), (True, False)):
+            neurons, hidden = sizes[down]
+            roles = cls(gate_up=gate_up, gate_first=gate_first, down=down, act=act)
+            if roles.linears(hidden, neurons) == sizes:
+                yield roles
+
+    @property
+    def before_down(self) -> tuple[str, ...]:
+        return (self.gate_up,)
+
+    @property
+    def deciding(self) -> None:
+        return None
+
+    def linears(self, hidden: int, neurons: int) -> dict[str, tuple[int, int]]:
+        return {self.gate_up: (hidden, 2 * neurons), self.down: (neurons, hidden)}
+
+    def project(self, child: Child, x: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = child(self.gate_up)(x).chunk(2, dim=-1)
+        return (first, second) if self.gate_first else (second, first)
+
+    def split(self, read: Sequence[Linear]) -> Sequence[Linear]:
+        ((weight, bias),) = read
+        halves = list(zip(weight.chunk(2), (None, None) if bias is None else bias.chunk(2), strict=True))
+        return halves if self.gate_first else halves[::-1]

@@ -1,0 +1,42 @@
+"""``down(act(gate(x)) * up(x))``, each projection a linear layer: Llama, Qwen, Gemma and most others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import permutations
+
+from torch import Tensor
+
+from hf_sparse.adapters.roles import Child, Roles, Sizes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gated(Roles):
+    """Three linear layers."""
+
+    gate: str
+    up: str
+
+    form = "gated"
+    formula = "down(act(gate(x)) * up(x))"
+
+    @classmethod
+    def candidates(cls, sizes: Sizes, act: str) -> Iterator[Gated]:
+        if len(sizes) != 3:
+            return
+        for gate, up, down in permutations(sizes):
+            neurons, hidden = sizes[down]
+            roles = cls(gate=gate, up=up, down=down, act=act)
+            if roles.linears(hidden, neurons) == sizes:
+                yield roles
+
+    @property
+    def before_down(self) -> tuple[str, ...]:
+        return self.gate, self.up
+
+    def linears(self, hidden: int, neurons: int) -> dict[str, tuple[int, int]]:
+        return {self.gate: (hidden, neurons), self.up: (hidden, neurons), self.down: (neurons, hidden)}
+
+    def project(self, child: Child, x: Tensor) -> tuple[Tensor, Tensor]:
+        return child(self.gate)(x), child(self.up)(x)

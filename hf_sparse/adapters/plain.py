@@ -1,0 +1,41 @@
+"""``down(act(up(x)))``: GPT-2 and GPT-NeoX, Phi, Nemotron, Starcoder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import permutations
+
+from torch import Tensor
+
+from hf_sparse.adapters.roles import Child, Roles, Sizes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plain(Roles):
+    """Two linear layers."""
+
+    up: str
+
+    form = "plain"
+    formula = "down(act(up(x)))"
+
+    @classmethod
+    def candidates(cls, sizes: Sizes, act: str) -> Iterator[Plain]:
+        if len(sizes) != 2:
+            return
+        for up, down in permutations(sizes):
+            neurons, hidden = sizes[down]
+            roles = cls(up=up, down=down, act=act)
+            if roles.linears(hidden, neurons) == sizes:
+                yield roles
+
+    @property
+    def before_down(self) -> tuple[str, ...]:
+        return (self.up,)
+
+    def linears(self, hidden: int, neurons: int) -> dict[str, tuple[int, int]]:
+        return {self.up: (hidden, neurons), self.down: (neurons, hidden)}
+
+    def project(self, child: Child, x: Tensor) -> tuple[Tensor, None]:
+        return child(self.up)(x), None
