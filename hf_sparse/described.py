@@ -6,6 +6,7 @@ What is saved must say what the modules compute, or not be saved.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -20,6 +21,8 @@ from hf_sparse.checkpoint_block import KEY, Record
 from hf_sparse.errors import PatchError
 from hf_sparse.modules import ParameterLeaf, SparseMLP
 from hf_sparse.stock import build_stock, same_tensors, stock_name
+
+_LAYER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 def described(model: PreTrainedModel, record: Record) -> Record | None:
@@ -44,6 +47,7 @@ def described(model: PreTrainedModel, record: Record) -> Record | None:
     if not patched:
         return None
     _refuse_unknown_parameters(patched, record)
+    _refuse_lost_blocks(model, blocks, record)
     parts = {name: part.found_in(patched) for name, part in record.config.parts.items()}
     indices = tuple(i for i, block in enumerate(blocks) if isinstance(block.module, SparseMLP))
     layers = None if len(indices) == len(blocks) and record.config.layers != indices else indices
@@ -135,6 +139,24 @@ def _refuse_unknown_parameters(patched: Sequence[Block], record: Record) -> None
                     f"{block.name}.{name} ({type(child).__name__}) holds parameters of which the config says "
                     "nothing; patch the model with a SparsityConfig that has this part."
                 )
+
+
+def _refuse_lost_blocks(model: PreTrainedModel, blocks: Sequence[Block], record: Record) -> None:
+    """Where other layers have a block, one layer may have another tool's module; loading would undo that."""
+    places = {block.place for block in blocks}
+    patterns = {_LAYER.sub("*", place) for place in places}
+    others = [
+        name for name, _ in model.named_modules() if name not in places and _LAYER.sub("*", name) in patterns
+    ]
+    if not others:
+        return
+    built = build_stock(model, record.field, record.activation)
+    known = set() if built is None else {block.place for block in find_blocks(built)[0]}
+    if lost := [name for name in others if name in known]:
+        raise PatchError(
+            f"{lost[0]} is a {type(model.get_submodule(lost[0])).__name__}, where the config builds an MLP "
+            "block: another tool has replaced it. Put the block back, or hf_sparse.unpatch(model) first."
+        )
 
 
 def _refuse_repeated(model: PreTrainedModel, blocks: Sequence[Block], record: Record) -> None:

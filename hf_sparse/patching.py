@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,7 +22,13 @@ from hf_sparse.described import described
 from hf_sparse.errors import PatchError
 from hf_sparse.modules import SparseGatedMLP, SparseMLP, SparsePlainMLP
 from hf_sparse.patch_report import PatchReport
-from hf_sparse.stock import UnpatchedActivation, activation_field, sets_activation, stock_name
+from hf_sparse.stock import (
+    UnpatchedActivation,
+    activation_field,
+    refuse_missing_block,
+    sets_activation,
+    stock_name,
+)
 
 
 def patch(
@@ -136,6 +143,7 @@ def patch_from_config(model: PreTrainedModel) -> None:
     """
     record = checkpoint_block.read(model.config)
     if record is None:
+        refuse_missing_block(model.config)
         return
     with checkpoint_block.refusing():
         record.agree(model.config)
@@ -187,6 +195,9 @@ def prepare(model: nn.Module, *, certify: bool = False) -> None:
     Raises:
         PatchError: the model is not patched, or has an activation that is never exactly zero.
 
+    Warns:
+        UserWarning: blocks cannot skip while something else holds their weights.
+
     """
     base = transformers_model(model)
     sparse = [module for module in base.modules() if isinstance(module, SparseMLP)]
@@ -200,6 +211,13 @@ def prepare(model: nn.Module, *, certify: bool = False) -> None:
         )
     for module in sparse:
         module.prepare(certify=certify)
+    if held := sum(module.is_held for module in sparse):
+        warnings.warn(
+            f"{held} of {len(sparse)} MLP blocks run dense for now: something holds their down projections "
+            "(an optimizer, a list of parameters, a kept state dict), or these lie in memory that torch did "
+            "not allocate (an array, an unpickled model; copy.deepcopy(model) has its own).",
+            stacklevel=2,
+        )
 
 
 def transformers_model(model: nn.Module) -> PreTrainedModel:

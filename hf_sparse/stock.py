@@ -19,6 +19,25 @@ from hf_sparse.adapters.roles import linear_size
 from hf_sparse.checkpoint_block import KEY, Record, names_activation
 from hf_sparse.modules import SparseMLP
 
+_ON_TRIAL = "_hf_sparse_on_trial"
+"""Marks the config of a model that is built here, whose activation may be ours without a block."""
+
+
+def refuse_missing_block(config: PretrainedConfig) -> None:
+    """Refuse a config that has our activation, but no block that says what it is.
+
+    Raises:
+        ValueError: names the field.
+
+    """
+    own = vars(config)
+    fields = [] if _ON_TRIAL in own else [name for name, value in own.items() if value == KEY]
+    if fields:
+        raise ValueError(
+            f'{fields[0]}="{KEY}" needs the "{KEY}" block of a patched model, and this config has none; '
+            "take it from the checkpoint that it came with, or name another activation."
+        )
+
 
 class UnpatchedActivation(nn.Module):
     """Stands where a config says ``"hf_sparse"`` until the patch puts the real activation there."""
@@ -164,6 +183,7 @@ def build_stock(model: PreTrainedModel, field: str, value: str) -> PreTrainedMod
     try:
         ACT2FN[KEY] = UnpatchedActivation
         setattr(config, field, value)
+        vars(config)[_ON_TRIAL] = True
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             return type(model)(config)
     except Exception:  # a field that accepts no other value is not the one

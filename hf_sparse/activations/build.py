@@ -27,6 +27,7 @@ there is one, and keeps it as an attribute of that name.
 ReLU and squared ReLU are the classes that transformers builds, so that a model with them is a stock model.
 """
 
+_FORWARDS = {cls: cls.forward for cls in MODULES.values()}
 _NAMES = {(cls, TABLE[name].relu_up): name for name, cls in MODULES.items()}
 
 
@@ -52,7 +53,8 @@ def row_of(activation: nn.Module, *, relu_up: bool = False) -> tuple[str, float]
 
     """
     name = _NAMES.get((type(activation), relu_up))
-    if name is None:
+    # Somebody may have replaced the forward of the class.
+    if name is None or type(activation).forward is not _FORWARDS[type(activation)]:
         return None
     parameter = TABLE[name].parameter
     return name, 0.0 if parameter is None else getattr(activation, parameter.name)

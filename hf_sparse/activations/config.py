@@ -133,7 +133,9 @@ class ActivationConfig(Part):
             return value
         if isinstance(value, str):
             return cls(name=value)
-        return cls(**mapping("activation", value))
+        values = mapping("activation", value)
+        known("activation", [name for name in values if name == "self"], ["name", "mix", *_OWNERS])
+        return cls(**values)
 
     def check(self, block: Block) -> None:
         if not self.relu_up:

@@ -95,8 +95,9 @@ def replaced_forward(module: nn.Module) -> str | None:
 
     It may be a wrapper that calls the module's own. Accelerate's, for offloading, is known to be one.
     """
-    forward = vars(module).get("forward")
-    if forward is None or hasattr(module, "_hf_hook"):
-        return None
+    own = vars(module)
+    forward = own.get("_old_forward") if hasattr(module, "_hf_hook") else own.get("forward")
     function = getattr(forward, "__func__", forward)
+    if forward is None or function is type(module).forward:
+        return None
     return f"{function.__module__}.{getattr(function, '__qualname__', function)}"

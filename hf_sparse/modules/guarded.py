@@ -43,13 +43,15 @@ class GuardedModule(nn.Module):
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
         """As of any module; parameters and buffers of a whole model are listed through it, too."""
-        self._reached()
-        yield from super().named_modules(*args, **kwargs)
+        for item in super().named_modules(*args, **kwargs):
+            self._reached()  # each time: between two of them the block may have run
+            yield item
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """As of any module."""
-        self._reached()
-        yield from super().named_children()
+        for item in super().named_children():
+            self._reached()
+            yield item
 
     def train(self, mode: bool = True) -> GuardedModule:
         """As of any module. Evaluation mode, which changes nothing, discloses nothing."""

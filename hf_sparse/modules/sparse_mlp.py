@@ -23,7 +23,8 @@ from hf_sparse.modules.certified import Certified
 from hf_sparse.modules.guarded import GuardedModule
 from hf_sparse.modules.hooked import carry_device_hook
 from hf_sparse.modules.leaf import ParameterLeaf
-from hf_sparse.modules.ownership import give_back, held_elsewhere, lend, shares_nothing
+from hf_sparse.modules.ownership import give_back, held_elsewhere, is_lent, lend, shares_nothing
+from hf_sparse.modules.surroundings import has_own_forward, overridden, transformed
 from triton_ops import DENSE, Certificate
 from triton_ops.problem import Form
 
@@ -82,6 +83,7 @@ class SparseMLP(GuardedModule):
     @property
     def stock(self) -> nn.Module:
         """The block that this one stands for, with the children that it had."""
+        self.disclose()
         return self._stock[0]
 
     @property
@@ -179,12 +181,15 @@ class SparseMLP(GuardedModule):
         (an adapter), and in a plain block where there are too many tokens for the whole to pay.
         """
         compiling = torch.compiler.is_compiling()
+        if not compiling and (transformed() or overridden()):
+            return _STOCK
         if self.training or torch.is_grad_enabled():
             if not compiling:
                 self.disclose()  # the weights belong to whoever trains them
             return _STOCK
         tokens = x.numel() // x.shape[-1]
-        certify = skip and self._may_certify(tokens)  # before a variable here holds a weight
+        # Asked before a variable here holds a weight.
+        certify, lendable = skip and self._may_certify(tokens), compiling or self._may_lend()
         read = self._weights(x, self.roles.down)
         if read is None:
             return _STOCK
@@ -198,13 +203,13 @@ class SparseMLP(GuardedModule):
                 backend, held = self._certificate(deciding)
             if held is None:
                 backend = triton_ops.plan(deciding, form).backend(tokens, self.density)
-            if backend != DENSE and (rows := neuron_major(down)) is not None:
+            if backend != DENSE and lendable and (rows := neuron_major(down)) is not None:
                 weights = (*[w for w, _ in first], rows, *[b for _, b in first], bias)
                 return Way(form, backend, weights, activation, held)
         plan = triton_ops.plan(down, "linear")
         if activation is not None and (called is None or self.roles.form == "plain"):
             backend = plan.backend(tokens, self.density)
-            if backend != DENSE and (rows := neuron_major(down)) is not None:
+            if backend != DENSE and lendable and (rows := neuron_major(down)) is not None:
                 return Way("linear", backend, (rows, bias))
         if plan.product != DENSE and self._is_linear_down() and triton_ops.is_neuron_major(down):
             # A view: another thread may give the weight back meanwhile.
@@ -256,9 +261,9 @@ class SparseMLP(GuardedModule):
         self._certified.drop()
         if self.kernel() is None:
             return
-        if self._is_linear_down() and (down := self.readable(self.roles.down)) is not None:
+        if self._may_lend() and self._is_linear_down() and (down := self.readable(self.roles.down)):
             lend(down.weight)
-        if certify and self.owns_deciding() and (first := self._deciding()) is not None:
+        if certify and self.owns(self.roles.deciding) and (first := self._deciding()) is not None:
             self._certificate(cast(Tensor, first.weight))
 
     @property
@@ -276,23 +281,44 @@ class SparseMLP(GuardedModule):
         name = self.roles.deciding
         return None if name is None else self.readable(name)
 
-    def owns_deciding(self) -> bool:
-        """Whether nobody else holds the deciding projection, so that no change of it goes unnoticed.
+    def owns(self, name: str | None) -> bool:
+        """Whether nobody else holds the linear layer ``name``, its weight or its memory.
 
-        Not to be asked while a variable of the caller holds it.
+        Then no change of it goes unnoticed, and its layout is nobody's business. Not to be asked while a
+        variable of the caller holds it.
         """
-        modules, name = self._modules, self.roles.deciding
+        modules = self._modules
         if name is None or self.readable(name) is None:
             return False
         # The stock block is the second holder of the layer.
         if held_elsewhere(self._stock, 0) or held_elsewhere(modules, name, holders=2):
+            return False
+        if held_elsewhere(vars(modules[name]), "_parameters"):  # as an iterator over it does
             return False
         parameters: dict[str, Any] = self._child(name)._parameters
         return not held_elsewhere(parameters, "weight") and shares_nothing(parameters["weight"])
 
     def _may_certify(self, tokens: int) -> bool:
         """Whether a certificate may be used for so many tokens; to be asked before fetching the weights."""
-        return tokens == 1 and self.certify and (torch.compiler.is_compiling() or self.owns_deciding())
+        if not self.certify or torch.compiler.is_compiling():
+            return self.certify and tokens == 1
+        if not self.owns(self.roles.deciding):
+            self._certified.drop()  # whoever holds it now may have changed it when this is asked again
+            return False
+        return tokens == 1
+
+    @property
+    def is_held(self) -> bool:
+        """Whether only a holder of the down projection, or of its memory, keeps the block from skipping."""
+        return self.readable(self.roles.down) is not None and not self._may_lend()
+
+    def _may_lend(self) -> bool:
+        """Whether the down projection may be stored neuron by neuron, or is; asked before it is fetched."""
+        weight = self._child(self.roles.down)._parameters.get("weight")
+        if weight is None or is_lent(weight) or not self._is_linear_down():
+            return weight is not None
+        del weight
+        return self.owns(self.roles.down)
 
     def _certificate(self, weight: Tensor) -> tuple[str, tuple[Certificate, tuple[int, int]] | None]:
         """The backend for one token with a certificate of the deciding projection ``[F, D]``, and that.
@@ -337,8 +363,8 @@ class SparseMLP(GuardedModule):
         what makes skipping right for them: they are called, and do what they do. A ``Conv1D`` stores the
         transposed weight: as a down projection it is neuron-major as it comes, elsewhere of no use.
         """
-        linear = self._modules[name]
-        if type(linear) is not nn.Linear and not (type(linear) is Conv1D and name == self.roles.down):
+        linear = cast(nn.Linear | Conv1D, self._modules[name])
+        if not has_own_forward(linear) or (type(linear) is Conv1D and name != self.roles.down):
             return None
         if linear._forward_hooks or linear._forward_pre_hooks:
             return None

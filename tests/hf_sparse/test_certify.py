@@ -271,8 +271,9 @@ def test_copies_carry_no_certificate_and_make_their_own(tiny_model, how) -> None
         twin = torch.load(file, weights_only=False)
     assert certified(twin) == [False] * 3
     negate(model)
-    assert all(map(torch.equal, decode(twin, "torch", prompt), expected))
-    assert certified(twin) == [True] * 3
+    torch.testing.assert_close(decode(twin, "torch", prompt), expected)
+    # What is unpickled lies in memory that torch has not allocated, and may be anybody's.
+    assert certified(twin) == [how == "deepcopy"] * 3
 
 
 def test_weights_that_count_no_versions_are_not_certified(tiny_model) -> None:
@@ -396,15 +397,15 @@ class TestUncountedChanges:
             data.neg_()
         assert self.ratio(model) < 1e-5
 
-    def test_an_optimizer_at_hand_ends_the_use_of_certificates_and_not_of_skipping(self, tiny_model) -> None:
+    def test_an_optimizer_at_hand_ends_their_use_and_skipping(self, tiny_model) -> None:
         model = tiny_model("llama")
         patch(model, "relu")
         prompt = torch.arange(3, 4)[None]
         expected = decode(model, "torch", prompt)
         optimizer = torch.optim.AdamW(model.parameters())
         with CountSkips() as skips:
-            assert all(map(torch.equal, decode(model, "torch", prompt), expected))
-        assert (skips.count, skips.certified) == (24 * 3, 0)
+            torch.testing.assert_close(decode(model, "torch", prompt), expected)
+        assert (skips.count, skips.certified) == (0, 0)
         del optimizer
         gc.collect()
         with CountSkips() as skips:

@@ -215,3 +215,23 @@ def test_an_encoder_decoder_whose_decoder_lost_a_layer(tmp_path: Path) -> None:
     config_again = hf_sparse.inspect(again).config
     assert config_again is not None
     assert config_again.activation.threshold == (0.1, 0.2, 0.3, 0.5)
+
+
+class OtherTool(nn.Module):
+    """A block that is none of a known shape, as kernels of other tools are."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def test_a_block_that_another_tool_has_replaced_is_told(tmp_path: Path) -> None:
+    model = model_of(CONFIGS[0])
+    model.model.layers[2].mlp = OtherTool(model.model.layers[2].mlp)
+    for look in (lambda: hf_sparse.inspect(model), lambda: model.save_pretrained(tmp_path)):
+        with pytest.raises(PatchError, match=r"model.layers.2.mlp is a OtherTool"):
+            look()
+    assert not list(tmp_path.iterdir())

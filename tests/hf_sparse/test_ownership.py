@@ -12,6 +12,7 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -299,13 +300,14 @@ class TestSharedMemory:
     def test_by_a_view_or_an_array(self) -> None:
         weight = torch.nn.Parameter(torch.ones(4, 8))
         assert shares_nothing(weight)
-        array = weight.detach().numpy()
-        assert not shares_nothing(weight)
-        del array
         row = weight.data[0]
         assert not shares_nothing(weight)
         del row
         assert shares_nothing(weight)
+        array = weight.detach().numpy()
+        assert not shares_nothing(weight)
+        del array
+        assert not shares_nothing(torch.nn.Parameter(torch.from_numpy(np.ones(3, dtype=np.float32))))
 
 
 def test_a_copy_of_a_model_that_skips_is_one_of_its_own() -> None:

@@ -203,3 +203,14 @@ def test_a_model_without_blocks_that_can_be_patched_is_refused(tiny_model) -> No
     opt.config.hf_sparse = block
     with pytest.raises(ValueError, match=r'"hf_sparse" block .* no MLP block of a known shape'):
         type(opt)(opt.config)
+
+
+def test_our_activation_without_a_block_is_refused_at_loading() -> None:
+    config = LlamaConfig(**SIZES, hidden_act="hf_sparse")
+    with pytest.raises(ValueError, match='hidden_act="hf_sparse" needs the "hf_sparse" block'):
+        AutoModelForCausalLM.from_config(config)
+
+
+def test_a_field_called_self_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="unknown fields in activation: self; known: name"):
+        SparsityConfig.from_dict({"activation": {"name": "relu", "self": 1}})

@@ -1,0 +1,59 @@
+"""What is going on around a call that forbids to read weights directly, or to touch their memory.
+
+Fake tensors, transforms of ``torch.func``, forward-mode derivatives, function modes, and functions of torch
+that somebody replaced: each wants the calls that the stock block makes, and would not see those of a kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _disable_current_modes
+from transformers.pytorch_utils import Conv1D
+
+_LINEAR = F.linear
+_FORWARDS: dict[type[nn.Module], object] = {cls: cls.forward for cls in (nn.Linear, Conv1D)}
+
+
+def transformed() -> bool:
+    """Whether tensors are fake, or carry more than values; not to be asked while compiling."""
+    # Not public. A torch without one of these has another way, and our own tests of it fail.
+    return (
+        torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+        or torch._C._functorch.maybe_current_level() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
+def overridden() -> bool:
+    """Whether calls of linear layers may be made to do something else; not to be asked while compiling."""
+    if F.linear is not _LINEAR:
+        return True
+    return torch._C._len_torch_function_stack() > 0 and any(
+        not isinstance(mode, DeviceContext) for mode in torch.overrides._get_current_function_mode_stack()
+    )
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether ``module`` is a ``Linear`` or ``Conv1D`` and its class computes what it came with."""
+    known = _FORWARDS.get(type(module))
+    return known is not None and type(module).forward is known
+
+
+@contextmanager
+def outside() -> Iterator[None]:
+    """Outside of all modes and transforms, to move a real weight in memory."""
+    with ExitStack() as stack:
+        if transformed():
+            stack.enter_context(_disable_current_modes())
+            if torch._C._functorch.maybe_current_level() is not None:
+                from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+                stack.enter_context(temporarily_clear_interpreter_stack())
+        yield
