@@ -75,10 +75,11 @@ class Fused(nn.Module):
         self.w2 = nn.Linear(intermediate, hidden)
         self.w13 = nn.Linear(hidden, 2 * intermediate)
         self.f = nn.SiLU()
+        self.first = type(self).gate_first
 
     def forward(self, x):
         halves = self.w13(x).chunk(2, dim=-1)
-        gate, up = halves if self.gate_first else halves[::-1]
+        gate, up = halves if self.first else halves[::-1]
         return self.w2(up * self.f(gate))
 
 
