@@ -27,7 +27,7 @@ import torch
 from blocks import Competitor, Layer
 from harness import check_equal
 from plots import Plot
-from torch import Tensor
+from torch import Tensor, nn
 
 import triton_ops
 
@@ -125,6 +125,9 @@ def model_layers(args: argparse.Namespace) -> Iterator[blocks.Group]:
 
 
 def _layer(block: Any, x: Tensor) -> Layer:
+    linears = [block.module.get_submodule(name) for name in (*block.roles.before_down, block.roles.down)]
+    if not all(type(linear) is nn.Linear for linear in linears):
+        raise SystemExit(f"{block.name} is not made of nn.Linear")
     *gate, up, down = (weight.detach() for weight, _ in block.weights())
     biases = [bias for _, bias in block.weights()]
     return Layer(x.reshape(1, -1).contiguous(), gate[0] if gate else None, up, down, biases)

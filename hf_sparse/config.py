@@ -37,6 +37,7 @@ class SparsityConfig:
 
     def __init__(
         self,
+        /,
         *,
         activation: ActivationConfig | str | Mapping[str, Any] = "relu",
         layers: Sequence[int] | None = None,
@@ -116,7 +117,6 @@ class SparsityConfig:
 
         """
         if isinstance(value, str):
-            _refuse_unknown([name for name in fields if name == "self"])
             own = {k: v for k, v in fields.items() if k != "layers" and k not in PARTS}
             rest = {k: v for k, v in fields.items() if k not in own}
             if "name" in own or "activation" in rest:

@@ -59,7 +59,9 @@ class ActivationConfig(Part):
     """Share k in [0, 1] of the new activation: ``(1 - k) * original(p) + k * new(p)``. A finetune raises it
     from 0 to 1; below 1 no neuron is exactly silent and the model runs dense."""
 
-    def __init__(self, *, name: str = "relu", mix: float = 1.0, **parameter: float | Sequence[float]) -> None:
+    def __init__(
+        self, /, *, name: str = "relu", mix: float = 1.0, **parameter: float | Sequence[float]
+    ) -> None:
         if not isinstance(name, str) or name not in ACTIVATIONS:
             raise ValueError(
                 f"activation.name={shown(name)} is not known; choose one of {', '.join(ACTIVATIONS)}."
@@ -133,9 +135,7 @@ class ActivationConfig(Part):
             return value
         if isinstance(value, str):
             return cls(name=value)
-        values = mapping("activation", value)
-        known("activation", [name for name in values if name == "self"], ["name", "mix", *_OWNERS])
-        return cls(**values)
+        return cls(**mapping("activation", value))
 
     def check(self, block: Block) -> None:
         if not self.relu_up:

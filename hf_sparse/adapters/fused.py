@@ -8,7 +8,7 @@ from itertools import permutations, product
 
 from torch import Tensor
 
-from hf_sparse.adapters.roles import Child, Linear, Roles, Sizes
+from hf_sparse.adapters.roles import Child, Linear, Roles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,14 +23,9 @@ class Fused(Roles):
     formula = "down(act(gate(x)) * up(x)) with gate and up in one layer"
 
     @classmethod
-    def candidates(cls, sizes: Sizes, act: str) -> Iterator[Fused]:
-        if len(sizes) != 2:
-            return
-        for (gate_up, down), gate_first in product(permutations(sizes), (True, False)):
-            neurons, hidden = sizes[down]
-            roles = cls(gate_up=gate_up, gate_first=gate_first, down=down, act=act)
-            if roles.linears(hidden, neurons) == sizes:
-                yield roles
+    def assignments(cls, names: Sequence[str], act: str) -> Iterator[Fused]:
+        for (gate_up, down), gate_first in product(permutations(names, 2), (True, False)):
+            yield cls(gate_up=gate_up, gate_first=gate_first, down=down, act=act)
 
     @property
     def before_down(self) -> tuple[str, ...]:

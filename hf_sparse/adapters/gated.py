@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
 from torch import Tensor
 
-from hf_sparse.adapters.roles import Child, Roles, Sizes
+from hf_sparse.adapters.roles import Child, Roles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,14 +22,9 @@ class Gated(Roles):
     formula = "down(act(gate(x)) * up(x))"
 
     @classmethod
-    def candidates(cls, sizes: Sizes, act: str) -> Iterator[Gated]:
-        if len(sizes) != 3:
-            return
-        for gate, up, down in permutations(sizes):
-            neurons, hidden = sizes[down]
-            roles = cls(gate=gate, up=up, down=down, act=act)
-            if roles.linears(hidden, neurons) == sizes:
-                yield roles
+    def assignments(cls, names: Sequence[str], act: str) -> Iterator[Gated]:
+        for gate, up, down in permutations(names, 3):
+            yield cls(gate=gate, up=up, down=down, act=act)
 
     @property
     def before_down(self) -> tuple[str, ...]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
 from torch import Tensor
 
-from hf_sparse.adapters.roles import Child, Roles, Sizes
+from hf_sparse.adapters.roles import Child, Roles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,14 +21,9 @@ class Plain(Roles):
     formula = "down(act(up(x)))"
 
     @classmethod
-    def candidates(cls, sizes: Sizes, act: str) -> Iterator[Plain]:
-        if len(sizes) != 2:
-            return
-        for up, down in permutations(sizes):
-            neurons, hidden = sizes[down]
-            roles = cls(up=up, down=down, act=act)
-            if roles.linears(hidden, neurons) == sizes:
-                yield roles
+    def assignments(cls, names: Sequence[str], act: str) -> Iterator[Plain]:
+        for up, down in permutations(names, 2):
+            yield cls(up=up, down=down, act=act)
 
     @property
     def before_down(self) -> tuple[str, ...]:

@@ -32,9 +32,17 @@ class Roles(ABC):
     """For people."""
 
     @classmethod
-    @abstractmethod
     def candidates(cls, sizes: Sizes, act: str) -> Iterator[Roles]:
-        """Every assignment of linear layers to parts that ``sizes`` allows; ``act`` is the activation."""
+        """The assignments that ``sizes`` allows, with a part for every linear layer."""
+        for roles in cls.assignments(list(sizes), act):
+            neurons, hidden = sizes[roles.down]
+            if roles.linears(hidden, neurons) == sizes:
+                yield roles
+
+    @classmethod
+    @abstractmethod
+    def assignments(cls, names: Sequence[str], act: str) -> Iterator[Roles]:
+        """Every assignment of linear layers, by their ``names``, to parts; ``act`` is the activation."""
 
     @property
     @abstractmethod
