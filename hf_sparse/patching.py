@@ -15,12 +15,13 @@ from hf_sparse import checkpoint_block
 from hf_sparse.activations import build_activation, row_of
 from hf_sparse.adapters import Block, find_blocks, require_blocks
 from hf_sparse.adapters.block import replaced_forward
+from hf_sparse.adapters.roles import LayerRoles
 from hf_sparse.checkpoint_block import Record
 from hf_sparse.checks import shown
 from hf_sparse.config import SparsityConfig
 from hf_sparse.described import described
 from hf_sparse.errors import PatchError
-from hf_sparse.modules import SparseGatedMLP, SparseMLP, SparsePlainMLP
+from hf_sparse.modules import SparseBlock, SparseMLP
 from hf_sparse.patch_report import PatchReport
 from hf_sparse.stock import (
     UnpatchedActivation,
@@ -100,7 +101,7 @@ def inspect(model: nn.Module) -> PatchReport:
     record = None if record is None else described(base, record)
     if record is None:
         return PatchReport(type(base).__name__, None, blocks, skipped)
-    blocks = [block for block in blocks if isinstance(block.module, SparseMLP)]
+    blocks = [block for block in blocks if isinstance(block.module, SparseBlock)]
     value = getattr(base.config, record.field)
     name = None if value == checkpoint_block.KEY else value
     return PatchReport(type(base).__name__, record.config, blocks, skipped, record.activation, name)
@@ -124,7 +125,7 @@ def set_mix(model: nn.Module, k: float) -> None:
     if config == record.config:
         return
     for module in base.modules():
-        if isinstance(module, SparseMLP):
+        if isinstance(module, SparseBlock):
             module.set_mix(config.activation.mix)
     record = replace(record, config=config)
     blocks, _ = find_blocks(base)
@@ -148,7 +149,7 @@ def patch_from_config(model: PreTrainedModel) -> None:
     with checkpoint_block.refusing():
         record.agree(model.config)
         blocks, _ = find_blocks(model)
-        todo = [block for block in blocks if not isinstance(block.module, SparseMLP)]
+        todo = [block for block in blocks if not isinstance(block.module, SparseBlock)]
         is_inner = model.base_model is model
         if not record.config.uniform:
             if is_inner and len(blocks) != record.blocks:
@@ -200,7 +201,7 @@ def prepare(model: nn.Module, *, certify: bool = False) -> None:
 
     """
     base = transformers_model(model)
-    sparse = [module for module in base.modules() if isinstance(module, SparseMLP)]
+    sparse = [module for module in base.modules() if isinstance(module, SparseBlock)]
     if not sparse:
         raise PatchError(f"prepare needs a patched model; this {type(base).__name__} is not patched.")
     if certify and all(row_of(module.activation) is None for module in sparse):
@@ -279,14 +280,11 @@ def _new_modules(
     return new
 
 
-def _sparse_block(block: Block, config: SparsityConfig, index: int) -> SparseMLP:
+def _sparse_block(block: Block, config: SparsityConfig, index: int) -> SparseBlock:
     stock = _stock_block(block)
     activation = build_activation(config.activation, index, stock.get_submodule(block.roles.act))
-    sparse: SparseMLP
-    if block.form == "gated":
-        sparse = SparseGatedMLP(stock, block.roles, activation, relu_up=config.activation.relu_up)
-    else:
-        sparse = SparsePlainMLP(stock, block.roles, activation)
+    assert isinstance(block.roles, LayerRoles)
+    sparse = SparseMLP(stock, block.roles, activation, relu_up=config.activation.relu_up)
     sparse.set_mix(config.activation.mix)
     for _, part in config.others:
         part.build(sparse, index)
@@ -294,7 +292,7 @@ def _sparse_block(block: Block, config: SparsityConfig, index: int) -> SparseMLP
 
 
 def _stock_block(block: Block) -> nn.Module:
-    return block.module.restore() if isinstance(block.module, SparseMLP) else block.module
+    return block.module.restore() if isinstance(block.module, SparseBlock) else block.module
 
 
 def _stock_activation(model: PreTrainedModel, blocks: Sequence[Block]) -> tuple[str, str]:

@@ -17,7 +17,7 @@ from hf_sparse.activations.known import STOCK_ACTIVATIONS
 from hf_sparse.adapters.copies import place
 from hf_sparse.adapters.roles import linear_size
 from hf_sparse.checkpoint_block import KEY, Record, names_activation
-from hf_sparse.modules import SparseMLP
+from hf_sparse.modules import SparseBlock
 
 _ON_TRIAL = "_hf_sparse_on_trial"
 """Marks the config of a model that is built here, whose activation may be ours without a block."""
@@ -147,7 +147,7 @@ def _tensors(module: nn.Module) -> dict[str, Any]:
     """Names and shapes of the module's own tensors. Linear layers declare theirs: weights may be sharded."""
     own = {**module._parameters, **module._buffers}
     held = {k: v for k, v in own.items() if v is not None and k not in module._non_persistent_buffers_set}
-    size = None if isinstance(module, SparseMLP) else linear_size(module)
+    size = None if isinstance(module, SparseBlock) else linear_size(module)
     if size is not None:
         return dict.fromkeys(held, size)
     return {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in held.items()}

@@ -164,7 +164,7 @@ def test_every_site_of_a_block_can_be_watched(tiny_model, model_type, input_ids)
     (block, *_), _ = find_blocks(model)
     seen: dict[str, torch.Tensor] = {}
     handles = [
-        block.watch(site, lambda value, site=site: seen.__setitem__(site, value))
+        block.watch(site, lambda value, _, site=site: seen.__setitem__(site, value))
         for site in ("x", "p", "a", "h", "y")
     ]
     with torch.no_grad():
