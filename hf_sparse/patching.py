@@ -15,13 +15,13 @@ from hf_sparse import checkpoint_block
 from hf_sparse.activations import build_activation, row_of
 from hf_sparse.adapters import Block, find_blocks, require_blocks
 from hf_sparse.adapters.block import replaced_forward
-from hf_sparse.adapters.roles import LayerRoles
+from hf_sparse.adapters.experts import Experts
 from hf_sparse.checkpoint_block import Record
 from hf_sparse.checks import shown
 from hf_sparse.config import SparsityConfig
 from hf_sparse.described import described
 from hf_sparse.errors import PatchError
-from hf_sparse.modules import SparseBlock, SparseMLP
+from hf_sparse.modules import SparseBlock, SparseExperts, SparseMLP
 from hf_sparse.patch_report import PatchReport
 from hf_sparse.stock import (
     UnpatchedActivation,
@@ -283,8 +283,8 @@ def _new_modules(
 def _sparse_block(block: Block, config: SparsityConfig, index: int) -> SparseBlock:
     stock = _stock_block(block)
     activation = build_activation(config.activation, index, stock.get_submodule(block.roles.act))
-    assert isinstance(block.roles, LayerRoles)
-    sparse = SparseMLP(stock, block.roles, activation, relu_up=config.activation.relu_up)
+    kind: type[SparseBlock] = SparseExperts if isinstance(block.roles, Experts) else SparseMLP
+    sparse = kind(stock, block.roles, activation, relu_up=config.activation.relu_up)
     sparse.set_mix(config.activation.mix)
     for _, part in config.others:
         part.build(sparse, index)

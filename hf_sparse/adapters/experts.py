@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_sparse.adapters.roles import Linear, Roles, Site, Watcher
+from triton_ops.routed import by_expert
 
 
 class Routed(NamedTuple):
@@ -32,15 +33,10 @@ class Routed(NamedTuple):
     weights: Tensor
     """``[T, k]``: what their outputs are multiplied by."""
 
-    def by_expert(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """For every expert that is hit: its number, its tokens ``[n]`` and their weights ``[n, 1]``."""
-        slots = self.experts.shape[-1]
-        flat = self.experts.flatten()
-        order = flat.argsort(stable=True)
-        hit, counts = flat[order].unique_consecutive(return_counts=True)
-        places = order.split(counts.tolist())
-        for expert, place in zip(hit.tolist(), places, strict=True):
-            yield expert, place // slots, self.weights.flatten()[place].unsqueeze(-1)
+    def by_expert(self, count: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Every expert below ``count`` that is hit: number, tokens ``[n]`` and their weights ``[n, 1]``."""
+        for expert, places in by_expert(self.experts, count):
+            yield expert, places // self.experts.shape[-1], self.weights.flatten()[places].unsqueeze(-1)
 
 
 class Inside(NamedTuple):
@@ -76,6 +72,10 @@ class Experts(Roles):
     @property
     def names(self) -> tuple[str, ...]:
         return (self.act,) if self.norm is None else (self.act, self.norm)
+
+    def count(self, module: nn.Module) -> int:
+        """How many experts of ``module`` have weights."""
+        return shape(getattr(module, self.down))[0]
 
     def takes_relu_up(self, module: nn.Module) -> bool:
         return self.gated and not self.own_gate
@@ -130,15 +130,14 @@ class Experts(Roles):
             return own(site, fn)
 
         def watched(module: nn.Module, args: Any, kwargs: Any) -> None:
-            call = routing(type(module).forward, args, kwargs)
+            call = routing(getattr(module, "stock_class", type(module)).forward, args, kwargs)
             if site == "x":
                 fn(call.x, None)
                 return
             # The class is free to compute all experts in one go: what is inside is computed once more.
             values = [
                 (getattr(self.inside(module, call.x[tokens], expert), site), tokens)
-                for expert, tokens, _ in call.by_expert()
-                if expert < shape(getattr(module, self.down))[0]
+                for expert, tokens, _ in call.by_expert(self.count(module))
             ]
             if values:
                 fn(*map(torch.cat, zip(*values, strict=True)))

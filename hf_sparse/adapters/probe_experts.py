@@ -59,7 +59,7 @@ def computes(module: nn.Module, roles: Experts) -> bool:
 
 def _sum(stand_in: nn.Module, roles: Experts, call: Routed, kept: int) -> Tensor:
     out = torch.zeros_like(call.x)
-    for expert, tokens, weight in call.by_expert():
+    for expert, tokens, weight in call.by_expert(kept + 1):
         y = call.x[tokens]
         if expert < kept:
             h = roles.inside(stand_in, y, expert).h

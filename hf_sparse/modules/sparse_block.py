@@ -17,6 +17,7 @@ from torch.nn.modules import module as nn_module
 from hf_sparse.activations import MixedActivation, row_of
 from hf_sparse.adapters.block import replaced_forward
 from hf_sparse.adapters.roles import Roles
+from hf_sparse.errors import PatchError
 from hf_sparse.modules.guarded import GuardedModule
 from hf_sparse.modules.hooked import carry_device_hook
 from hf_sparse.modules.leaf import ParameterLeaf
@@ -92,7 +93,17 @@ class SparseBlock(GuardedModule):
         self._modules[self.roles.act] = new if k == 1 else MixedActivation(self.original_activation, new, k)
 
     def restore(self) -> nn.Module:
-        """The stock block with its own activation, and this block's other children as they are now."""
+        """The stock block with its own activation, and this block's other children as they are now.
+
+        Raises:
+            PatchError: a tool computes its parameters now (``torch.nn.utils.parametrize``).
+
+        """
+        if "parametrizations" in self._modules:
+            raise PatchError(
+                f"the parameters of a {self.stock_class.__name__} are parametrised "
+                f"({', '.join(self._child('parametrizations')._modules)}); remove or merge that first."
+            )
         self.disclose()
         (stock,) = self._stock
         for name, child in self._modules.items():
@@ -171,7 +182,8 @@ class SparseBlock(GuardedModule):
 
     def _unguarded(self) -> nn.Module:
         """This block as an object of the stock class: the same attributes, nothing disclosed by their use."""
-        if torch.compiler.is_compiling():
+        # A parametrised module has another class, whose properties give its parameters.
+        if torch.compiler.is_compiling() or "parametrizations" in self._modules:
             return self
         view = object.__new__(self.stock_class)
         object.__setattr__(view, "__dict__", self.__dict__)

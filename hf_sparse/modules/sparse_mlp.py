@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import triton_ops
-from hf_sparse.adapters.roles import LayerRoles
+from hf_sparse.adapters.roles import LayerRoles, Roles
 from hf_sparse.modules.certified import Certified
 from hf_sparse.modules.ownership import give_back, held_elsewhere, is_lent, lend, shares_nothing
 from hf_sparse.modules.sparse_block import SparseBlock, hooks_on_all_modules
@@ -42,7 +42,7 @@ class SparseMLP(SparseBlock):
     roles: LayerRoles
 
     def __init__(
-        self, stock: nn.Module, roles: LayerRoles, activation: nn.Module, *, relu_up: bool = False
+        self, stock: nn.Module, roles: Roles, activation: nn.Module, *, relu_up: bool = False
     ) -> None:
         super().__init__(stock, roles, activation, relu_up=relu_up)
         self._certified = Certified()

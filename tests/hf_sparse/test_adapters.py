@@ -158,8 +158,8 @@ def test_blocks_of_real_models(tiny_model, model_type) -> None:
     assert not skipped
 
 
-def test_every_site_of_a_block_can_be_watched(tiny_model, model_type, input_ids) -> None:
-    model = tiny_model(model_type)
+def test_every_site_of_a_block_can_be_watched(tiny_model, layered_type, input_ids) -> None:
+    model = tiny_model(layered_type)
     hf_sparse.patch(model, "relu")
     (block, *_), _ = find_blocks(model)
     seen: dict[str, torch.Tensor] = {}
@@ -184,11 +184,9 @@ def test_every_site_of_a_block_can_be_watched(tiny_model, model_type, input_ids)
     assert not seen
 
 
-def test_experts_are_listed_as_left_alone(tiny_model) -> None:
-    model = tiny_model(
-        "qwen2_moe", moe_intermediate_size=16, shared_expert_intermediate_size=24, num_experts=4
-    )
+def test_experts_of_another_kind_are_listed_as_left_alone(tiny_model) -> None:
+    model = tiny_model("llama4_text", num_local_experts=4, intermediate_size_mlp=88)
     blocks, skipped = find_blocks(model)
-    assert len(blocks) == 3  # the shared experts
-    assert {s.class_name for s in skipped} == {"Qwen2MoeExperts"}
+    assert {type(b.module).__name__ for b in blocks} == {"Llama4TextMLP"}  # the shared experts
+    assert {s.class_name for s in skipped} == {"Llama4TextExperts"}
     assert "stacked experts" in skipped[0].reason

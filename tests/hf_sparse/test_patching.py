@@ -52,8 +52,8 @@ def test_original_activation_is_bit_identical(tiny_model, model_type, input_ids)
 
 
 @pytest.mark.parametrize("activation", TABLE)
-def test_substituted_activation_equals_plain_pytorch(tiny_model, model_type, activation) -> None:
-    model = tiny_model(model_type)
+def test_substituted_activation_equals_plain_pytorch(tiny_model, layered_type, activation) -> None:
+    model = tiny_model(layered_type)
     if TABLE[activation].relu_up and find_blocks(model)[0][0].form == "plain":
         with pytest.raises(PatchError, match="needs a gated MLP"):
             hf_sparse.patch(model, config_for(activation))
