@@ -282,7 +282,7 @@ def _new_modules(
 
 def _sparse_block(block: Block, config: SparsityConfig, index: int) -> SparseBlock:
     stock = _stock_block(block)
-    activation = build_activation(config.activation, index, stock.get_submodule(block.roles.act))
+    activation = build_activation(config.activation, index, block.roles.activation(stock))
     kind: type[SparseBlock] = SparseExperts if isinstance(block.roles, Experts) else SparseMLP
     sparse = kind(stock, block.roles, activation, relu_up=config.activation.relu_up)
     sparse.set_mix(config.activation.mix)

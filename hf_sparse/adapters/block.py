@@ -39,7 +39,7 @@ class Block:
 
     @property
     def activation(self) -> nn.Module:
-        return self.module.get_submodule(self.roles.act)
+        return self.roles.activation(self.module)
 
     @property
     def hidden_size(self) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from hf_sparse.adapters.roles import LayerRoles
 
@@ -47,11 +48,12 @@ def inputs(tokens: int) -> Tensor:
 def computes(module: nn.Module, roles: LayerRoles) -> bool:
     """Whether ``type(module).forward`` in eval mode is the formula of ``roles`` (see :class:`LayerRoles`)."""
     sizes = roles.linears(_HIDDEN, _INTERMEDIATE)
-    parts: dict[str, Callable[[Tensor], Tensor]] = {roles.act: marker}
+    act = marker if roles.written is None else ACT2FN[roles.written]
+    parts: dict[str, Callable[[Tensor], Tensor]] = {roles.act: act}
     parts.update((name, _TinyLinear(*size, seed)) for seed, (name, size) in enumerate(sizes.items()))
     # No instance of the class: a forward that needs more of it than the children and attributes that a
     # sparse block takes over (other methods, super()) must not pass.
-    stand_in = object.__new__(nn.Module)
+    stand_in: nn.Module = object.__new__(nn.Sequential if type(module) is nn.Sequential else nn.Module)
     stand_in.__dict__.update(module.__dict__)
     stand_in.__dict__["training"] = False
     stand_in.__dict__["_modules"] = {

@@ -5,10 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias, cast
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers.activations import ACT2FN
 
 Child: TypeAlias = Callable[[str], Callable[[Tensor], Tensor]]
 """Gives the child of a name, to be called."""
@@ -27,6 +28,10 @@ class Roles(ABC):
 
     down: str
     act: str
+    """The activation: the name of a child, also where the forward of the class has it written in and there is
+    no such child before the patch (see ``written``)."""
+    written: str | None = None
+    """What transformers calls an activation that is written into the forward of the class."""
 
     formula: ClassVar[str]
     """For people."""
@@ -40,6 +45,14 @@ class Roles(ABC):
     @abstractmethod
     def names(self) -> tuple[str, ...]:
         """All children that play a part."""
+
+    def activation(self, module: nn.Module) -> nn.Module:
+        """The activation of ``module``, a block of this shape."""
+        child = module._modules.get(self.act)
+        if child is not None:
+            return child
+        assert self.written is not None
+        return cast(nn.Module, ACT2FN[self.written])
 
     @abstractmethod
     def takes_relu_up(self, module: nn.Module) -> bool:
@@ -60,7 +73,11 @@ class Roles(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerRoles(Roles):
-    """A shape whose projections and activation are children that the block calls."""
+    """A shape whose projections, and mostly the activation, are children that the block calls."""
+
+    itself: bool = False
+    """Whether a patched block computes the formula, and not the forward of its class: that has the activation
+    written in, or needs more than the children. Then there are no other children."""
 
     @classmethod
     def candidates(cls, sizes: Sizes, act: str) -> Iterator[LayerRoles]:
@@ -127,6 +144,11 @@ class LayerRoles(Roles):
     def watch(self, module: nn.Module, site: Site, fn: Watcher) -> RemovableHandle:
         if site in ("x", "y"):
             watched = module
+        elif site in ("p", "a") and self.act not in module._modules:
+            raise ValueError(
+                f"site={site!r} of a stock {type(module).__name__} cannot be watched: its forward has the "
+                'activation written in. Patch the model first; with "original" it computes the same.'
+            )
         else:
             watched = module.get_submodule(self.down if site == "h" else self.act)
         if site in ("x", "p", "h"):

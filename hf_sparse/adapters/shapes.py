@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 
 from hf_sparse.adapters import experts, probe_experts
@@ -17,6 +19,11 @@ LAYERS: tuple[type[LayerRoles], ...] = (Gated, Plain, Fused)
 
 SHAPES: tuple[type[Roles], ...] = (*LAYERS, Experts)
 
+_WRITTEN = ("silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2")
+"""Activations that are looked for in forwards."""
+_FREE_NAME = "act_fn"
+"""The child that a patch adds for one of them."""
+
 _NOT_ACTIVATIONS = (nn.Dropout, nn.Identity)
 
 
@@ -27,11 +34,18 @@ def recognise(module: nn.Module) -> Roles | None:
     sizes = linears(module)
     if not 2 <= len(sizes) <= 3:
         return None
-    for act in activations(module):
+    own = activations(module)
+    for act in own or [_FREE_NAME]:
         for kind in LAYERS:
-            for roles in kind.candidates(sizes, act):
-                if computes(module, roles):
-                    return roles
+            for found in kind.candidates(sizes, act):
+                if own:
+                    forms = [replace(found, itself=type(module) is nn.Sequential)]
+                else:
+                    forms = [replace(found, itself=True, written=name) for name in _WRITTEN]
+                for roles in forms:
+                    alone = module._modules.keys() <= set(roles.names)
+                    if (alone or not roles.itself) and computes(module, roles):
+                        return roles
     return None
 
 

@@ -78,7 +78,7 @@ class SparseBlock(GuardedModule):
     @property
     def original_activation(self) -> nn.Module:
         """The activation that the block came with."""
-        return self._stock[0].get_submodule(self.roles.act)
+        return self.roles.activation(self._stock[0])
 
     @property
     def mix(self) -> float:

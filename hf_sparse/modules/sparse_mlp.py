@@ -134,7 +134,7 @@ class SparseMLP(SparseBlock):
         )
 
     def _stock_forward(self, x: Tensor) -> Tensor:
-        if self.relu_up:  # the same calls with one ReLU more
+        if self.relu_up or self.roles.itself:  # the same calls, perhaps with one ReLU more
             return cast(Tensor, self._child(self.roles.down)(self.hidden(x)))
         return cast(Tensor, self._stock_function(self._unguarded(), x))
 
