@@ -13,8 +13,9 @@ from transformers import PretrainedConfig
 
 HIDDEN, HEADS, KEY_VALUE_HEADS, HEAD_DIM, LAYERS, VOCAB = 32, 4, 2, 8, 2, 100
 DENSE, EXPERT, SHARED = 44, 20, 28
-FFN_WIDTHS = frozenset({DENSE, EXPERT, SHARED, 2 * SHARED, 4 * HIDDEN})
-"""Widths that only FFNs have; the last is of types that have no field for it."""
+EXPERTS = 4
+FFN_WIDTHS = (DENSE, EXPERT, SHARED, 2 * SHARED, DENSE // 2, 4 * HIDDEN)
+"""Widths that only FFNs have; the last two are of types whose field means both halves, or that have none."""
 
 _RULES: tuple[tuple[str, Any], ...] = (
     # Names of one meaning are one row; the first row that matches a whole name counts.
@@ -35,7 +36,7 @@ _RULES: tuple[tuple[str, Any], ...] = (
     (r"(q|kv|o)_lora_rank|adapter_rank|gated_norm_rank|laurel_rank|router_hidden_size|hc_lowrank", 12),
     (r"first_k_dense_replace|num_dense_layers", 1),
     (r"(.*_)?top_?k|moe_k|num_experts_per_tok(en)?|num_local_experts_per_tok", 2),
-    (r"n_routed_experts|(moe_)?num_(local_)?experts|zero_expert_num", 4),
+    (r"n_routed_experts|(moe_)?num_(local_)?experts|zero_expert_num", EXPERTS),
     (r"n_shared_experts|(moe_)?num_shared_experts", 1),
     (r"n_group|num_expert_group|topk_group", 1),
     (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|max_(source|target)_positions", 64),
