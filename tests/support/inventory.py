@@ -130,7 +130,7 @@ def _place(owner: nn.Module, name: str, group: list[_Weight]) -> str:
     if any(weight.owner != name for weight in group):
         return "split over several modules"
     linears = [child for child in owner.modules() if isinstance(child, nn.Linear | Conv1D)]
-    if len(linears) > len(group):
+    if name.rpartition(".")[2].isdigit() and len(linears) > len(group):
         return "inlined in the layer"
     if not any(isinstance(child, _ACTIVATIONS) for child in owner.children()):
         return "activation in the forward"
