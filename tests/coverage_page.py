@@ -33,12 +33,13 @@ Each type was tried on a tiny model with the fewest layers that show every kind 
 by their weights and not by what hf_sparse recognises; all experts behind one router are one FFN. What is left unpatched
 stays as it is. [patching.md](patching.md#what-is-recognised) says how blocks are recognised.
 """
+LEFT = "\n## What is left\n\n| Of decoder-only types, FFNs with | Types |\n|---|---|\n{rows}\n"
 TABLE = "\n## {family}\n\n| Type | Patched | Shapes | Left, and why |\n|---|---|---|---|\n{rows}\n"
 
 
 def page(found: Sequence[Coverage]) -> str:
     """The text of docs/coverage.md."""
-    text = head(found)
+    text = head(found) + _reasons(found)
     for family in (DECODERS, *FAMILIES):
         rows = [one.row() for one in sorted(found, key=lambda c: c.kind.name) if one.kind.family == family]
         text += TABLE.format(family=family, rows="\n".join(rows))
@@ -54,6 +55,17 @@ def head(found: Sequence[Coverage]) -> str:
     version = transformers.__version__
     shares = {"some": some / count, "every": every / count}
     return HEAD.format(count=count, version=version, some_count=some, every_count=every, **shares)
+
+
+def _reasons(found: Sequence[Coverage]) -> str:
+    """What is left of the decoder-only types, and in how many of them."""
+    types: dict[str, set[str]] = {}
+    for one in found:
+        for left in one.left:
+            if one.kind.family == DECODERS:
+                types.setdefault(left.reason, set()).add(one.kind.name)
+    rows = (f"| {reason} | {len(types[reason])} |" for reason in sorted(types, key=lambda r: (-len(types[r]), r)))
+    return LEFT.format(rows="\n".join(rows))
 
 
 def main() -> int:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
+from transformers.activations import ACT2CLS
 
 import hf_sparse
 from hf_sparse import PatchError
@@ -16,16 +16,26 @@ from support.inventory import FFN, ffns
 
 
 @dataclass(frozen=True)
+class Left:
+    """FFNs of one class that are not patched."""
+
+    class_name: str
+    reason: str
+    count: int
+
+
+@dataclass(frozen=True)
 class Coverage:
     """One model type: its FFNs, and those that ``hf_sparse.patch(model, "relu")`` patches."""
 
     kind: ModelType
     every: Sequence[FFN]
     patched: Sequence[FFN]
-    reasons: Sequence[str]
-    """Why others are not, a line each."""
-    refused: bool
-    """Whether patch refuses the model."""
+    left: Sequence[Left]
+    others: Sequence[Block]
+    """Blocks that hf_sparse finds and that are no FFNs by their widths."""
+    refusal: str
+    """What patch says when it refuses the model; else empty."""
 
     @property
     def whole(self) -> bool:
@@ -35,7 +45,11 @@ class Coverage:
         """A line of the table of its family."""
         shapes = ", ".join(dict.fromkeys(ffn.shape for ffn in self.every)) or "no FFN"
         share = f"{len(self.patched)} of {len(self.every)}" if self.every else "—"
-        return f"| {self.kind.name} | {share} | {shapes} | {'; '.join(self.reasons)} |"
+        notes = [f"{left.count} {left.class_name}: {left.reason}" for left in self.left]
+        if self.others:
+            classes = ", ".join(dict.fromkeys(type(block.module).__name__ for block in self.others))
+            notes.append(f"takes {len(self.others)} {classes} for FFNs")
+        return f"| {self.kind.name} | {share} | {shapes} | {'; '.join(notes)} |"
 
 
 def coverage(kind: ModelType, model: PreTrainedModel) -> Coverage:
@@ -43,33 +57,48 @@ def coverage(kind: ModelType, model: PreTrainedModel) -> Coverage:
     every = ffns(model)
     blocks, skipped = find_blocks(model)
     found = [ffn for ffn in every if is_covered(ffn, blocks)]
-    why = {one.name: one.reason for one in skipped}
-    refused = False
-    reasons = Counter(_why_not(ffn, why.get(ffn.name)) for ffn in every if ffn not in found)
+    refusal = ""
     try:
         hf_sparse.patch(model, "relu")
         hf_sparse.unpatch(model)
     except PatchError as error:
-        refused = True
-        if found:
-            reasons[_refusal(error, found)] = len(found)
-    patched = [] if refused else found
-    return Coverage(kind, every, patched, [f"{n} x {reason}" for reason, n in reasons.items()], refused)
+        refusal = str(error)
+    seen = {one.name for one in skipped}
+    left: dict[tuple[str, str], int] = {}
+    for ffn in every:
+        if ffn in found and not refusal:
+            continue
+        if ffn in found:
+            reason = _why_refused(model)
+        else:
+            reason = ffn.place or ("another formula" if ffn.name in seen else "not recognised")
+        left[ffn.class_name, reason] = left.get((ffn.class_name, reason), 0) + 1
+    return Coverage(
+        kind=kind,
+        every=every,
+        patched=[] if refusal else found,
+        left=[Left(*key, count) for key, count in left.items()],
+        others=[block for block in blocks if not any(ffn.has(down_of(block)) for ffn in every)],
+        refusal=refusal,
+    )
 
 
-def is_covered(ffn: FFN, blocks: Iterable[Block]) -> bool:
+def down_of(block: Block) -> str:
+    """The qualified name of a block's down projection: of a layer, or of a parameter."""
+    return f"{block.name}.{block.roles.down}"
+
+
+def is_covered(ffn: FFN, blocks: Sequence[Block]) -> bool:
     """Whether ``blocks`` have all of ``ffn``: of every expert, if they are single modules."""
-    downs = {f"{block.name}.{block.roles.down}{end}" for block in blocks for end in ("", ".weight")}
+    downs = {f"{down_of(block)}{end}" for block in blocks for end in ("", ".weight")}
     return all(weights & downs for weights in ffn.weights)
 
 
-def _why_not(ffn: FFN, reason: str | None) -> str:
-    why = ffn.place or ("another formula" if reason else "not recognised")
-    return f"{ffn.class_name}: {why}"
-
-
-def _refusal(error: PatchError, found: Sequence[FFN]) -> str:
-    names = "/".join(dict.fromkeys(ffn.class_name for ffn in found))
-    if "no field of" in str(error):
-        return f"{names}: no field of the top config sets its activation"
-    return f"{names}: refused, {str(error).split(';')[0].split('. ')[0]}"
+def _why_refused(model: PreTrainedModel) -> str:
+    """Why a model with blocks cannot be patched, of what can be seen in its config."""
+    config = model.config
+    if type(config).sub_configs:
+        return "activation named by a nested config"
+    if any(isinstance(value, str) and value in ACT2CLS for value in vars(config).values()):
+        return "no single config field sets it"
+    return "no config field for the activation"

@@ -32,9 +32,13 @@ class FFN:
     shape: str
     """gated, fused (gate and up in one weight) or plain; experts of such a shape."""
     place: str
-    """What is special about where it is and how it is run; empty for a module of its own with an activation."""
+    """What is special about where it is and how it is run; empty for a module of its own and no more to see."""
     weights: tuple[frozenset[str], ...]
     """For each expert of a list, otherwise once, the names of its weights."""
+
+    def has(self, name: str) -> bool:
+        """Whether a layer or parameter of that name is part of it."""
+        return any(name in weights or f"{name}.weight" in weights for weights in self.weights)
 
 
 @dataclass(frozen=True)
@@ -132,11 +136,29 @@ def _place(owner: nn.Module, name: str, group: list[_Weight]) -> str:
     linears = [child for child in owner.modules() if isinstance(child, nn.Linear | Conv1D)]
     if name.rpartition(".")[2].isdigit() and len(linears) > len(group):
         return "inlined in the layer"
-    if not any(isinstance(child, _ACTIVATIONS) for child in owner.children()):
+    return _inside(owner)
+
+
+def _inside(owner: nn.Module) -> str:
+    """What a module of its own does that is not the plain formula; empty if it cannot be seen from outside."""
+    if isinstance(owner, nn.Sequential):
+        return "an nn.Sequential"
+    activations = [child for child in owner.children() if isinstance(child, _ACTIVATIONS)]
+    if not activations:
         return "activation in the forward"
-    needed = [
-        parameter
-        for parameter in list(inspect.signature(type(owner).forward).parameters.values())[1:]
-        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    if any(next(activation.parameters(), None) is not None for activation in activations):
+        return "activation with parameters"
+    if any("Norm" in type(child).__name__ for child in owner.children()):
+        return "norm inside"
+    forward = type(owner).forward
+    further = [
+        argument
+        for argument in list(inspect.signature(forward).parameters.values())[2:]
+        if argument.kind is argument.POSITIONAL_OR_KEYWORD
     ]
-    return "forward with further arguments" if len(needed) > 1 else ""
+    if further:
+        return "forward with further arguments"
+    linears = [name for name, child in owner.named_children() if isinstance(child, nn.Linear | Conv1D)]
+    if not any(f"self.{name}(" in inspect.getsource(forward) for name in linears):
+        return "work in other methods than forward"
+    return ""

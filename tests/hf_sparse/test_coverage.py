@@ -1,0 +1,194 @@
+"""Every registered model type, tiny: patched and all that follows, or refused, as docs/coverage.md says."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto as auto
+
+import hf_sparse
+from coverage_page import PAGE, head
+from hf_sparse import PatchError
+from hf_sparse.adapters import Block
+from support.compiler import CPP
+from support.coverage import Coverage, coverage
+from support.every_type import DECODERS, NOT_BUILT, ModelType, model_types
+from support.inventory import ffns
+from support.skips import CountSkips
+
+pytestmark = pytest.mark.slow
+
+TYPES = model_types()
+NO_GENERATION: dict[str, str] = {}
+"""Types of which stock transformers cannot generate from a tiny model."""
+
+
+@dataclass
+class Tried:
+    """One type with what its stock model gives."""
+
+    kind: ModelType
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        return self.kind.build()
+
+    @cached_property
+    def inputs(self) -> dict[str, Any]:
+        return self.kind.inputs(self.model)
+
+    @cached_property
+    def stock(self) -> Tensor:
+        return self.outputs(self.model)
+
+    @cached_property
+    def coverage(self) -> Coverage:
+        return coverage(self.kind, self.model)
+
+    def outputs(self, model: PreTrainedModel) -> Tensor:
+        return self.kind.outputs(model, self.inputs)
+
+
+_FOUND: dict[str, Coverage] = {}
+
+
+def found(kind: ModelType) -> Coverage:
+    if kind.name not in _FOUND:
+        _FOUND[kind.name] = coverage(kind, kind.build())
+    return _FOUND[kind.name]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quiet() -> Iterator[None]:
+    """Tiny models have odd sizes, which transformers remarks on."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    yield
+    transformers.logging.set_verbosity(before)
+
+
+@pytest.fixture(scope="module", params=TYPES)
+def tried(request: pytest.FixtureRequest) -> Iterator[Tried]:
+    """Shared by the tests of one type, each of which leaves the model stock."""
+    yield Tried(TYPES[request.param])
+    gc.collect()  # a patched model is a cycle
+
+
+@pytest.fixture
+def patchable(tried: Tried) -> Tried:
+    if found(tried.kind).refusal:
+        pytest.skip("refused; the page says why")
+    return tried
+
+
+def test_the_page_says_what_is_patched(tried: Tried) -> None:
+    _FOUND[tried.kind.name] = tried.coverage
+    assert tried.coverage.row() in PAGE.read_text(encoding="utf-8").splitlines()
+
+
+def test_unchanged_function_to_the_bit_or_refused(tried: Tried) -> None:
+    assert tried.stock.isfinite().all()
+    modules = dict(tried.model.named_modules())
+    if found(tried.kind).refusal:
+        with pytest.raises(PatchError):
+            hf_sparse.patch(tried.model, "original")
+    else:
+        hf_sparse.patch(tried.model, "original")
+        assert torch.equal(tried.outputs(tried.model), tried.stock)
+        hf_sparse.unpatch(tried.model)
+    assert all(modules[name] is module for name, module in tried.model.named_modules())
+    assert torch.equal(tried.outputs(tried.model), tried.stock)
+
+
+def test_relu_is_the_stock_model_with_relu_and_is_saved(patchable: Tried, tmp_path: Path) -> None:
+    model = patchable.model
+    by_hand = patchable.kind.build()
+    report = hf_sparse.patch(model, "relu")
+    swap_activations(by_hand, report.blocks)
+    with hf_sparse.backend("dense"):
+        changed = patchable.outputs(model)
+        assert torch.equal(changed, patchable.outputs(by_hand))
+        model.save_pretrained(tmp_path)
+        loaded = patchable.kind.auto.from_pretrained(tmp_path)
+        assert len(hf_sparse.inspect(loaded).blocks) == len(report.blocks)
+        assert torch.equal(patchable.outputs(loaded), changed)
+    hf_sparse.unpatch(model)
+    assert torch.equal(patchable.outputs(model), patchable.stock)
+    hf_sparse.unpatch(loaded)
+    assert torch.equal(patchable.outputs(loaded), patchable.stock)
+
+
+@pytest.mark.parametrize("backend", [CPP])
+def test_generation_that_skips_gives_the_dense_tokens(patchable: Tried, backend: str) -> None:
+    model, kind = patchable.model, patchable.kind
+    if kind.auto_class not in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM"):
+        pytest.skip("no text model")
+    if kind.name in NO_GENERATION:
+        pytest.skip(NO_GENERATION[kind.name])
+    prompt = patchable.inputs["input_ids"][:1]
+    length = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "num_beams": 1}
+    hf_sparse.patch(model, "relu")
+    tokens = {}
+    for name in ("dense", backend):
+        torch.manual_seed(0)
+        with hf_sparse.backend(name), CountSkips() as skips:
+            tokens[name] = model.generate(prompt, **length)
+        assert (skips.count > 0) == (name == backend)
+    hf_sparse.unpatch(model)
+    assert torch.equal(tokens["dense"], tokens[backend])
+
+
+def swap_activations(model: PreTrainedModel, blocks: list[Block]) -> None:
+    """nn.ReLU in the place of the activations of a stock ``model``, where ``blocks`` are."""
+    for block in blocks:
+        owner, _, name = f"{block.name}.{block.roles.act}".rpartition(".")
+        assert isinstance(model.get_submodule(owner)._modules[name], nn.Module)
+        model.get_submodule(owner)._modules[name] = nn.ReLU()
+
+
+def test_the_page_has_the_shares_of_all_types() -> None:
+    every = [found(kind) for kind in TYPES.values()]
+    assert PAGE.read_text(encoding="utf-8").startswith(head(every))
+
+
+def test_no_type_is_forgotten() -> None:
+    assert auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() <= TYPES.keys() | NOT_BUILT.keys()
+    assert not TYPES.keys() & NOT_BUILT.keys()
+    page = PAGE.read_text(encoding="utf-8").splitlines()
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in page if line.count(" | ") == 3]
+    assert sorted(rows) == sorted({*TYPES, "Type"} | {"Type"} if rows.count("Type") == 1 else rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("llama", {"LlamaMLP": 2}),
+        ("opt", {"OPTDecoderLayer": 2}),
+        ("bart", {"BartEncoderLayer": 2, "BartDecoderLayer": 2}),
+        ("bert", {"BertLayer": 2}),
+        ("phi3", {"Phi3MLP": 2}),
+        ("gpt2", {"GPT2MLP": 2}),
+        ("mixtral", {"MixtralExperts": 2}),
+        ("qwen2_moe", {"Qwen2MoeExperts": 2, "Qwen2MoeMLP": 2}),
+        ("dbrx", {"DbrxExpertGLU": 2}),
+        ("switch_transformers", {"SwitchTransformersDenseActDense": 4}),
+        ("mamba", {}),
+        ("jamba", {"JambaMLP": 1, "JambaExperts": 1}),
+        ("llava", {"CLIPMLP": 2, "LlamaMLP": 2}),
+    ],
+)
+def test_inventory_counts_what_is_there(name: str, counts: dict[str, int]) -> None:
+    seen: dict[str, int] = {}
+    for ffn in ffns(TYPES[name].build()):
+        seen[ffn.class_name] = seen.get(ffn.class_name, 0) + 1
+    assert seen == counts
