@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,8 +28,11 @@ from support.skips import CountSkips
 pytestmark = pytest.mark.slow
 
 TYPES = model_types()
-NO_GENERATION: dict[str, str] = {}
-"""Types of which stock transformers cannot generate from a tiny model."""
+DENSE = {
+    "falcon": "its FalconLinear is a subclass with a forward of its own",
+    "zamba": "its layers share their weights, which are lent to none",
+}
+"""Types whose patched blocks run dense all the same."""
 
 
 @dataclass
@@ -78,10 +80,9 @@ def _quiet() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module", params=TYPES)
-def tried(request: pytest.FixtureRequest) -> Iterator[Tried]:
+def tried(request: pytest.FixtureRequest) -> Tried:
     """Shared by the tests of one type, each of which leaves the model stock."""
-    yield Tried(TYPES[request.param])
-    gc.collect()  # a patched model is a cycle
+    return Tried(TYPES[request.param])
 
 
 @pytest.fixture
@@ -119,7 +120,7 @@ def test_relu_is_the_stock_model_with_relu_and_is_saved(patchable: Tried, tmp_pa
         changed = patchable.outputs(model)
         assert torch.equal(changed, patchable.outputs(by_hand))
         model.save_pretrained(tmp_path)
-        loaded = patchable.kind.auto.from_pretrained(tmp_path)
+        loaded = in_own_memory(patchable.kind.auto.from_pretrained(tmp_path))
         assert len(hf_sparse.inspect(loaded).blocks) == len(report.blocks)
         assert torch.equal(patchable.outputs(loaded), changed)
     hf_sparse.unpatch(model)
@@ -133,19 +134,26 @@ def test_generation_that_skips_gives_the_dense_tokens(patchable: Tried, backend:
     model, kind = patchable.model, patchable.kind
     if kind.auto_class not in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM"):
         pytest.skip("no text model")
-    if kind.name in NO_GENERATION:
-        pytest.skip(NO_GENERATION[kind.name])
     prompt = patchable.inputs["input_ids"][:1]
     length = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "num_beams": 1}
+    if model.config.is_encoder_decoder:
+        length["decoder_start_token_id"] = 1
     hf_sparse.patch(model, "relu")
     tokens = {}
     for name in ("dense", backend):
         torch.manual_seed(0)
         with hf_sparse.backend(name), CountSkips() as skips:
             tokens[name] = model.generate(prompt, **length)
-        assert (skips.count > 0) == (name == backend)
+        assert (skips.count > 0) == (name == backend and kind.name not in DENSE)
     hf_sparse.unpatch(model)
     assert torch.equal(tokens["dense"], tokens[backend])
+
+
+def in_own_memory(model: PreTrainedModel) -> PreTrainedModel:
+    """Loaded tensors lie in memory as in the file; where they begin can change the last bit of a product."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+    return model
 
 
 def swap_activations(model: PreTrainedModel, blocks: list[Block]) -> None:
