@@ -1,16 +1,17 @@
 """Writes docs/coverage.md: which model types hf_sparse patches, found out by trying.
 
-    PYTHONPATH=. python tests/coverage_page.py            # write it anew
-    PYTHONPATH=. python tests/coverage_page.py --check    # exit status 1 if it is not what the models say
+    python tests/coverage_page.py            # write it anew
+    python tests/coverage_page.py --check    # exit status 1 if it is not what the models say
 
-Builds a tiny model of every type, so it takes a minute or two. tests/hf_sparse/test_coverage.py holds each row
-to the same.
+It builds a tiny model of every type, which takes about a quarter of a minute. The page is held to the same by
+tests/hf_sparse/test_coverage.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,17 +30,28 @@ HEAD = """# Coverage of model types
 Of the {count} decoder-only text types of transformers {version} that have an FFN, `hf_sparse.patch` patches
 **{some:.0%}** ({some_count}), and **every FFN** in **{every:.0%}** ({every_count}).
 
-Each type was tried on a tiny model with the fewest layers that show every kind that the type has. FFNs are counted
-by their weights and not by what hf_sparse recognises; all experts behind one router are one FFN. What is left unpatched
-stays as it is. [patching.md](patching.md#what-is-recognised) says how blocks are recognised.
+Each type was tried on a tiny model with the fewest layers that show every kind that the type has. FFNs are
+counted by their weights and not by what hf_sparse recognises; all experts behind one router are one FFN. What
+is not patched stays as it is. [patching.md](patching.md#what-is-recognised) says how blocks are recognised.
+
+## What is left
+
+| In decoder-only text types, FFNs with | Types |
+|---|---|
+{reasons}
 """
-LEFT = "\n## What is left\n\n| Of decoder-only types, FFNs with | Types |\n|---|---|\n{rows}\n"
-TABLE = "\n## {family}\n\n| Type | Patched | Shapes | Left, and why |\n|---|---|---|---|\n{rows}\n"
+TABLE = """
+## {family}
+
+| Type | Patched | Shapes | Left, and why |
+|---|---|---|---|
+{rows}
+"""
 
 
 def page(found: Sequence[Coverage]) -> str:
     """The text of docs/coverage.md."""
-    text = head(found) + _reasons(found)
+    text = _head([one for one in found if one.kind.family == DECODERS and one.every])
     for family in (DECODERS, *FAMILIES):
         rows = [one.row() for one in sorted(found, key=lambda c: c.kind.name) if one.kind.family == family]
         text += TABLE.format(family=family, rows="\n".join(rows))
@@ -47,25 +59,20 @@ def page(found: Sequence[Coverage]) -> str:
     return f"{text}\n## Not tried\n\n{missing}\n"
 
 
-def head(found: Sequence[Coverage]) -> str:
-    """The first lines, with the numbers of all decoder-only types."""
-    decoders = [one for one in found if one.kind.family == DECODERS and one.every]
-    some, every = (sum(map(is_so, decoders)) for is_so in (lambda one: bool(one.patched), lambda one: one.whole))
-    count = len(decoders)
-    version = transformers.__version__
-    shares = {"some": some / count, "every": every / count}
-    return HEAD.format(count=count, version=version, some_count=some, every_count=every, **shares)
-
-
-def _reasons(found: Sequence[Coverage]) -> str:
-    """What is left of the decoder-only types, and in how many of them."""
-    types: dict[str, set[str]] = {}
-    for one in found:
-        for left in one.left:
-            if one.kind.family == DECODERS:
-                types.setdefault(left.reason, set()).add(one.kind.name)
-    rows = (f"| {reason} | {len(types[reason])} |" for reason in sorted(types, key=lambda r: (-len(types[r]), r)))
-    return LEFT.format(rows="\n".join(rows))
+def _head(decoders: Sequence[Coverage]) -> str:
+    some = sum(bool(one.patched) for one in decoders)
+    every = sum(one.whole for one in decoders)
+    types = Counter(reason for one in decoders for reason in {left.reason for left in one.left})
+    reasons = sorted(types.items(), key=lambda item: (-item[1], item[0]))
+    return HEAD.format(
+        count=len(decoders),
+        version=transformers.__version__,
+        some=some / len(decoders),
+        some_count=some,
+        every=every / len(decoders),
+        every_count=every,
+        reasons="\n".join(f"| {reason} | {count} |" for reason, count in reasons),
+    )
 
 
 def main() -> int:

@@ -21,27 +21,27 @@ DECODERS = "Decoder-only text"
 FAMILIES: dict[str, dict[str, str]] = {
     "Encoder-decoder text": {
         "AutoModelForSeq2SeqLM": "t5 mt5 umt5 switch_transformers longt5 bart mbart pegasus pegasus_x marian "
-        "blenderbot blenderbot-small m2m_100 nllb-moe plbart mvp prophetnet bigbird_pegasus led"
+        "blenderbot blenderbot-small m2m_100 nllb-moe plbart mvp prophetnet bigbird_pegasus led t5gemma fsmt"
     },
     "Encoder text": {
         "AutoModelForMaskedLM": "bert roberta xlm-roberta xlm-roberta-xl camembert roberta-prelayernorm "
         "data2vec-text xmod electra ernie rembert roc_bert roformer megatron-bert big_bird xlm deberta "
-        "deberta-v2 albert distilbert mpnet modernbert eurobert"
+        "deberta-v2 convbert longformer funnel nomic_bert layoutlm mra nystromformer yoso fnet albert distilbert mpnet modernbert eurobert"
     },
     "Vision": {
-        "AutoModelForImageClassification": "vit deit beit dinov2",
+        "AutoModelForImageClassification": "vit deit beit dinov2 dinov2_with_registers ijepa data2vec-vision vit_msn",
         "AutoModelForZeroShotImageClassification": "clip siglip",
     },
     "Speech and music": {
         "AutoModelForSpeechSeq2Seq": "whisper speech_to_text",
-        "AutoModelForCTC": "wav2vec2 hubert",
+        "AutoModelForCTC": "wav2vec2 hubert wavlm data2vec-audio unispeech",
         "AutoModelForCausalLM": "moshi moss_transcribe_diarize",
         "AutoModelForTextToWaveform": "musicgen musicgen_melody",
     },
     "Vision and language": {
-        "AutoModelForImageTextToText": "llava llava_next paligemma qwen2_vl qwen2_5_vl qwen3_vl idefics3 "
-        "internvl mistral3 gemma3 gemma3n gemma4 gemma4_unified git llama4 mllama got_ocr2 emu3 fuyu dots3_note "
-        "qwen3_5 qwen3_5_moe qwen4_exp",
+        "AutoModelForImageTextToText": "llava llava_next paligemma qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe idefics3 smolvlm llava_onevision aya_vision ovis2 cohere2_vision "
+        "internvl mistral3 gemma3 gemma3n gemma4 gemma4_unified git llama4 mllama got_ocr2 emu3 fuyu "
+        "dots3_note qwen3_5 qwen3_5_moe qwen4_exp",
         "AutoModelForCausalLM": "phi4_multimodal",
     },
 }
@@ -49,7 +49,7 @@ FAMILIES: dict[str, dict[str, str]] = {
 
 NOT_BUILT: dict[str, str] = {
     "gemma3n": "its vision tower needs the timm package",
-    "gemma4_assistant": "drafts from the keys and values of another model; its text model refuses its defaults",
+    "gemma4_assistant": "drafts from the keys and values of another model, and its defaults are refused",
     "gemma4_unified_assistant": "drafts from the keys and values of another model",
 }
 
@@ -93,7 +93,10 @@ class ModelType:
 
 @cache
 def model_types() -> dict[str, ModelType]:
-    """By name: all that are registered for causal language modelling, and the other families above; but those of NOT_BUILT."""
+    """By name: all that are registered for causal language modelling, and the other families above.
+
+    But those of ``NOT_BUILT``. A type with several heads has the one that shows most of its layers.
+    """
     others = {
         name: ModelType(name, family, auto_class)
         for family, classes in FAMILIES.items()

@@ -8,7 +8,7 @@ experts of a layer that share a router are one FFN, stacked or in a list.
 from __future__ import annotations
 
 import inspect
-import os.path
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class FFN:
     shape: str
     """gated, fused (gate and up in one weight) or plain; experts of such a shape."""
     place: str
-    """What is special about where it is and how it is run; empty for a module of its own and no more to see."""
+    """What is special about where it is and how it is run, of what can be seen; perhaps nothing."""
     weights: tuple[frozenset[str], ...]
     """For each expert of a list, otherwise once, the names of its weights."""
 
@@ -62,12 +62,13 @@ def ffns(model: PreTrainedModel) -> list[FFN]:
         if whole.get(owner) is not group:
             parts.setdefault((_layer(owner), width), []).extend(group)
     for group in filter(_is_whole, parts.values()):
-        whole[os.path.commonprefix([f"{weight.owner}." for weight in group]).rpartition(".")[0]] = group
+        whole[_common([weight.owner for weight in group])] = group
     merged: dict[str, dict[str, list[_Weight]]] = {}
     for owner, group in whole.items():
         merged.setdefault(_ONE_EXPERT.sub(r"\1", owner), {})[owner] = group
     order = {name: index for index, (name, _) in enumerate(model.named_modules())}
-    return [_ffn(model, groups) for _, groups in sorted(merged.items(), key=lambda g: order[next(iter(g[1]))])]
+    found = sorted(merged.values(), key=lambda groups: order[next(iter(groups))])
+    return [_ffn(model, groups) for groups in found]
 
 
 def _weights(model: nn.Module) -> Iterator[_Weight]:
@@ -107,6 +108,14 @@ def _layer(owner: str) -> str:
     return ".".join(parts[: 1 + max(i for i, part in enumerate(parts) if part.isdigit())])
 
 
+def _common(names: list[str]) -> str:
+    """The name of the smallest module that contains all of these."""
+    same = itertools.takewhile(
+        lambda parts: len(set(parts)) == 1, zip(*(name.split(".") for name in names), strict=False)
+    )
+    return ".".join(parts[0] for parts in same)
+
+
 def _ffn(model: nn.Module, groups: dict[str, list[_Weight]]) -> FFN:
     name, group = next(iter(groups.items()))
     owner = model.get_submodule(name)
@@ -140,7 +149,7 @@ def _place(owner: nn.Module, name: str, group: list[_Weight]) -> str:
 
 
 def _inside(owner: nn.Module) -> str:
-    """What a module of its own does that is not the plain formula; empty if it cannot be seen from outside."""
+    """What a module of its own does that is not the plain formula, of what can be seen from outside."""
     if isinstance(owner, nn.Sequential):
         return "an nn.Sequential"
     activations = [child for child in owner.children() if isinstance(child, _ACTIVATIONS)]

@@ -98,6 +98,8 @@ def tiny_fields(
             fields[name] = type(value)(**nested)
         elif isinstance(value, bool) or name in lists or name in _COMPUTED:
             continue
+        elif name in ("image_size", "patch_size") and isinstance(value, list | tuple):
+            fields[name] = [size_of(name)] * len(value)
         elif isinstance(value, int) or value is None:
             size = size_of(name)
             if value is not None and _TOKEN.fullmatch(name):
