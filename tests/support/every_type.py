@@ -20,16 +20,19 @@ from support.type_sizes import Tokens, tiny_fields
 DECODERS = "Decoder-only text"
 FAMILIES: dict[str, dict[str, str]] = {
     "Encoder-decoder text": {
-        "AutoModelForSeq2SeqLM": "t5 mt5 umt5 switch_transformers longt5 bart mbart pegasus pegasus_x marian "
-        "blenderbot blenderbot-small m2m_100 nllb-moe plbart mvp prophetnet bigbird_pegasus led t5gemma fsmt"
+        "AutoModelForSeq2SeqLM": "t5 mt5 umt5 switch_transformers longt5 t5gemma bart mbart pegasus "
+        "pegasus_x marian blenderbot blenderbot-small m2m_100 nllb-moe plbart mvp prophetnet "
+        "bigbird_pegasus led fsmt"
     },
     "Encoder text": {
         "AutoModelForMaskedLM": "bert roberta xlm-roberta xlm-roberta-xl camembert roberta-prelayernorm "
         "data2vec-text xmod electra ernie rembert roc_bert roformer megatron-bert big_bird xlm deberta "
-        "deberta-v2 convbert longformer funnel nomic_bert layoutlm mra nystromformer yoso fnet albert distilbert mpnet modernbert eurobert"
+        "deberta-v2 convbert longformer funnel nomic_bert layoutlm mra nystromformer yoso fnet albert "
+        "distilbert mpnet modernbert eurobert"
     },
     "Vision": {
-        "AutoModelForImageClassification": "vit deit beit dinov2 dinov2_with_registers ijepa data2vec-vision vit_msn",
+        "AutoModelForImageClassification": "vit deit beit dinov2 dinov2_with_registers ijepa vit_msn "
+        "data2vec-vision",
         "AutoModelForZeroShotImageClassification": "clip siglip",
     },
     "Speech and music": {
@@ -39,10 +42,11 @@ FAMILIES: dict[str, dict[str, str]] = {
         "AutoModelForTextToWaveform": "musicgen musicgen_melody",
     },
     "Vision and language": {
-        "AutoModelForImageTextToText": "llava llava_next paligemma qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe idefics3 smolvlm llava_onevision aya_vision ovis2 cohere2_vision "
-        "internvl mistral3 gemma3 gemma3n gemma4 gemma4_unified git llama4 mllama got_ocr2 emu3 fuyu "
-        "dots3_note qwen3_5 qwen3_5_moe qwen4_exp",
-        "AutoModelForCausalLM": "phi4_multimodal",
+        "AutoModelForImageTextToText": "llava llava_next llava_onevision paligemma qwen2_vl qwen2_5_vl "
+        "qwen3_vl qwen3_vl_moe qwen3_5 qwen3_5_moe qwen4_exp idefics3 smolvlm internvl aya_vision ovis2 "
+        "cohere2_vision mistral3 gemma3 gemma3n gemma4 gemma4_unified git llama4 mllama got_ocr2 emu3 fuyu "
+        "dots3_note",
+        "AutoModelForCausalLM": "phi4_multimodal gemma4_assistant gemma4_unified_assistant",
     },
 }
 """By family and auto class, the types that are not decoder-only text models."""

@@ -56,16 +56,17 @@ def ffns(model: PreTrainedModel) -> list[FFN]:
     by_owner: dict[tuple[str, int], list[_Weight]] = {}
     for weight in _weights(model):
         by_owner.setdefault((weight.owner, weight.width), []).append(weight)
-    whole = {owner: group for (owner, _), group in by_owner.items() if _is_whole(group)}
+    whole = {key: group for key, group in by_owner.items() if _is_whole(group)}
     parts: dict[tuple[str, int], list[_Weight]] = {}
     for (owner, width), group in by_owner.items():
-        if whole.get(owner) is not group:
+        if (owner, width) not in whole:
             parts.setdefault((_layer(owner), width), []).extend(group)
-    for group in filter(_is_whole, parts.values()):
-        whole[_common([weight.owner for weight in group])] = group
-    merged: dict[str, dict[str, list[_Weight]]] = {}
-    for owner, group in whole.items():
-        merged.setdefault(_ONE_EXPERT.sub(r"\1", owner), {})[owner] = group
+    for (_, width), group in parts.items():
+        if _is_whole(group):
+            whole[_common([weight.owner for weight in group]), width] = group
+    merged: dict[tuple[str, int], dict[str, list[_Weight]]] = {}
+    for (owner, width), group in whole.items():
+        merged.setdefault((_ONE_EXPERT.sub(r"\1", owner), width), {})[owner] = group
     order = {name: index for index, (name, _) in enumerate(model.named_modules())}
     found = sorted(merged.values(), key=lambda groups: order[next(iter(groups))])
     return [_ffn(model, groups) for groups in found]
@@ -87,7 +88,7 @@ def _weights(model: nn.Module) -> Iterator[_Weight]:
                     kind = "either" if stacked else "down" if last == width else "up"
                 elif sizes == {HIDDEN, 2 * width} and (stacked or last == HIDDEN):
                     kind = "both halves"
-                elif not is_linear and (first, last) == (EXPERTS * width, HIDDEN):
+                elif not is_linear and tuple(parameter.shape) == (EXPERTS * width, HIDDEN):
                     kind, stacked = "either", True
                 else:
                     continue

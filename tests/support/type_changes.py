@@ -97,6 +97,8 @@ CHANGES: dict[str, dict[str, Any]] = {
         "text_config": {"cross_attention_layers": [1]},
         "vision_config": {"intermediate_layers_indices": [0], "vision_output_dim": 64},
     },
+    "musicgen": {"audio_encoder": {"num_filters": 4}},
+    "musicgen_melody": {"audio_encoder": {"num_filters": 4}},
     "nemotron": {"num_key_value_heads": 2},
     "qwen4_exp": {"text_config": _QWEN4},
     "qwen4_exp_text": _QWEN4,

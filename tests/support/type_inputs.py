@@ -94,7 +94,7 @@ def _tiles(model: Any) -> dict[str, Any]:
 
 
 def _pictures_and_speech(model: Any) -> dict[str, Any]:
-    """Of Phi-4: an image of one crop beside itself as a whole, 2 x 2 features each; and 32 frames of sound."""
+    """Of Phi-4: an image of one crop and as a whole, 2 x 2 features each; and 32 frames of sound."""
     config = model.config
     picture = torch.full((1, 6 + 1 + 6), config.vision_config.image_token_id)
     sound = torch.full((1, 4), config.audio_config.audio_token_id)
@@ -154,6 +154,7 @@ def _music(model: Any) -> dict[str, Any]:
     return {"input_ids": ids(1, 5), "decoder_input_ids": ids(model.config.decoder.num_codebooks, 4)}
 
 
+PATCHES = "qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe qwen3_5 qwen3_5_moe qwen4_exp"
 WHOLE_IMAGE = "llava paligemma internvl gemma3 llama4 got_ocr2 aya_vision ovis2 cohere2_vision"
 SPECIAL: dict[str, Callable[[Any], dict[str, Any]]] = {
     "blt": lambda model: {"input_ids": ids(2, 9), "use_cache": False},
