@@ -5,8 +5,8 @@
 
 The layer is transformers' own (``OlmoeExperts``) with random weights and a FATReLU threshold that silences
 the wanted share of the neurons of each token. Dense is the same function by each ``experts_implementation``
-of transformers; the ratio is against the fastest of them. Tokens are routed so that calls go through all experts
-in turn, which takes them out of the caches. Results are checked against float64 before anything is timed.
+of transformers; the ratio is against the fastest of them. Tokens are routed so that calls go through all
+experts in turn, which takes them out of the caches. Results are checked against float64 before any timing.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hf_sparse.adapters.roles import Linear, Roles, Site, Watcher
+from hf_sparse.adapters.roles import WRITTEN, Linear, Roles, Site, Watcher
 from triton_ops.routed import by_expert
 
 
@@ -54,13 +54,20 @@ class Experts(Roles):
     first: str
     """``[E, 2F, D]``, gate and then up, of gated experts; ``[E, F, D]`` of plain ones. See ``transposed``."""
     gated: bool
-    transposed: bool
+    transposed: bool = False
     """Whether the last two dimensions are the other way round, in both parameters."""
-    own_gate: bool
-    """Whether the class has its own way from the first projection to h (``_apply_gate``), as with a clamp."""
-    norm: str | None
+    interleaved: bool = False
+    """Whether rows of gate and up take turns."""
+    limit: str | None = None
+    """An attribute that limits what the gate is, and what the factor is on both sides, as in GPT-OSS."""
+    plus: float = 0.0
+    """What is added to the factor."""
+    own_gate: bool = False
+    """Whether the class has another way from the first projection to h (``_apply_gate``), which calls the
+    activation and is silent where that is."""
+    norm: str | None = None
     """A child that normalises the output of an expert before it is weighted."""
-    identity: bool
+    identity: bool = False
     """Whether experts beyond those that have weights give a token back as it is; else they are none."""
 
     formula = "stacked experts, each down(act(gate(x)) * up(x)) or down(act(up(x)))"
@@ -78,19 +85,34 @@ class Experts(Roles):
         return shape(getattr(module, self.down))[0]
 
     def takes_relu_up(self, module: nn.Module) -> bool:
-        return self.gated and not self.own_gate
+        return self.gated and not self.own_gate and not self.plus
 
     def sizes(self, module: nn.Module) -> tuple[int, int]:
         _, *sizes = shape(getattr(module, self.down))
         return (sizes[1], sizes[0]) if self.transposed else (sizes[0], sizes[1])
 
+    @property
+    def is_plain_formula(self) -> bool:
+        """Whether an expert is just what the operators compute."""
+        others = self.interleaved, self.limit, self.plus, self.own_gate, self.norm, self.identity
+        return not (self.transposed or any(others))
+
     def weights(self, module: nn.Module) -> list[Linear]:
         first, down = self.read(module._parameters, self.first), self.read(module._parameters, self.down)
         if not self.gated:
             return [first, down]
-        bias = first[1]
-        biases = (None, None) if bias is None else bias.chunk(2, -1)
-        return [*zip(first[0].chunk(2, -2), biases, strict=True), down]
+        gate, up = self._halves(first[0])
+        biases: tuple[Tensor | None, ...] = (None, None)
+        if first[1] is not None:
+            biases = tuple(half.squeeze(-1) for half in self._halves(first[1].unsqueeze(-1)))
+        return [(gate, biases[0]), (up, biases[1]), down]
+
+    def _halves(self, both: Tensor) -> tuple[Tensor, Tensor]:
+        """Gate and up, along the last dimension but one."""
+        if self.interleaved:
+            return both[..., ::2, :], both[..., 1::2, :]
+        first, second = both.chunk(2, dim=-2)
+        return first, second
 
     def read(self, parameters: Any, name: str) -> Linear:
         """Weight ``[E, out, in]`` and bias ``[E, out]`` of a projection."""
@@ -105,7 +127,7 @@ class Experts(Roles):
         rectified: Callable[[Tensor], Tensor] = lambda u: u,
     ) -> Inside:
         """What ``expert`` makes of ``x [n, D]``, by the calls that the class makes."""
-        act: Any = module._modules[self.act]
+        act: Any = self.activation(module)
         both = project(module, self.first, x, expert, transposed=self.transposed)
         if self.own_gate:
             seen: list[Tensor] = []
@@ -118,9 +140,12 @@ class Experts(Roles):
         if not self.gated:
             a = act(both)
             return Inside(both, a, a)
-        gate, up = both.chunk(2, dim=-1)
-        a = act(gate)
-        return Inside(gate, a, a * rectified(up))
+        gate, up = (both[..., ::2], both[..., 1::2]) if self.interleaved else both.chunk(2, dim=-1)
+        if self.limit is not None:
+            limit = getattr(module, self.limit)
+            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        a, u = act(gate), rectified(up)
+        return Inside(gate, a, a * (u + self.plus if self.plus else u))
 
     def watch(self, module: nn.Module, site: Site, fn: Watcher) -> RemovableHandle:
         own = getattr(module, "watch", None)
@@ -143,6 +168,9 @@ class Experts(Roles):
                 fn(*map(torch.cat, zip(*values, strict=True)))
 
         return module.register_forward_pre_hook(watched, with_kwargs=True)
+
+
+_LIMITS = ("limit", "swiglu_limit")
 
 
 def project(module: nn.Module, name: str, x: Tensor, expert: int, *, transposed: bool) -> Tensor:
@@ -186,15 +214,28 @@ def candidates(module: nn.Module, act: str) -> Iterator[Experts]:
         if kept > experts or wide[1] != narrow[0] or wide[0] not in (narrow[1], 2 * narrow[1]):
             continue
         gated = wide[0] == 2 * narrow[1]
-        own_gates = (False, True) if hasattr(type(module), "_apply_gate") and gated else (False,)
-        for own_gate, norm in product(own_gates, norms):
-            yield Experts(
-                first=first,
-                down=down,
-                act=act,
-                gated=gated,
-                transposed=transposed,
-                own_gate=own_gate,
-                norm=norm,
-                identity=experts > kept,
-            )
+        for variant in _variants(module, act, gated):
+            for norm in norms:
+                yield Experts(
+                    first=first,
+                    down=down,
+                    act=act,
+                    gated=gated,
+                    transposed=transposed,
+                    norm=norm,
+                    identity=experts > kept,
+                    **variant,
+                )
+
+
+def _variants(module: nn.Module, act: str, gated: bool) -> Iterator[dict[str, Any]]:
+    """Ways from the first projection to h, the simple ones first."""
+    written = (None,) if act in module._modules else WRITTEN
+    if not gated:
+        yield from ({"written": name} for name in written)
+        return
+    limits = [None, *(name for name in _LIMITS if isinstance(getattr(module, name, None), int | float))]
+    for name, interleaved, limit, plus in product(written, (False, True), limits, (0.0, 1.0)):
+        yield {"written": name, "interleaved": interleaved, "limit": limit, "plus": plus}
+    if written == (None,) and hasattr(type(module), "_apply_gate"):
+        yield {"own_gate": True}

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from hf_sparse.adapters.experts import Experts, Routed, project, shape
 from hf_sparse.adapters.probe import inputs, marker
@@ -21,7 +22,9 @@ _HIDDEN, _INTERMEDIATE, _TOKENS = 3, 5, 7
 class _Marker(nn.Module):
     """The activation: our own function, or none at all."""
 
-    silent = False
+    def __init__(self, *, silent: bool = False) -> None:
+        super().__init__()
+        self.silent = silent
 
     def forward(self, p: Tensor) -> Tensor:
         return torch.zeros_like(p) if self.silent else marker(p)
@@ -48,7 +51,7 @@ def computes(module: nn.Module, roles: Experts) -> bool:
         with torch.no_grad():
             out = forward(stand_in, x, index, weights)
             wanted = _sum(stand_in, roles, Routed(x, index, weights), kept)
-            stand_in._modules[roles.act].silent = True  # type: ignore[union-attr]
+            stand_in._modules[roles.act] = _Marker(silent=True)
             silent = roles.inside(stand_in, x, 0).h
     except Exception:  # a forward with other arguments or inner sizes: simply not this formula
         return False
@@ -84,10 +87,11 @@ def _stand_in(module: nn.Module, roles: Experts, count: int, generator: torch.Ge
     stand_in: Any = object.__new__(nn.Module)
     stand_in.__dict__.update(module.__dict__)
     stand_in.__dict__.update(training=False, _parameters=tiny)
-    stand_in.__dict__["_modules"] = {**module._modules, roles.act: _Marker()}
+    act = _Marker() if roles.written is None else ACT2FN[roles.written]
+    stand_in.__dict__["_modules"] = {**module._modules, roles.act: act}
     if roles.norm is not None:
         stand_in.__dict__["_modules"][roles.norm] = _Norm()
-    if roles.own_gate:
-        own: Any = type(module)._apply_gate  # type: ignore[attr-defined]
+    own: Any = getattr(type(module), "_apply_gate", None)
+    if own is not None:
         stand_in.__dict__["_apply_gate"] = lambda both: own(stand_in, both)
     return stand_in

@@ -21,6 +21,9 @@ Site: TypeAlias = Literal["x", "p", "a", "h", "y"]
 Watcher: TypeAlias = Callable[[Tensor, Tensor | None], None]
 """Gets what passes a site, and which token each of its rows is of; None where row i is token i."""
 
+WRITTEN = ("silu", "gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "relu2")
+"""Activations that are looked for in forwards."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Roles(ABC):

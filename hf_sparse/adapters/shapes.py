@@ -12,15 +12,13 @@ from hf_sparse.adapters.fused import Fused
 from hf_sparse.adapters.gated import Gated
 from hf_sparse.adapters.plain import Plain
 from hf_sparse.adapters.probe import computes
-from hf_sparse.adapters.roles import LayerRoles, Roles, linear_size
+from hf_sparse.adapters.roles import WRITTEN, LayerRoles, Roles, linear_size
 
 LAYERS: tuple[type[LayerRoles], ...] = (Gated, Plain, Fused)
 """Every known shape of layers; a new one is a file like theirs and an entry here."""
 
 SHAPES: tuple[type[Roles], ...] = (*LAYERS, Experts)
 
-_WRITTEN = ("silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2")
-"""Activations that are looked for in forwards."""
 _FREE_NAME = "act_fn"
 """The child that a patch adds for one of them."""
 
@@ -41,7 +39,7 @@ def recognise(module: nn.Module) -> Roles | None:
                 if own:
                     forms = [replace(found, itself=type(module) is nn.Sequential)]
                 else:
-                    forms = [replace(found, itself=True, written=name) for name in _WRITTEN]
+                    forms = [replace(found, itself=True, written=name) for name in WRITTEN]
                 for roles in forms:
                     alone = module._modules.keys() <= set(roles.names)
                     if (alone or not roles.itself) and computes(module, roles):
@@ -50,7 +48,7 @@ def recognise(module: nn.Module) -> Roles | None:
 
 
 def _recognise_experts(module: nn.Module) -> Experts | None:
-    for act in activations(module):
+    for act in activations(module) or [_FREE_NAME]:
         for roles in experts.candidates(module, act):
             if probe_experts.computes(module, roles):
                 return roles

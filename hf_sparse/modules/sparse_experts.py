@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 import triton_ops
+from hf_sparse.activations.config import same_function
 from hf_sparse.adapters.experts import Experts, Routed, project, routing
 from hf_sparse.adapters.roles import Linear, Roles, Site, Watcher
 from hf_sparse.modules.ownership import give_back, held_elsewhere, is_lent, lend, shares_nothing
@@ -51,7 +52,7 @@ class SparseExperts(SparseBlock):
             self._forward_ran = True
         call = routing(self._stock_function, args, kwargs)
         way = self._way(call)
-        if way is None and not self.relu_up and not self._watchers:
+        if way is None and not self._computes_itself() and not self._watchers:
             return cast(Tensor, self._stock_function(self._unguarded(), *args, **kwargs))
         if way is None or way.form == "linear" or self._watchers:
             return self._each(call, None if self._watchers else way)
@@ -75,9 +76,15 @@ class SparseExperts(SparseBlock):
 
     def dense(self, *args: Any, **kwargs: Any) -> Tensor:
         """The experts with every neuron, as the stock class computes them."""
-        if self.relu_up:
+        if self._computes_itself():
             return self._each(routing(self._stock_function, args, kwargs), None)
         return cast(Tensor, self._stock_function(self._unguarded(), *args, **kwargs))
+
+    def _computes_itself(self) -> bool:
+        """Whether the forward of the stock class would compute something else."""
+        if self.roles.written is None:
+            return self.relu_up
+        return self.relu_up or not same_function(self.activation, self.original_activation)
 
     def watch(self, site: Site, fn: Watcher) -> RemovableHandle:
         """As :meth:`hf_sparse.adapters.Block.watch`, for what is inside of the experts: p, a and h."""
@@ -117,8 +124,7 @@ class SparseExperts(SparseBlock):
 
     def _form(self) -> Form:
         """What an expert is for the operators."""
-        roles = self.roles
-        return "linear" if roles.own_gate or roles.transposed or roles.identity or roles.norm else roles.form
+        return self.roles.form if self.roles.is_plain_formula else "linear"
 
     def _each(self, call: Routed, way: Way | None) -> Tensor:
         """Expert by expert with the calls of the stock class, the down projection skipping by ``way``."""

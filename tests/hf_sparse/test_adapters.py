@@ -11,6 +11,7 @@ from hf_sparse.adapters import Block, find_blocks
 from hf_sparse.adapters.fused import Fused as FusedRoles
 from hf_sparse.adapters.gated import Gated as GatedRoles
 from hf_sparse.adapters.shapes import recognise
+from hf_sparse.modules import SparseMLP
 
 
 class Gated(nn.Module):
@@ -190,3 +191,65 @@ def test_experts_of_another_kind_are_listed_as_left_alone(tiny_model) -> None:
     assert {type(b.module).__name__ for b in blocks} == {"Llama4TextMLP"}  # the shared experts
     assert {s.class_name for s in skipped} == {"Llama4TextExperts"}
     assert "stacked experts" in skipped[0].reason
+
+
+def written(activation, form: str = "gated") -> nn.Module:
+    """A block with no child for its activation."""
+
+    class Written(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w2, self.w3, self.w1 = nn.Linear(20, 8), nn.Linear(8, 20), nn.Linear(8, 20)
+            if form == "plain":
+                del self.w3
+
+        def forward(self, x):
+            a = activation(self.w1(x))
+            return self.w2(a if form == "plain" else a * self.w3(x))
+
+    return Written()
+
+
+@pytest.mark.parametrize("form", ["gated", "plain"])
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("silu", torch.nn.functional.silu),
+        ("gelu", torch.nn.functional.gelu),
+        ("gelu_pytorch_tanh", lambda p: torch.nn.functional.gelu(p, approximate="tanh")),
+        ("relu2", lambda p: torch.square(torch.relu(p))),
+    ],
+)
+def test_an_activation_that_is_written_into_the_forward(name, function, form) -> None:
+    module = written(function, form)
+    roles = recognise(module)
+    assert roles is not None
+    assert (roles.written, roles.form, roles.down) == (name, form, "w2")
+    x = torch.randn(2, 8)
+    expected = module(x)
+    original = SparseMLP(module, roles, roles.activation(module))
+    assert torch.equal(original(x), expected)
+    changed = SparseMLP(module, roles, nn.ReLU())
+    other = written(torch.relu, form)
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(changed(x), other(x))
+    assert changed.restore() is module
+    assert module._modules.keys() == other._modules.keys()
+    block = Block("mlp", module, roles)
+    with pytest.raises(ValueError, match="site='p' of a stock Written cannot be watched"):
+        block.watch("p", lambda *_: None)
+
+
+def test_a_function_of_ours_that_is_written_into_the_forward_is_not_known() -> None:
+    assert recognise(written(lambda p: torch.sigmoid(p) * p.abs())) is None
+
+
+def test_a_sequential_is_a_plain_block() -> None:
+    module = nn.Sequential(nn.Linear(8, 20), nn.ReLU(), nn.Linear(20, 8))
+    roles = recognise(module)
+    assert roles is not None
+    assert (roles.form, roles.act, roles.down) == ("plain", "1", "2")
+    x = torch.randn(2, 8)
+    assert torch.equal(SparseMLP(module, roles, nn.ReLU())(x), module(x))
+    for more in (nn.Dropout(), nn.LayerNorm(8)):
+        assert recognise(nn.Sequential(*module, more)) is None

@@ -418,9 +418,52 @@ def test_experts_are_recognised_by_what_they_compute() -> None:
     assert (roles.first, roles.down, roles.act, roles.form) == ("first", "second", "f", "gated")
 
 
-@pytest.mark.parametrize("body", [up_first, limited, interleaved])
+@pytest.mark.parametrize("body", [up_first, limited])
 def test_other_functions_of_stacked_parameters_are_refused(body) -> None:
     assert recognise(variant(body)) is None
+
+
+def clamped_like_gpt_oss(self, x, e):
+    gate, up = F.linear(x, self.first[e]).view(-1, 2).unbind(-1)
+    gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+    return F.linear(gate * torch.sigmoid(1.702 * gate) * (up + 1), self.second[e])
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (interleaved, {"interleaved": True, "limit": None, "plus": 0.0, "written": None}),
+        (clamped_like_gpt_oss, {"interleaved": True, "limit": "limit", "plus": 1.0, "written": "quick_gelu"}),
+    ],
+)
+def test_other_gates_of_stacked_experts(body, expected) -> None:
+    module = variant(body)
+    module.limit = 7.0
+    if expected["written"]:
+        del module.f
+    roles = recognise(module)
+    assert isinstance(roles, Experts)
+    assert {name: getattr(roles, name) for name in expected} == expected
+    assert not roles.is_plain_formula
+    x, chosen = 5 * torch.randn(6, 8), torch.randint(0, 4, (6, 2))
+    weights = torch.rand(6, 2)
+    calls = x, chosen, weights
+    same = SparseExperts(module, roles, roles.activation(module))
+    assert torch.equal(same(*calls), module(*calls))
+    sparse = SparseExperts(module, roles, nn.ReLU()).eval()
+    dense = sparse(*calls).detach()
+    assert not torch.allclose(dense, module(*calls), atol=1e-3)
+    (gate, _), (up, _), (down, _) = roles.weights(module)
+    p, u = (torch.einsum("td,efd->tef", x, w) for w in (gate, up))
+    if expected["limit"]:
+        p, u = p.clamp(max=7.0), u.clamp(-7.0, 7.0) + 1
+    y = torch.einsum("tef,edf->ted", p.relu() * u, down)
+    by_formula = sum(weights[:, [k]] * y[torch.arange(6), chosen[:, k]] for k in range(2))
+    torch.testing.assert_close(dense, by_formula.detach(), rtol=1e-4, atol=1e-4)
+    del gate, up, down, by_formula, y, p, u
+    with torch.no_grad(), hf_sparse.backend("torch"), CountSkips() as skips:
+        torch.testing.assert_close(sparse(*calls), dense, rtol=1e-4, atol=1e-4)
+    assert skips.count
 
 
 def test_a_gate_of_its_own_must_be_silent_with_its_activation() -> None:
