@@ -460,7 +460,7 @@ def test_other_gates_of_stacked_experts(body, expected) -> None:
     y = torch.einsum("tef,edf->ted", p.relu() * u, down)
     by_formula = sum(weights[:, [k]] * y[torch.arange(6), chosen[:, k]] for k in range(2))
     torch.testing.assert_close(dense, by_formula.detach(), rtol=1e-4, atol=1e-4)
-    del gate, up, down, by_formula, y, p, u
+    del gate, up, down, by_formula, y, p, u, same, module  # what holds the weights
     with torch.no_grad(), hf_sparse.backend("torch"), CountSkips() as skips:
         torch.testing.assert_close(sparse(*calls), dense, rtol=1e-4, atol=1e-4)
     assert skips.count
