@@ -257,11 +257,11 @@ class SparseMLP(SparseBlock):
             weight = cast(nn.Parameter, parameters["weight"])
             if weight.dtype != x.dtype or weight.device != x.device:
                 return None
-            found.append((weight if type(linear) is nn.Linear else weight.t(), parameters["bias"]))
+            found.append((weight if isinstance(linear, nn.Linear) else weight.t(), parameters["bias"]))
         return found
 
     def _is_linear_down(self) -> bool:
-        return type(self._modules[self.roles.down]) is nn.Linear
+        return isinstance(self._modules[self.roles.down], nn.Linear)
 
     def readable(self, name: str) -> nn.Linear | Conv1D | None:
         """The child ``name`` if its weight may be read directly, None if it must be called as a module.

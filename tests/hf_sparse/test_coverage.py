@@ -29,7 +29,6 @@ pytestmark = pytest.mark.slow
 
 TYPES = model_types()
 DENSE = {
-    "falcon": "its FalconLinear is a subclass with a forward of its own",
     "zamba": "its layers share their weights, which are lent to none",
 }
 """Types whose patched blocks run dense all the same."""
