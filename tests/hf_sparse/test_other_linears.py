@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import hf_sparse
+from support.every_type import model_types
 from support.skips import CountSkips
 
 
@@ -43,9 +44,9 @@ def test_those_of_another_tool_are_called(tiny_model, input_ids, cls, name) -> N
         torch.testing.assert_close(models[0](input_ids).logits, models[1](input_ids).logits)
 
 
-def test_those_of_falcon_are_read(tiny_model, input_ids) -> None:
+def test_those_of_falcon_are_read(input_ids) -> None:
     """A subclass that computes the same in other words."""
-    model = tiny_model("falcon")
+    model, input_ids = model_types()["falcon"].build(), input_ids % 60
     hf_sparse.patch(model, "relu")
     expected = model(input_ids).logits.detach()
     with torch.no_grad(), hf_sparse.backend("torch"), CountSkips() as skips:
@@ -53,8 +54,8 @@ def test_those_of_falcon_are_read(tiny_model, input_ids) -> None:
     assert skips.count == len(hf_sparse.inspect(model).blocks)
 
 
-def test_a_forward_of_falcon_that_somebody_replaces_is_called(tiny_model, input_ids, monkeypatch) -> None:
-    model = tiny_model("falcon")
+def test_a_forward_of_falcon_that_somebody_replaces_is_called(input_ids, monkeypatch) -> None:
+    model, input_ids = model_types()["falcon"].build(), input_ids % 60
     hf_sparse.patch(model, "relu")
     cls = type(model.transformer.h[0].mlp.dense_4h_to_h)
     with torch.no_grad(), hf_sparse.backend("torch"):
