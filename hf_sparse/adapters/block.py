@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_sparse.adapters.copies import place
+from hf_sparse.adapters.kept import MARK, Kept, KeptState, own_roles
 from hf_sparse.adapters.roles import Linear, Roles, Site, Watcher
 
 
@@ -40,6 +41,28 @@ class Block:
     @property
     def activation(self) -> nn.Module:
         return self.module.get_submodule(self.roles.act)
+
+    @property
+    def is_patched(self) -> bool:
+        return own_roles(self.module) is not None
+
+    @property
+    def stays(self) -> bool:
+        """Whether the module stays when it is patched, and only two of its parts are exchanged."""
+        return isinstance(self.roles, Kept)
+
+    @property
+    def original_activation(self) -> nn.Module:
+        """The activation that the block came with."""
+        state = vars(self.module).get(MARK)
+        if isinstance(state, KeptState):
+            return state.original
+        return getattr(self.module, "original_activation", self.activation)
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """By their places, the modules that a patch exchanges and that may tell a model from another one."""
+        return {f"{self.place}.{self.roles.act}": self.activation} if self.stays else {self.place: self.module}
 
     @property
     def hidden_size(self) -> int:

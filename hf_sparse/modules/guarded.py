@@ -32,12 +32,12 @@ class GuardedModule(nn.Module):
             self.disclose()
 
     def __getattr__(self, name: str) -> Any:
-        if name in self.__dict__.get("_modules", ()):
+        if name in self.__dict__.get("_modules", ()) or name in self.__dict__.get("_parameters", ()):
             self._reached()
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, nn.Module):
+        if isinstance(value, nn.Module) or name in self.__dict__.get("_parameters", ()):
             self._reached()
         super().__setattr__(name, value)
 
@@ -50,6 +50,13 @@ class GuardedModule(nn.Module):
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """As of any module."""
         for item in super().named_children():
+            self._reached()
+            yield item
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """As of any module, also of this one alone."""
+        self._reached()
+        for item in super().named_parameters(*args, **kwargs):
             self._reached()
             yield item
 
