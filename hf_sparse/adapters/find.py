@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -35,10 +36,11 @@ def find_blocks(model: nn.Module) -> tuple[list[Block], list[Skipped]]:
     blocks: list[Block] = []
     skipped: list[Skipped] = []
     inside: tuple[str, ...] = ()
+    known: dict[Any, Kept | None] = {}
     for name, module in in_use(model):
         if name.startswith(inside) or not _in_layers(name):
             continue
-        roles = _roles(module)
+        roles = _roles(module, known)
         if roles is not None:
             blocks.append(Block(name, module, roles))
         else:
@@ -72,9 +74,9 @@ def _in_layers(name: str) -> bool:
     return any(part.isdigit() for part in place(name).split("."))
 
 
-def _roles(module: nn.Module) -> Roles | None:
+def _roles(module: nn.Module, known: dict[Any, Kept | None]) -> Roles | None:
     # A patched block says itself which child plays which part.
-    return own_roles(module) or recognise(module) or recognise_kept(module)
+    return own_roles(module) or recognise(module) or recognise_kept(module, known)
 
 
 def _taken(name: str, roles: Roles) -> set[str]:
@@ -88,7 +90,7 @@ def _taken(name: str, roles: Roles) -> set[str]:
 def _with_spares(model: nn.Module, blocks: list[Block]) -> list[Block]:
     spares: dict[str, list[Block]] = {block.place: [] for block in blocks}
     for name, module in idle(model):
-        if (same := spares.get(place(name))) is not None and (roles := _roles(module)) is not None:
+        if (same := spares.get(place(name))) is not None and (roles := _roles(module, {})) is not None:
             same.append(Block(name, module, roles))
     return [replace(block, spares=tuple(spares[block.place])) for block in blocks]
 

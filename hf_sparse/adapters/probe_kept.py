@@ -13,8 +13,9 @@ down projection tells what these depend on:
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from typing import Any, Literal
 
@@ -31,17 +32,53 @@ _LARGEST = 1 << 20
 _STEPS = (nn.Dropout, nn.Identity)
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+_OF_ANY_MODULE = vars(nn.Module()).keys()
 _STATES = ("residual", "hidden", "input", "state")
 
 
-def recognise_kept(module: nn.Module) -> Kept | None:
-    """The roles of the parts of an MLP that ``module`` runs by its own forward; None if there is not one."""
-    found = {
-        roles
-        for act, down, neurons in _candidates(module)
-        if (roles := _Probe(module, act, down, neurons).roles()) is not None
-    }
-    return found.pop() if len(found) == 1 else None
+def recognise_kept(module: nn.Module, known: dict[Any, Kept | None] | None = None) -> Kept | None:
+    """The roles of the parts of an MLP that ``module`` runs by its own forward; None if there is not one.
+
+    ``known`` takes what was found, for modules that are like one before; while all of these exist.
+    """
+    candidates = list(_candidates(module))
+    if not candidates:
+        return None
+    known = {} if known is None else known
+    key = _likeness(module, {name for act, down, _ in candidates for name in (act, down)})
+    if key not in known:
+        probed = (_Probe(module, *candidate).roles() for candidate in candidates)
+        found = {roles for roles in probed if roles is not None}
+        known[key] = found.pop() if len(found) == 1 else None
+    return known[key]
+
+
+def _likeness(module: nn.Module, names: set[str], name: str = "") -> Any:
+    """Equal for modules whose stand-ins are: all that the forward of a part that runs may look at."""
+    module = active(module)
+    own = [
+        (k, v if isinstance(v, bool | int | float | str | None) else id(v))
+        for k, v in vars(module).items()
+        if k not in _OF_ANY_MODULE
+    ]
+    tensors = [
+        (k, None if v is None else tuple(getattr(v, "ds_shape", v.shape)))
+        for k, v in (*module._parameters.items(), *module._buffers.items())
+    ]
+    children: list[Any] = []
+    if _runs(module, name, names):
+        children = [
+            (k, None if v is None else _likeness(v, names, _join(name, k)))
+            for k, v in module._modules.items()
+        ]
+    return type(module), linear_size(module), tuple(own), tuple(tensors), tuple(children)
+
+
+def _runs(module: nn.Module, name: str, names: Iterable[str]) -> bool:
+    """Whether ``module`` runs in a probe of what is called ``names``, and is not a stub."""
+    if not name or isinstance(module, _CONTAINERS) or not module._modules:
+        return True
+    return any(one.startswith(f"{name}.") for one in names)
 
 
 def _candidates(module: nn.Module) -> Iterator[tuple[str, str, int]]:
@@ -50,11 +87,11 @@ def _candidates(module: nn.Module) -> Iterator[tuple[str, str, int]]:
     linears = {prefix: _linears(one) for prefix, one in inner}
     for prefix, one in inner:
         acts = [name for name, child in one.named_children() if _is_function(child)] if linears[prefix] else []
-        widths = {size[1] for size in linears[prefix].values()}
+        sizes = set(linears[prefix].values())
         for act, (other, theirs) in product(acts, linears.items()):
-            for down, (neurons, _) in theirs.items():
+            for down, (neurons, hidden) in theirs.items():
                 apart = not prefix or prefix != other
-                if apart and ({neurons, 2 * neurons} & widths):
+                if apart and sizes & {(hidden, neurons), (hidden, 2 * neurons)}:
                     yield _join(prefix, act), _join(other, down), neurons
 
 
@@ -100,15 +137,29 @@ class _Probe:
         self.run = _Run()
         self.returns: Callable[[Tensor], Any] = lambda x: x
         self.sizes: dict[str, tuple[int, int]] = {}
+        """Of all linear layers that may run."""
 
     def roles(self) -> Kept | None:
         for self.returns in (lambda x: x, lambda x: (x, None), lambda x: (x, None, None), lambda x: (x,)):
             try:
                 with torch.no_grad(), torch.device("cpu"):
+                    self._set_up()
                     return self._flow()
             except Exception:  # an attention that gives something else, or a forward that needs more
                 continue
         return None
+
+    def _set_up(self) -> None:
+        forward = inspect.unwrap(type(self.module).forward)
+        self.forward = partial(forward, self._stand_in(self.module, ""))
+        needed = [
+            one
+            for one in list(inspect.signature(forward).parameters.values())[2:]
+            if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD
+        ]
+        self.others = {one.name: any(s in one.name for s in _STATES) for one in needed}
+        hidden = self.sizes[self.down][1]
+        self.x = torch.linspace(-1, 1, _TOKENS * hidden, dtype=torch.float64).reshape(1, _TOKENS, -1)
 
     def _flow(self) -> Kept | None:
         base = self._of()
@@ -171,22 +222,9 @@ class _Probe:
 
     def _of(self, replayed: dict[str, Tensor] | None = None, *, scale: float = 1.0) -> _Run:
         self.run = _Run(replayed or {}, scale)
-        stand_in = self._stand_in(self.module, "")
-        forward = inspect.unwrap(type(self.module).forward)
-        x = torch.linspace(-1, 1, _TOKENS * self._hidden(), dtype=torch.float64).reshape(1, _TOKENS, -1) * scale
-        needed = [
-            one
-            for one in list(inspect.signature(forward).parameters.values())[2:]
-            if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD
-        ]
-        others = {one.name: x if any(s in one.name for s in _STATES) else None for one in needed}
-        forward(stand_in, x, **others)
+        x = self.x * scale
+        self.forward(x, **{name: x if is_state else None for name, is_state in self.others.items()})
         return self.run
-
-    def _hidden(self) -> int:
-        size = linear_size(self.module.get_submodule(self.down))
-        assert size is not None
-        return size[1]
 
     def _stand_in(self, module: nn.Module, name: str) -> Any:
         module = active(module)
@@ -195,9 +233,8 @@ class _Probe:
         if (size := linear_size(module)) is not None:
             self.sizes[name] = size
             return _Linear(self, name, size)
-        runs = not name or isinstance(module, _CONTAINERS) or self._on_the_way(name) or not module._modules
         tensors = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
-        if not runs or sum(_numel(t) for t in tensors) > _LARGEST:
+        if not _runs(module, name, (self.act, self.down)) or sum(_numel(t) for t in tensors) > _LARGEST:
             return _Opaque(self, module)
         own = {k: v for k, v in vars(module).items() if k not in ("forward", "_old_forward", "_hf_hook")}
         own.update((hooks, {}) for hooks in _HOOKS)
@@ -210,9 +247,6 @@ class _Probe:
         stand_in = object.__new__(type(module))
         object.__setattr__(stand_in, "__dict__", own)
         return stand_in
-
-    def _on_the_way(self, name: str) -> bool:
-        return any(one.startswith(f"{name}.") for one in (self.act, self.down))
 
     def _activate(self, p: Tensor) -> Tensor:
         run = self.run
@@ -229,6 +263,9 @@ class _Linear:
     def __init__(self, probe: _Probe, name: str, size: tuple[int, int]) -> None:
         self._probe, self._name = probe, name
         self.in_features, self.out_features = size
+        place = torch.arange(self.out_features)
+        self._source = (place * 7 + len(name)) % self.in_features
+        self._scale, self._move = 0.5 + place % 17 / 17, place % 11 / 11 - 0.4
 
     @property
     def weight(self) -> Tensor:
@@ -247,9 +284,7 @@ class _Linear:
         if name == self._probe.down:
             run.h = x.flatten(0, -2).clone()
         if name not in run.replayed:
-            place = torch.arange(self.out_features)
-            y = x[..., (place * 7 + len(name)) % self.in_features]
-            run.out[name] = y * (0.5 + place % 17 / 17) + (place % 11 / 11 - 0.4)
+            run.out[name] = x[..., self._source] * self._scale + self._move
         else:
             run.out[name] = run.replayed[name].reshape(*x.shape[:-1], -1)
         return run.out[name].clone()
