@@ -161,10 +161,13 @@ def patch_from_config(model: PreTrainedModel) -> None:
                     f"which is {len(blocks)}; load it with all its layers."
                 )
             if len(todo) < len(blocks):
+                _put_back(model, (), record.activation)
                 return
         if not blocks and not is_inner:
             require_blocks(model)
         if not todo:
+            if blocks:  # an inner model has patched them; a head may have the activation, too
+                _put_back(model, (), record.activation)
             return
         chosen = _choose(model, todo, record.config)
         made = {f"{block.name}.{block.roles.act}": block.activation for block in todo}

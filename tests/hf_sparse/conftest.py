@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from support.models import tiny
 
 GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "olmo2", "stablelm", "phi3", "glm")
+KEPT = ("opt", "xglm", "biogpt", "bert", "roberta", "bitnet")
 PLAIN = ("gpt_neox", "phi", "nemotron", "starcoder2", "gpt2", "persimmon")
 
 
@@ -25,7 +26,14 @@ def input_ids() -> torch.Tensor:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Tests that take ``model_type``, ``gated_type`` or ``plain_type`` run for each of them."""
-    for name, values in (("model_type", GATED + PLAIN), ("gated_type", GATED), ("plain_type", PLAIN)):
+    """Tests that take ``model_type``, ``any_type``, … run for each of them."""
+    kinds = {
+        "model_type": GATED + PLAIN,
+        "any_type": GATED + PLAIN + KEPT,
+        "kept_type": KEPT,
+        "gated_type": GATED,
+        "plain_type": PLAIN,
+    }
+    for name, values in kinds.items():
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, values)

@@ -7,19 +7,21 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 import triton_ops
-from hf_sparse.modules import SparseMLP
+from hf_sparse.modules import SparseLinear, SparseMLP
 
 
-def sparse_blocks(module: nn.Module) -> Iterator[SparseMLP]:
-    """The sparse blocks in a module, in the order of the model."""
-    if isinstance(module, SparseMLP):
+def sparse_blocks(module: nn.Module) -> Iterator[SparseMLP | SparseLinear]:
+    """The sparse blocks in a module, in the order of the model; of those that stay, the down projections."""
+    if isinstance(module, SparseMLP | SparseLinear):
         yield module
         return
     for child in vars(module)["_modules"].values():
         yield from sparse_blocks(child)
 
 
-def down_weight(block: SparseMLP) -> Tensor:
+def down_weight(block: SparseMLP | SparseLinear) -> Tensor:
+    if isinstance(block, SparseLinear):
+        return vars(block)["_parameters"]["weight"]
     return vars(block)["_modules"][block.roles.down].weight
 
 
