@@ -295,7 +295,8 @@ def test_modules_without_a_field_in_the_config(family, input_ids) -> None:
 def test_a_model_with_blocks_of_both_kinds(input_ids, tmp_path) -> None:
     """Gemma-3n keeps the largest pre-activations, in some of its layers."""
     model = tiny("gemma3n_text")
-    assert [block.stays for block in find_blocks(model)[0]] == [True, True, False]
+    stays = [block.stays for block in find_blocks(model)[0]]
+    assert stays == [True, True, False]
     expected = logits(swapped_by_hand(model, "relu"), input_ids, "dense")
     hf_sparse.patch(model, "relu")
     assert torch.equal(logits(model, input_ids, "dense"), expected)
