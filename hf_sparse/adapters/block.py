@@ -62,7 +62,9 @@ class Block:
     @property
     def parts(self) -> dict[str, nn.Module]:
         """By their places, the modules that a patch exchanges and that may tell a model from another one."""
-        return {f"{self.place}.{self.roles.act}": self.activation} if self.stays else {self.place: self.module}
+        if self.stays:
+            return {f"{self.place}.{self.roles.act}": self.activation}
+        return {self.place: self.module}
 
     @property
     def hidden_size(self) -> int:

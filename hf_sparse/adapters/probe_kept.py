@@ -4,7 +4,7 @@ The forward of the module's class runs on a stand-in of the same sizes whose lin
 attention are stubs. In several runs some of them give something else, and what reaches the activation and the
 down projection tells what these depend on:
 
-- The activation is called once. Where it gives zero, and only there, the input of the down projection is zero.
+- The activation is called once. Where it gives zero, and only there, so is the input of the down projection.
 - That input is a function of what linear layers give, token by token. So the activation is no gate of an
   attention, whose other factor is another function; nor that of a mixer, which has one token in another.
 - The projection that decides, and the factor of a gated MLP, are the layers that it changes with.
@@ -31,7 +31,7 @@ _LARGEST = 1 << 20
 """Elements of the parameters of a child that still runs: norms do, embeddings do not."""
 _STEPS = (nn.Dropout, nn.Identity)
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+_HOOKS = [name for name in vars(nn.Module()) if "_hooks" in name]
 _OF_ANY_MODULE = vars(nn.Module()).keys()
 _STATES = ("residual", "hidden", "input", "state")
 
@@ -86,7 +86,7 @@ def _candidates(module: nn.Module) -> Iterator[tuple[str, str, int]]:
     inner = [("", module), *((name, active(child)) for name, child in module.named_children())]
     linears = {prefix: _linears(one) for prefix, one in inner}
     for prefix, one in inner:
-        acts = [name for name, child in one.named_children() if _is_function(child)] if linears[prefix] else []
+        acts = [name for name, child in one.named_children() if _is_function(child)]
         sizes = set(linears[prefix].values())
         for act, (other, theirs) in product(acts, linears.items()):
             for down, (neurons, hidden) in theirs.items():
@@ -136,6 +136,7 @@ class _Probe:
         self.module, self.act, self.down, self.neurons = module, act, down, neurons
         self.run = _Run()
         self.returns: Callable[[Tensor], Any] = lambda x: x
+        self.forward: Callable[..., Any] = _nothing
         self.sizes: dict[str, tuple[int, int]] = {}
         """Of all linear layers that may run."""
 
@@ -147,6 +148,8 @@ class _Probe:
                     return self._flow()
             except Exception:  # an attention that gives something else, or a forward that needs more
                 continue
+            finally:
+                self.forward = _nothing  # a cycle, which would hold what the stand-in has of the model
         return None
 
     def _set_up(self) -> None:
@@ -211,7 +214,7 @@ class _Probe:
         mask = (torch.arange(out.shape[-1]) < out.shape[-1] // 2) == (half == 0)
         given = {one: base.out[one] for one in base.out if one != self.down}
         changed = self._of({**given, name: torch.where(mask, _bumped(out), out)})
-        return not _equal(changed.p, base.p)  # type: ignore[arg-type]
+        return not _equal(changed.p, base.p)
 
     def _outermost(self, names: list[str]) -> str | None:
         """The one that is no part of something else, as an adapter; None if there is not one."""
@@ -294,17 +297,17 @@ class _Opaque:
     """A module that does not run, as attention: it gives back what it gets."""
 
     def __init__(self, probe: _Probe, module: nn.Module) -> None:
-        self._probe, self._module = probe, module
+        self._probe = probe
+        plain = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str)}
+        vars(self).update({k: v for k, v in plain.items() if not k.startswith("_")})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         x = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
         return self._probe.returns(x * self._probe.run.scale)
 
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self._module, name)
-        if isinstance(value, nn.Module | Tensor) or callable(value):
-            raise AttributeError(name)
-        return value
+
+def _nothing(*_: Any, **__: Any) -> None:
+    pass
 
 
 def _bumped(out: Tensor, rows: int | None = None) -> Tensor:

@@ -1,8 +1,8 @@
 """A patched MLP whose module stays: what is asked of it, and how it comes and goes.
 
 The module gets a mark, :class:`~hf_sparse.adapters.kept.KeptState`, another activation and, where that is a
-plain linear layer, a :class:`SparseLinear` for its down projection. The mark, and not that layer, says that it
-is patched: the layer may be quantised, wrapped or exchanged later, and is right in any case.
+plain linear layer, a :class:`SparseLinear` for its down projection. The mark, and not that layer, says that
+it is patched: the layer may be quantised, wrapped or exchanged later, and is right in any case.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ class KeptBlock:
             return [], obstacle
         weight = linears[0]._parameters["weight"]
         assert weight is not None
-        sizes = self._roles.sizes(self._module)
-        return [Problem("linear", *sizes, weight.dtype, weight.device.type, False)], None
+        hidden, neurons = self._roles.sizes(self._module)
+        return [Problem("linear", hidden, neurons, weight.dtype, weight.device.type)], None
 
     def _linears(self) -> Iterator[SparseLinear]:
         for owner, name in down_places(self._module, self._roles):
@@ -97,7 +97,7 @@ class KeptChange:
         """Back to what the module was; without a patch, what it is."""
         roles = block.roles
         assert isinstance(roles, Kept)
-        downs = [
+        downs: list[tuple[nn.Module, str, nn.Module]] = [
             (owner, name, one.restore())
             for owner, name in down_places(block.module, roles)
             if isinstance(one := owner._modules[name], SparseLinear)

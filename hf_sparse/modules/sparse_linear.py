@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -137,4 +137,4 @@ class SparseLinear(GuardedModule, nn.Linear):
             return self
         view = object.__new__(nn.Linear)
         object.__setattr__(view, "__dict__", self.__dict__)
-        return cast(nn.Linear, view)
+        return view

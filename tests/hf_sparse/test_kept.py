@@ -161,7 +161,9 @@ def test_the_mix_can_be_set(kept_type, input_ids) -> None:
     torch.testing.assert_close(full, logits(model, input_ids, "dense"), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("family", "message"), [("opt", "needs a gated MLP"), ("bitnet", "computes the block")])
+@pytest.mark.parametrize(
+    ("family", "message"), [("opt", "needs a gated MLP"), ("bitnet", "computes the block")]
+)
 def test_a_second_relu_is_refused(family, message, input_ids) -> None:
     model = tiny(family)
     before = logits(model, input_ids, "dense")
@@ -310,8 +312,7 @@ def test_a_model_with_blocks_of_both_kinds(input_ids, tmp_path) -> None:
 
 class TestPeft:
     def lora(self, model: nn.Module, **options: object) -> nn.Module:
-        model = get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, **options)).eval()
-        return model
+        return get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, **options)).eval()
 
     @pytest.mark.parametrize("first", ["patch", "lora"])
     def test_lora_on_both_projections(self, input_ids, first) -> None:
@@ -340,7 +341,9 @@ class TestPeft:
         assert all(type(layer.fc2) is nn.Linear for layer in merged.model.decoder.layers)
 
     @pytest.mark.parametrize("first", ["patch", "peft"])
-    @pytest.mark.parametrize(("family", "part"), [("opt", "fc2"), ("bert", "intermediate"), ("bert", "output.dense")])
+    @pytest.mark.parametrize(
+        ("family", "part"), [("opt", "fc2"), ("bert", "intermediate"), ("bert", "output.dense")]
+    )
     def test_copies_of_a_part(self, input_ids, family, part, first) -> None:
         model = tiny(family)
         original = copy.deepcopy(model.state_dict())

@@ -63,7 +63,9 @@ LOOKS = {
     "a dtype": lambda model: model.double().float(),
     "a gradient": lambda model: model(IDS).logits.sum(),
     "loading": lambda model: model.load_state_dict(model.state_dict()),
-    "loading by assignment": lambda model: model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True),
+    "loading by assignment": lambda model: model.load_state_dict(
+        copy.deepcopy(model.state_dict()), assign=True
+    ),
     "requires_grad_": lambda model: [one.requires_grad_(True) for one in linears(model)],
     "unpatching": lambda model: (hf_sparse.unpatch(model), hf_sparse.patch(model, "relu")),
 }
@@ -237,7 +239,9 @@ def test_what_replaces_linear_layers_in_torch_is_called(monkeypatch: pytest.Monk
     model = patched()
     as_it_was = logits(model, "torch")
     linear = nn.functional.linear
-    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: linear(x, self.weight.round(decimals=1), self.bias))
+    monkeypatch.setattr(
+        nn.Linear, "forward", lambda self, x: linear(x, self.weight.round(decimals=1), self.bias)
+    )
     found = logits(model, "torch")
     assert not torch.allclose(found, as_it_was)
     torch.testing.assert_close(found, logits(model, "dense"))

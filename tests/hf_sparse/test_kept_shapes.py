@@ -135,7 +135,22 @@ def test_roles_come_from_what_flows_where(kind, device) -> None:
     assert (roles.first, roles.halves, roles.act, roles.down) == FOUND[kind]
     block = Block("layer", module, roles)
     assert (block.hidden_size, block.intermediate_size) == (D, N)
-    assert [tuple(weight.shape) for weight, _ in block.weights()] == [(N, D)] * (1 + (roles.form == "gated")) + [(D, N)]
+    *first, down = [tuple(weight.shape) for weight, _ in block.weights()]
+    assert (first, down) == ([(N, D)] * (1 if roles.form == "plain" else 2), (D, N))
+
+
+class Around(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = WithResidual()
+
+    def forward(self, x):
+        return self.mlp(x, x)
+
+
+def test_the_innermost_module_has_the_mlp() -> None:
+    assert recognise_kept(Around()) is None
+    assert recognise_kept(Around().mlp) is not None
 
 
 def test_recognising_leaves_weights_hooks_and_random_state_alone() -> None:

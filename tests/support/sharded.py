@@ -1,4 +1,4 @@
-"""One process of a training that skips in its evaluations: ``python -m support.sharded FILE FAMILY``, with RANK set.
+"""One process of a training that skips in its evaluations: ``python -m support.sharded FILE FAMILY``.
 
 ``story`` is what is trained; rank 0 writes its logits for each way of data parallelism into FILE.
 """
