@@ -33,6 +33,13 @@ _STEPS = (nn.Dropout, nn.Identity)
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 _HOOKS = [name for name in vars(nn.Module()) if "_hooks" in name]
 _OF_ANY_MODULE = vars(nn.Module()).keys()
+_RETURNS: tuple[Callable[[Tensor], Any], ...] = (
+    lambda x: x,
+    lambda x: (x, None),
+    lambda x: (x, None, None),
+    lambda x: (x,),
+)
+"""What modules that do not run may give back."""
 _STATES = ("residual", "hidden", "input", "state")
 
 
@@ -131,17 +138,28 @@ class _Run:
     """Whether the forward looked at the weight of the down projection."""
 
 
+def _indices(module: nn.Module) -> list[int]:
+    """Numbers that ``module`` may know a layer by, where several share it (Zamba2)."""
+    known = [key for value in vars(module).values() if isinstance(value, dict) for key in value]
+    return [key for key in known if type(key) is int][:4] or [0]
+
+
 class _Probe:
     def __init__(self, module: nn.Module, act: str, down: str, neurons: int) -> None:
         self.module, self.act, self.down, self.neurons = module, act, down, neurons
         self.run = _Run()
-        self.returns: Callable[[Tensor], Any] = lambda x: x
+        self.returns = _RETURNS[0]
         self.forward: Callable[..., Any] = _nothing
+        self.index = 0
+        self.states: list[str] = []
+        self.others: dict[str, int | None] = {}
+        """Further arguments of the forward: names of those that are like its input, and the others."""
         self.sizes: dict[str, tuple[int, int]] = {}
         """Of all linear layers that may run."""
 
     def roles(self) -> Kept | None:
-        for self.returns in (lambda x: x, lambda x: (x, None), lambda x: (x, None, None), lambda x: (x,)):
+        for returns, index in product(_RETURNS, _indices(self.module)):
+            self.returns, self.index = returns, index
             try:
                 with torch.no_grad(), torch.device("cpu"):
                     self._set_up()
@@ -155,14 +173,18 @@ class _Probe:
     def _set_up(self) -> None:
         forward = inspect.unwrap(type(self.module).forward)
         self.forward = partial(forward, self._stand_in(self.module, ""))
-        needed = [
-            one
-            for one in list(inspect.signature(forward).parameters.values())[2:]
-            if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD
-        ]
-        self.others = {one.name: any(s in one.name for s in _STATES) for one in needed}
         hidden = self.sizes[self.down][1]
         self.x = torch.linspace(-1, 1, _TOKENS * hidden, dtype=torch.float64).reshape(1, _TOKENS, -1)
+        self.states, self.others = [], {}
+        for one in list(inspect.signature(forward).parameters.values())[2:]:
+            if one.kind is not one.POSITIONAL_OR_KEYWORD:
+                continue
+            if "idx" in one.name:
+                self.others[one.name] = self.index
+            elif one.default is one.empty and any(state in one.name for state in _STATES):
+                self.states.append(one.name)
+            elif one.default is one.empty:
+                self.others[one.name] = None
 
     def _flow(self) -> Kept | None:
         base = self._of()
@@ -226,7 +248,7 @@ class _Probe:
     def _of(self, replayed: dict[str, Tensor] | None = None, *, scale: float = 1.0) -> _Run:
         self.run = _Run(replayed or {}, scale)
         x = self.x * scale
-        self.forward(x, **{name: x if is_state else None for name, is_state in self.others.items()})
+        self.forward(x, **dict.fromkeys(self.states, x), **self.others)
         return self.run
 
     def _stand_in(self, module: nn.Module, name: str) -> Any:

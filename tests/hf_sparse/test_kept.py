@@ -25,6 +25,7 @@ from support.peek import layouts
 from support.skips import CountSkips
 from triton_ops.activations import TABLE
 
+ZAMBA = ["linear_attention", "hybrid"] * 3
 NAMES = [name for name, row in TABLE.items() if not row.relu_up]
 
 
@@ -305,6 +306,25 @@ def test_a_model_with_blocks_of_both_kinds(input_ids, tmp_path) -> None:
     with CountSkips() as skips:
         torch.testing.assert_close(logits(model, input_ids, "torch"), expected, atol=1e-4, rtol=1e-4)
     assert skips.count == 3
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded, input_ids, "dense"), expected)
+
+
+def test_layers_that_share_weights(input_ids, tmp_path) -> None:
+    """Zamba2 has the weights of two MLPs for all its layers, which add a small product of their own each.
+
+    A weight that two layers have is stored as torch does, so these run dense.
+    """
+    model = tiny("zamba2", hybrid_layer_ids=[1, 3, 5], num_hidden_layers=6, layers_block_type=ZAMBA)
+    expected = logits(swapped_by_hand(model, "relu"), input_ids, "dense")
+    assert not torch.equal(logits(model, input_ids, "dense"), expected)
+    report = hf_sparse.patch(model, "relu")
+    assert {block.stock_class.__name__ for block in report.blocks} == {"Zamba2MLP"}
+    assert torch.equal(logits(model, input_ids, "dense"), expected)
+    with CountSkips() as skips:
+        torch.testing.assert_close(logits(model, input_ids, "torch"), expected, atol=1e-4, rtol=1e-4)
+    assert skips.count == 1
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(logits(loaded, input_ids, "dense"), expected)
