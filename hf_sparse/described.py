@@ -7,6 +7,7 @@ What is saved must say what the modules compute, or not be saved.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -118,7 +119,15 @@ def _bring_in_line(model: PreTrainedModel, record: Record) -> bool:
     now = described(model, record)
     if now is None:
         return False
-    blocks = {name: part for block in find_blocks(model)[0] for name, part in block.parts.items()}
+    found, _ = find_blocks(model)
+    for block in found:
+        if block.stays and block.is_patched and (by := block.replaced_forward):  # others say so themselves
+            warnings.warn(
+                f"the forward of {block.name} was replaced by {by}: what is saved computes what the config "
+                "says, and not that.",
+                stacklevel=2,
+            )
+    blocks = {name: part for block in found for name, part in block.parts.items()}
     if now != record:
         now.write(model.config, stock_name=stock_name(model, now, blocks))
     elif vars(model.config)[record.field] != KEY and any(map(_holds_more, blocks.values())):

@@ -14,7 +14,6 @@ from transformers.activations import ACT2FN
 from hf_sparse import checkpoint_block
 from hf_sparse.activations import build_activation, row_of
 from hf_sparse.adapters import Block, find_blocks, require_blocks
-from hf_sparse.adapters.block import replaced_forward
 from hf_sparse.adapters.kept import owners
 from hf_sparse.adapters.roles import LayerRoles
 from hf_sparse.checkpoint_block import Record
@@ -265,7 +264,7 @@ def _choose(model: PreTrainedModel, blocks: list[Block], config: SparsityConfig)
     for block in chosen:
         for part in config.parts.values():
             part.check(block)
-        if by := replaced_forward(block.module):
+        if by := block.replaced_forward:
             raise PatchError(
                 f"the forward of {block.name} was replaced by {by} (Liger's use_liger_kernel does so), which "
                 "would undo the patch; turn that off for the MLP."

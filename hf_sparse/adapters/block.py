@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_sparse.adapters.copies import place
-from hf_sparse.adapters.kept import MARK, Kept, KeptState, own_roles
+from hf_sparse.adapters.kept import MARK, Kept, KeptState, own_roles, owners
 from hf_sparse.adapters.roles import Linear, Roles, Site, Watcher
 
 
@@ -58,6 +58,18 @@ class Block:
         if isinstance(state, KeptState):
             return state.original
         return getattr(self.module, "original_activation", self.activation)
+
+    @property
+    def replaced_forward(self) -> str | None:
+        """The function that another tool runs instead of what was recognised; None if none does."""
+        state = vars(self.module).get(MARK)
+        if isinstance(state, KeptState) and type(self.module).forward is not state.forward:
+            return _name(type(self.module).forward)
+        modules = [self.module]
+        if isinstance(self.roles, Kept):
+            paths = (self.roles.act, self.roles.down)
+            modules += [owner for path in paths for owner, _ in owners(self.module, path)]
+        return next(filter(None, map(replaced_forward, modules)), None)
 
     @property
     def parts(self) -> dict[str, nn.Module]:
@@ -112,4 +124,8 @@ def replaced_forward(module: nn.Module) -> str | None:
     function = getattr(forward, "__func__", forward)
     if forward is None or function is type(module).forward:
         return None
+    return _name(function)
+
+
+def _name(function: Any) -> str:
     return f"{function.__module__}.{getattr(function, '__qualname__', function)}"

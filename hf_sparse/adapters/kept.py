@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -69,6 +69,8 @@ class KeptState:
     roles: Kept
     original: nn.Module
     """The activation that it came with. No child of the module: this is no module."""
+    forward: Any
+    """The function of its class that was recognised: other tools replace it."""
     density: float | None = None
     """As :attr:`hf_sparse.modules.SparseBlock.density`."""
 

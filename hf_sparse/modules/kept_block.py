@@ -100,7 +100,7 @@ class KeptChange:
         downs: list[tuple[nn.Module, str, nn.Module]] = [
             (owner, name, one.restore())
             for owner, name in down_places(block.module, roles)
-            if isinstance(one := owner._modules[name], SparseLinear)
+            if type(one := owner._modules[name]) is SparseLinear
         ]
         return cls(block.module, roles, block.original_activation, downs, None)
 
@@ -112,12 +112,12 @@ class KeptChange:
         downs: list[tuple[nn.Module, str, nn.Module]] = []
         for owner, name in down_places(block.module, stock.roles):
             child = owner._modules[name]
-            linear = child.restore() if isinstance(child, SparseLinear) else child
+            linear = child.restore() if type(child) is SparseLinear else child
             if type(linear) is nn.Linear and ("forward" not in vars(linear) or hasattr(linear, "_hf_hook")):
                 downs.append((owner, name, SparseLinear(linear, gives_zeros=row_of(mixed) is not None)))
             elif linear is not child and linear is not None:
                 downs.append((owner, name, linear))
-        return cls(block.module, stock.roles, mixed, downs, KeptState(stock.roles, stock.activation))
+        return cls(block.module, stock.roles, mixed, downs, _state(block, stock))
 
     def make(self) -> None:
         """Put it there: assignments only."""
@@ -153,6 +153,10 @@ def _under_adapters(owner: nn.Module, name: str) -> tuple[nn.Module, str]:
     if child is not None and child._modules.get("base_layer") is not None:
         return _under_adapters(child, "base_layer")
     return owner, name
+
+
+def _state(block: Block, stock: KeptChange) -> KeptState:
+    return KeptState(stock.roles, stock.activation, type(block.module).forward)
 
 
 def _mixed(original: nn.Module, activation: nn.Module, k: float) -> nn.Module:

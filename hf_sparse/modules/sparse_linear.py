@@ -127,13 +127,15 @@ class SparseLinear(GuardedModule, nn.Linear):
         if self._forward_hooks or self._forward_pre_hooks or hooks_on_all_modules():
             return None
         own = self._parameters
+        if type(self) is not SparseLinear:  # parametrised, or sharded by itself
+            return None
         if "forward" in vars(self) or type(own.get("weight")) is not nn.Parameter or "bias" not in own:
             return None
         return own["weight"] if has_own_forward(self._stock[0]) else None
 
     def _unguarded(self) -> nn.Linear:
         """This layer as the stock class: the same attributes, nothing disclosed by their use."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or type(self) is not SparseLinear:
             return self
         view = object.__new__(nn.Linear)
         object.__setattr__(view, "__dict__", self.__dict__)

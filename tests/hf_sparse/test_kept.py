@@ -45,7 +45,7 @@ def swapped_by_hand(model: nn.Module, activation: str) -> nn.Module:
 
 def logits(model: nn.Module, ids: Tensor, backend: str) -> Tensor:
     with torch.no_grad(), hf_sparse.backend(backend):
-        return model(ids).logits
+        return model(ids, use_cache=False).logits
 
 
 @pytest.mark.parametrize("backend", ["torch", CPP])
@@ -278,6 +278,80 @@ def test_a_down_projection_whose_forward_was_replaced_is_left(input_ids) -> None
     hf_sparse.patch(model, "relu")
     assert not any(isinstance(module, SparseLinear) for module in model.modules())
     assert not torch.allclose(logits(model, input_ids, "torch"), expected)
+
+
+@pytest.mark.parametrize("where", ["the layer", "a part of it", "its class"])
+def test_a_forward_that_another_tool_replaces(where, input_ids, tmp_path, monkeypatch) -> None:
+    model = tiny("bert")
+    layer = model.bert.encoder.layer[1]
+    hf_sparse.patch(model, "relu")
+
+    def other(self, x, *args, **kwargs):
+        return x
+
+    if where == "its class":
+        monkeypatch.setattr(type(layer), "forward", other)
+    else:
+        module = layer if where == "the layer" else layer.intermediate
+        module.forward = other.__get__(module)
+    assert "was replaced by" in str(hf_sparse.inspect(model))
+    with pytest.warns(UserWarning, match="was replaced by .*other: what is saved computes"):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(PatchError, match="was replaced by"):
+        hf_sparse.patch(model, "relu2")
+
+
+def test_a_parametrised_down_projection_is_called_as_it_is(input_ids) -> None:
+    class Twice(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    model = tiny("opt")
+    expected = copy.deepcopy(model)
+    hf_sparse.patch(model, "relu")
+    hf_sparse.patch(expected, "relu")
+    layer = model.model.decoder.layers[1]
+    logits(model, input_ids, "torch")
+    torch.nn.utils.parametrize.register_parametrization(layer.fc2, "weight", Twice())
+    with torch.no_grad():
+        expected.model.decoder.layers[1].fc2.weight.mul_(2)
+    with CountSkips() as skips:
+        found = logits(model, input_ids, "torch")
+    assert skips.count == 2
+    torch.testing.assert_close(found, logits(expected, input_ids, "dense"), atol=1e-4, rtol=1e-4)
+    hf_sparse.unpatch(model)
+    hf_sparse.unpatch(expected)
+    found = logits(model, input_ids, "torch")
+    torch.testing.assert_close(found, logits(expected, input_ids, "dense"), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("change", ["fewer", "repeated", "shared", "exchanged", "by hand"])
+def test_layers_that_were_changed_are_saved_as_they_are(change, input_ids, tmp_path) -> None:
+    model = tiny("opt")
+    hf_sparse.patch(model, "fatrelu", threshold=(0.1, 0.2, 0.3))
+    layers = model.model.decoder.layers
+    if change == "fewer":
+        del layers[1]
+    elif change == "repeated":
+        layers.append(copy.deepcopy(layers[0]))
+    elif change == "shared":
+        layers.append(layers[0])
+    elif change == "exchanged":
+        layers[0], layers[2] = layers[2], layers[0]
+    else:
+        layers[1].activation_fn = nn.SiLU()
+    model.config.num_hidden_layers = len(layers)
+    if change in ("shared", "by hand"):
+        with pytest.raises(PatchError, match=r"copy\.deepcopy|has SiLU"):
+            model.save_pretrained(tmp_path)
+        return
+    expected = logits(model, input_ids, "dense") if change != "repeated" else None
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    thresholds = [layer.activation_fn.threshold for layer in loaded.model.decoder.layers]
+    assert thresholds == {"fewer": [0.1, 0.3], "exchanged": [0.3, 0.2, 0.1]}.get(change, [0.1, 0.2, 0.3, 0.1])
+    if expected is not None:
+        assert torch.equal(logits(loaded, input_ids, "dense"), expected)
 
 
 @pytest.mark.parametrize("family", ["bloom", "mpt", "cpmant"])
