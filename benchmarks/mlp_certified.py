@@ -125,7 +125,7 @@ def model_layers(args: argparse.Namespace) -> Iterator[blocks.Group]:
 
 
 def _layer(block: Any, x: Tensor) -> Layer:
-    linears = [block.module.get_submodule(name) for name in (*block.roles.before_down, block.roles.down)]
+    linears = [block.module.get_submodule(name) for name in block.roles.names if name != block.roles.act]
     if not all(type(linear) is nn.Linear for linear in linears):
         raise SystemExit(f"{block.name} is not made of nn.Linear")
     *gate, up, down = (weight.detach() for weight, _ in block.weights())

@@ -7,6 +7,7 @@ What is saved must say what the modules compute, or not be saved.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -19,7 +20,7 @@ from hf_sparse.activations.config import same_function
 from hf_sparse.adapters import Block, find_blocks
 from hf_sparse.checkpoint_block import KEY, Record
 from hf_sparse.errors import PatchError
-from hf_sparse.modules import ParameterLeaf, SparseBlock
+from hf_sparse.modules import ParameterLeaf, SparseBlock, sparse_part
 from hf_sparse.stock import build_stock, same_tensors, stock_name
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.|$)")
@@ -35,21 +36,21 @@ def described(model: PreTrainedModel, record: Record) -> Record | None:
     blocks, _ = find_blocks(model)
     made = ACT2FN[record.activation]
     for block in blocks:
-        is_patched = isinstance(block.module, SparseBlock)
-        act = block.module.original_activation if isinstance(block.module, SparseBlock) else block.activation
+        act = block.original_activation
         if not same_function(act, made):
-            what = f"the original activation of {block.name}" if is_patched else f"the unpatched {block.name}"
+            kind = "the original activation of" if block.is_patched else "the unpatched"
+            what = f"{kind} {block.name}"
             raise PatchError(
                 f"the config says that {what} is {record.activation!r}, but it is {act}. Put that back, or "
                 "hf_sparse.unpatch(model) and patch again."
             )
-    patched = [block for block in blocks if isinstance(block.module, SparseBlock)]
+    patched = [block for block in blocks if block.is_patched]
     if not patched:
         return None
     _refuse_unknown_parameters(patched, record)
     _refuse_lost_blocks(model, blocks, record)
     parts = {name: part.found_in(patched) for name, part in record.config.parts.items()}
-    indices = tuple(i for i, block in enumerate(blocks) if isinstance(block.module, SparseBlock))
+    indices = tuple(i for i, block in enumerate(blocks) if block.is_patched)
     layers = None if len(indices) == len(blocks) and record.config.layers != indices else indices
     config = record.config.changed(**parts, layers=layers)
     if not config.uniform:
@@ -92,7 +93,7 @@ def _owners(model: PreTrainedModel) -> list[PreTrainedModel]:
         PatchError: there are patched blocks in none of them.
 
     """
-    sparse = [name for name, module in model.named_modules() if isinstance(module, SparseBlock)]
+    sparse = [name for name, module in model.named_modules() if sparse_part(module) is not None]
     if not sparse and not checkpoint_block.has(model.config):
         return []
     owners: dict[str, PreTrainedModel] = {}
@@ -118,7 +119,15 @@ def _bring_in_line(model: PreTrainedModel, record: Record) -> bool:
     now = described(model, record)
     if now is None:
         return False
-    blocks = {block.place: block.module for block in find_blocks(model)[0]}
+    found, _ = find_blocks(model)
+    for block in found:
+        if block.stays and block.is_patched and (by := block.replaced_forward):  # others say so themselves
+            warnings.warn(
+                f"the forward of {block.name} was replaced by {by}: what is saved computes what the config "
+                "says, and not that.",
+                stacklevel=2,
+            )
+    blocks = {name: part for block in found for name, part in block.parts.items()}
     if now != record:
         now.write(model.config, stock_name=stock_name(model, now, blocks))
     elif vars(model.config)[record.field] != KEY and any(map(_holds_more, blocks.values())):

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hf_sparse.adapters import Block, Skipped
-from hf_sparse.adapters.block import replaced_forward
 from hf_sparse.config import SparsityConfig
 
 
@@ -40,7 +39,7 @@ class PatchReport:
             lines += [f"  {name}: {part}" for name, part in self.config.others]
             loads = f"as {self.stock_name!r}" if self.stock_name else "refused; it needs `import hf_sparse`"
             lines.append(f"  in plain transformers: {loads}")
-        for by, count in Counter(filter(None, (replaced_forward(b.module) for b in self.blocks))).items():
+        for by, count in Counter(filter(None, (b.replaced_forward for b in self.blocks))).items():
             lines.append(f"  WARNING: the forward of {count} blocks was replaced by {by}")
         for (name, reason), count in Counter((s.class_name, s.reason) for s in self.skipped).items():
             lines.append(f"  left as is: {count} x {name}: {reason}")

@@ -14,14 +14,14 @@ from transformers.activations import ACT2FN
 from hf_sparse import checkpoint_block
 from hf_sparse.activations import build_activation, row_of
 from hf_sparse.adapters import Block, find_blocks, require_blocks
-from hf_sparse.adapters.block import replaced_forward
 from hf_sparse.adapters.experts import Experts
+from hf_sparse.adapters.kept import owners
 from hf_sparse.checkpoint_block import Record
 from hf_sparse.checks import shown
 from hf_sparse.config import SparsityConfig
 from hf_sparse.described import described
 from hf_sparse.errors import PatchError
-from hf_sparse.modules import SparseBlock, SparseExperts, SparseMLP
+from hf_sparse.modules import KeptChange, SparseBlock, SparseExperts, SparseMLP, sparse_parts
 from hf_sparse.patch_report import PatchReport
 from hf_sparse.stock import (
     UnpatchedActivation,
@@ -61,12 +61,12 @@ def patch(
     chosen = _choose(base, blocks, config)
     record = Record.of(config, len(blocks), *_stock_activation(base, blocks))
     new = _new_modules(blocks, chosen, config)
-    name = stock_name(base, record, {block.place: new[block.name] for block in blocks})
+    name = stock_name(base, record, _parts(blocks, new))
 
     # Everything that can fail has been done; from here on there are only assignments.
     record.write(base.config, stock_name=name)
     _exchange(base, blocks, new)
-    patched = [replace(block, module=new[block.name]) for block in chosen]
+    patched = [replace(block, module=base.get_submodule(block.name)) for block in chosen]
     return PatchReport(type(base).__name__, config, patched, skipped, record.activation, name)
 
 
@@ -101,7 +101,7 @@ def inspect(model: nn.Module) -> PatchReport:
     record = None if record is None else described(base, record)
     if record is None:
         return PatchReport(type(base).__name__, None, blocks, skipped)
-    blocks = [block for block in blocks if isinstance(block.module, SparseBlock)]
+    blocks = [block for block in blocks if block.is_patched]
     value = getattr(base.config, record.field)
     name = None if value == checkpoint_block.KEY else value
     return PatchReport(type(base).__name__, record.config, blocks, skipped, record.activation, name)
@@ -124,12 +124,12 @@ def set_mix(model: nn.Module, k: float) -> None:
     config = record.config.changed(activation=record.config.activation.with_mix(k))
     if config == record.config:
         return
-    for module in base.modules():
-        if isinstance(module, SparseBlock):
-            module.set_mix(config.activation.mix)
+    for part in sparse_parts(base):
+        part.set_mix(config.activation.mix)
     record = replace(record, config=config)
     blocks, _ = find_blocks(base)
-    record.write(base.config, stock_name=stock_name(base, record, {b.place: b.module for b in blocks}))
+    parts = {name: part for block in blocks for name, part in block.parts.items()}
+    record.write(base.config, stock_name=stock_name(base, record, parts))
 
 
 def patch_from_config(model: PreTrainedModel) -> None:
@@ -149,7 +149,7 @@ def patch_from_config(model: PreTrainedModel) -> None:
     with checkpoint_block.refusing():
         record.agree(model.config)
         blocks, _ = find_blocks(model)
-        todo = [block for block in blocks if not isinstance(block.module, SparseBlock)]
+        todo = [block for block in blocks if not block.is_patched]
         is_inner = model.base_model is model
         if not record.config.uniform:
             if is_inner and len(blocks) != record.blocks:
@@ -160,10 +160,13 @@ def patch_from_config(model: PreTrainedModel) -> None:
                     f"which is {len(blocks)}; load it with all its layers."
                 )
             if len(todo) < len(blocks):
+                _put_back(model, (), record.activation)
                 return
         if not blocks and not is_inner:
             require_blocks(model)
         if not todo:
+            if blocks:  # an inner model has patched them; a head may have the activation, too
+                _put_back(model, (), record.activation)
             return
         chosen = _choose(model, todo, record.config)
         made = {f"{block.name}.{block.roles.act}": block.activation for block in todo}
@@ -201,18 +204,18 @@ def prepare(model: nn.Module, *, certify: bool = False) -> None:
 
     """
     base = transformers_model(model)
-    sparse = [module for module in base.modules() if isinstance(module, SparseBlock)]
+    sparse = sparse_parts(base)
     if not sparse:
         raise PatchError(f"prepare needs a patched model; this {type(base).__name__} is not patched.")
-    if certify and all(row_of(module.activation) is None for module in sparse):
+    if certify and all(row_of(part.activation) is None for part in sparse):
         raise PatchError(
             f"certify=True needs activations that can be exactly zero; the blocks of this "
             f"{type(base).__name__} have {type(sparse[0].activation).__name__}. Patch with another one "
             'first, such as "relu".'
         )
-    for module in sparse:
-        module.prepare(certify=certify)
-    if held := sum(module.is_held for module in sparse):
+    for part in sparse:
+        part.prepare(certify=certify)
+    if held := sum(part.is_held for part in sparse):
         warnings.warn(
             f"{held} of {len(sparse)} MLP blocks run dense for now: something holds their down projections "
             "(an optimizer, a list of parameters, a kept state dict), or these lie in memory that torch did "
@@ -261,7 +264,7 @@ def _choose(model: PreTrainedModel, blocks: list[Block], config: SparsityConfig)
     for block in chosen:
         for part in config.parts.values():
             part.check(block)
-        if by := replaced_forward(block.module):
+        if by := block.replaced_forward:
             raise PatchError(
                 f"the forward of {block.name} was replaced by {by} (Liger's use_liger_kernel does so), which "
                 "would undo the patch; turn that off for the MLP."
@@ -271,20 +274,28 @@ def _choose(model: PreTrainedModel, blocks: list[Block], config: SparsityConfig)
 
 def _new_modules(
     blocks: Sequence[Block], chosen: Sequence[Block], config: SparsityConfig
-) -> dict[str, nn.Module]:
-    """By name, what comes in the place of ``blocks`` and their spares: of those ``chosen``, sparse blocks."""
-    new = {copy.name: _stock_block(copy) for block in blocks for copy in (block, *block.spares)}
+) -> dict[str, nn.Module | KeptChange]:
+    """By name, what comes in the place of ``blocks`` and their spares, or is put into them.
+
+    Of those ``chosen``, sparse blocks; of the others, stock ones.
+    """
+    new: dict[str, nn.Module | KeptChange] = {
+        copy.name: KeptChange.to_stock(copy) if copy.stays else _stock_block(copy)
+        for block in blocks
+        for copy in (block, *block.spares)
+    }
     for index, block in enumerate(chosen):
         for copy in (block, *block.spares):  # the other adapters' copies, for when they are switched to
             new[copy.name] = _sparse_block(copy, config, index)
     return new
 
 
-def _sparse_block(block: Block, config: SparsityConfig, index: int) -> SparseBlock:
-    stock = _stock_block(block)
-    activation = build_activation(config.activation, index, block.roles.activation(stock))
+def _sparse_block(block: Block, config: SparsityConfig, index: int) -> SparseBlock | KeptChange:
+    activation = build_activation(config.activation, index, block.original_activation)
+    if block.stays:
+        return KeptChange.to_sparse(block, activation, config.activation.mix)
     kind: type[SparseBlock] = SparseExperts if isinstance(block.roles, Experts) else SparseMLP
-    sparse = kind(stock, block.roles, activation, relu_up=config.activation.relu_up)
+    sparse = kind(_stock_block(block), block.roles, activation, relu_up=config.activation.relu_up)
     sparse.set_mix(config.activation.mix)
     for _, part in config.others:
         part.build(sparse, index)
@@ -293,6 +304,18 @@ def _sparse_block(block: Block, config: SparsityConfig, index: int) -> SparseBlo
 
 def _stock_block(block: Block) -> nn.Module:
     return block.module.restore() if isinstance(block.module, SparseBlock) else block.module
+
+
+def _parts(blocks: Sequence[Block], new: Mapping[str, nn.Module | KeptChange]) -> dict[str, nn.Module]:
+    """By their places, the modules that tell a model in which ``blocks`` are exchanged from another one."""
+    parts: dict[str, nn.Module] = {}
+    for block in blocks:
+        one = new[block.name]
+        if isinstance(one, KeptChange):
+            parts[f"{block.place}.{block.roles.act}"] = one.activation
+        else:
+            parts[block.place] = one
+    return parts
 
 
 def _stock_activation(model: PreTrainedModel, blocks: Sequence[Block]) -> tuple[str, str]:
@@ -314,7 +337,8 @@ def _stock_activation(model: PreTrainedModel, blocks: Sequence[Block]) -> tuple[
 def _put_back(model: nn.Module, blocks: Sequence[Block], activation: str) -> None:
     """Stock activations where the config named the new one, in ``blocks`` and in whatever else it feeds."""
     for block in blocks:
-        block.module._modules[block.roles.act] = ACT2FN[activation]
+        for owner, name in owners(block.module, block.roles.act):
+            owner._modules[name] = ACT2FN[activation]
     for module in model.modules():  # such as a mixer
         for name, child in module._modules.items():
             if isinstance(child, UnpatchedActivation):
@@ -324,9 +348,15 @@ def _put_back(model: nn.Module, blocks: Sequence[Block], activation: str) -> Non
                 vars(module)[name] = activation
 
 
-def _exchange(model: nn.Module, blocks: Sequence[Block], new: Mapping[str, nn.Module]) -> None:
+def _exchange(model: nn.Module, blocks: Sequence[Block], new: Mapping[str, nn.Module | KeptChange]) -> None:
     """Put ``new[name]`` wherever a block or spare of that name is; it may be shared by several owners."""
-    exchanged = {id(copy.module): new[copy.name] for block in blocks for copy in (block, *block.spares)}
+    exchanged: dict[int, nn.Module] = {}
+    for copy in (copy for block in blocks for copy in (block, *block.spares)):
+        one = new[copy.name]
+        if isinstance(one, KeptChange):
+            one.make()
+        else:
+            exchanged[id(copy.module)] = one
     for owner in list(model.modules()):
         for name, child in owner._modules.items():
             if child is not None and id(child) in exchanged:

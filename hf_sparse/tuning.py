@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_sparse.errors import PatchError
 from hf_sparse.metrics import measure
-from hf_sparse.modules import SparseBlock
+from hf_sparse.modules import sparse_part
 from hf_sparse.patching import inspect, transformers_model
 from triton_ops import DENSE, Problem, break_even
 from triton_ops.backends import REGISTRY
@@ -158,15 +158,16 @@ def tune(
         )
         found = {layer.name: layer.density for layer in density.layers if layer.tokens}
         for block in patched.blocks:
-            assert isinstance(block.module, SparseBlock)
-            block.module.density = found.get(block.name, block.module.density)
+            part = sparse_part(block.module)
+            assert part is not None
+            part.density = found.get(block.name, part.density)
 
     measurements: dict[Problem, Measurement] = {}
     layers: list[TunedLayer] = []
     for block in _bar(patched.blocks, progress):
-        module = block.module
-        assert isinstance(module, SparseBlock)
-        problems, obstacle = module.problems()
+        part = sparse_part(block.module)
+        assert part is not None
+        problems, obstacle = part.problems()
         limits: dict[Problem, tuple[float, ...]] = {}
         for problem in problems:
             try:
@@ -183,13 +184,13 @@ def tune(
             limits[problem] = break_even.measured(backend, problem) or ()
         skips = {problem: limit for problem, limit in limits.items() if not problem.certified}
         with_certificate = [limit for problem, limit in limits.items() if problem.certified]
-        weight = next(module.parameters())
+        weight = next(block.module.parameters())
         dtype = str(weight.dtype).removeprefix("torch.")
         layers.append(
             TunedLayer(
                 name=block.name,
                 shape=f"{block.hidden_size} x {block.intermediate_size} {dtype} {block.form}",
-                density=module.density,
+                density=part.density,
                 break_even=_larger(list(skips.values())),
                 beyond=max(
                     (break_even.beyond(REGISTRY[backend], *item) for item in skips.items()), default=0.0

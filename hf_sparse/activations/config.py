@@ -185,14 +185,13 @@ class ActivationConfig(Part):
 
 def _found(block: Block, said: ActivationConfig) -> ActivationConfig:
     """The activation of a patched block, read off its modules."""
-    mlp: Any = block.module
-    act: Any = mlp.activation
+    act: Any = block.activation
     mix = 1.0
     if isinstance(act, MixedActivation):
         act, mix = act.new, act.k
-    if said.name == ORIGINAL and same_function(act, mlp.original_activation):
+    if said.name == ORIGINAL and same_function(act, block.original_activation):
         return said
-    row = None if "forward" in vars(act) else row_of(act, relu_up=getattr(mlp, "relu_up", False))
+    row = None if "forward" in vars(act) else row_of(act, relu_up=getattr(block.module, "relu_up", False))
     if row is None:
         raise PatchError(
             f"the config of the model says {said}, but {block.name} has {act} as its activation, which no "

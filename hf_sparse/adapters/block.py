@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_sparse.adapters.copies import place
+from hf_sparse.adapters.kept import MARK, Kept, KeptState, own_roles, owners
 from hf_sparse.adapters.roles import Linear, Roles, Site, Watcher
 
 
@@ -40,6 +41,42 @@ class Block:
     @property
     def activation(self) -> nn.Module:
         return self.roles.activation(self.module)
+
+    @property
+    def is_patched(self) -> bool:
+        return own_roles(self.module) is not None
+
+    @property
+    def stays(self) -> bool:
+        """Whether the module stays when it is patched, and only two of its parts are exchanged."""
+        return isinstance(self.roles, Kept)
+
+    @property
+    def original_activation(self) -> nn.Module:
+        """The activation that the block came with."""
+        state = vars(self.module).get(MARK)
+        if isinstance(state, KeptState):
+            return state.original
+        return getattr(self.module, "original_activation", self.activation)
+
+    @property
+    def replaced_forward(self) -> str | None:
+        """The function that another tool runs instead of what was recognised; None if none does."""
+        state = vars(self.module).get(MARK)
+        if isinstance(state, KeptState) and type(self.module).forward is not state.forward:
+            return _name(type(self.module).forward)
+        modules = [self.module]
+        if isinstance(self.roles, Kept):
+            paths = (self.roles.act, self.roles.down)
+            modules += [owner for path in paths for owner, _ in owners(self.module, path)]
+        return next(filter(None, map(replaced_forward, modules)), None)
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """By their places, the modules that a patch exchanges and that may tell a model from another one."""
+        if self.stays:
+            return {f"{self.place}.{self.roles.act}": self.activation}
+        return {self.place: self.module}
 
     @property
     def hidden_size(self) -> int:
@@ -87,4 +124,8 @@ def replaced_forward(module: nn.Module) -> str | None:
     function = getattr(forward, "__func__", forward)
     if forward is None or function is type(module).forward:
         return None
+    return _name(function)
+
+
+def _name(function: Any) -> str:
     return f"{function.__module__}.{getattr(function, '__qualname__', function)}"

@@ -32,6 +32,24 @@ def idle(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, one
 
 
+def active(module: nn.Module) -> nn.Module:
+    """The copy that ``module`` calls, if it is PEFT's wrapper of several, else itself."""
+    chosen = _chosen(module)
+    return module if chosen is None else chosen[1]
+
+
+def copies(owner: nn.Module, name: str) -> list[tuple[nn.Module, str]]:
+    """Where the copies of the child ``name`` are, by owner and name there; without copies, where it is."""
+    child = owner._modules.get(name)
+    if child is None:
+        return []
+    if _chosen(child) is None:
+        return [(owner, name)]
+    kept = child._modules["modules_to_save"]
+    assert kept is not None
+    return [*copies(child, "original_module"), *((kept, adapter) for adapter in kept._modules)]
+
+
 def _walk(module: nn.Module, name: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
     if id(module) in seen:
         return

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
 from hf_sparse.activations.known import STOCK_ACTIVATIONS
 from hf_sparse.adapters.block import Block
 from hf_sparse.adapters.copies import idle, in_use, place
+from hf_sparse.adapters.kept import Kept, own_roles
+from hf_sparse.adapters.probe_kept import recognise_kept
 from hf_sparse.adapters.roles import Roles
 from hf_sparse.adapters.shapes import SHAPES, linears, recognise
 from hf_sparse.errors import PatchError
@@ -33,10 +36,11 @@ def find_blocks(model: nn.Module) -> tuple[list[Block], list[Skipped]]:
     blocks: list[Block] = []
     skipped: list[Skipped] = []
     inside: tuple[str, ...] = ()
+    known: dict[Any, Kept | None] = {}
     for name, module in in_use(model):
         if name.startswith(inside) or not _in_layers(name):
             continue
-        roles = _roles(module)
+        roles = _roles(module, known)
         if roles is not None:
             blocks.append(Block(name, module, roles))
         else:
@@ -44,7 +48,7 @@ def find_blocks(model: nn.Module) -> tuple[list[Block], list[Skipped]]:
             if owns_activation and (reason := _why_not(module)):
                 skipped.append(Skipped(name, type(module).__name__, reason))
             continue
-        inside = (*inside, name + ".")
+        inside = (*inside, *_taken(name, roles))
     return _with_spares(model, blocks), skipped
 
 
@@ -70,15 +74,23 @@ def _in_layers(name: str) -> bool:
     return any(part.isdigit() for part in place(name).split("."))
 
 
-def _roles(module: nn.Module) -> Roles | None:
+def _roles(module: nn.Module, known: dict[Any, Kept | None]) -> Roles | None:
     # A patched block says itself which child plays which part.
-    return own if isinstance(own := vars(module).get("roles"), Roles) else recognise(module)
+    return own_roles(module) or recognise(module) or recognise_kept(module, known)
+
+
+def _taken(name: str, roles: Roles) -> set[str]:
+    """Prefixes of the names of modules that have no other block in them."""
+    if not isinstance(roles, Kept):
+        return {f"{name}."}
+    # The module may be a whole layer, with other MLPs.
+    return {f"{name}.{part.rpartition('.')[0]}" for part in (roles.act, roles.down) if "." in part}
 
 
 def _with_spares(model: nn.Module, blocks: list[Block]) -> list[Block]:
     spares: dict[str, list[Block]] = {block.place: [] for block in blocks}
     for name, module in idle(model):
-        if (same := spares.get(place(name))) is not None and (roles := _roles(module)) is not None:
+        if (same := spares.get(place(name))) is not None and (roles := _roles(module, {})) is not None:
             same.append(Block(name, module, roles))
     return [replace(block, spares=tuple(spares[block.place])) for block in blocks]
 

@@ -51,11 +51,9 @@ class Roles(ABC):
 
     def activation(self, module: nn.Module) -> nn.Module:
         """The activation of ``module``, a block of this shape."""
-        child = module._modules.get(self.act)
-        if child is not None:
-            return child
-        assert self.written is not None
-        return cast(nn.Module, ACT2FN[self.written])
+        if self.written is not None and self.act not in module._modules:
+            return cast(nn.Module, ACT2FN[self.written])
+        return module.get_submodule(self.act)
 
     @abstractmethod
     def takes_relu_up(self, module: nn.Module) -> bool:
@@ -137,11 +135,7 @@ class LayerRoles(Roles):
         return size[1], size[0]
 
     def weights(self, module: nn.Module) -> list[Linear]:
-        found = []
-        for name in (*self.before_down, self.down):
-            linear: Any = module.get_submodule(name)
-            weight = linear.weight if hasattr(linear, "in_features") else linear.weight.t()
-            found.append((weight, linear.bias))
+        found = [read_linear(module.get_submodule(name)) for name in (*self.before_down, self.down)]
         return [*self.split(found[:-1]), found[-1]]
 
     def watch(self, module: nn.Module, site: Site, fn: Watcher) -> RemovableHandle:
@@ -154,12 +148,22 @@ class LayerRoles(Roles):
             )
         else:
             watched = module.get_submodule(self.down if site == "h" else self.act)
-        if site in ("x", "p", "h"):
-            return watched.register_forward_pre_hook(
-                lambda _, args, kwargs: fn(args[0] if args else next(iter(kwargs.values())), None),
-                with_kwargs=True,
-            )
-        return watched.register_forward_hook(lambda _, args, output: fn(output, None))
+        return watch_child(watched, fn, before=site in ("x", "p", "h"))
+
+
+def watch_child(module: nn.Module, fn: Watcher, *, before: bool) -> RemovableHandle:
+    """Call ``fn`` with the first input of ``module`` in each forward, or with its output."""
+    if before:
+        return module.register_forward_pre_hook(
+            lambda _, args, kwargs: fn(args[0] if args else next(iter(kwargs.values())), None),
+            with_kwargs=True,
+        )
+    return module.register_forward_hook(lambda _, args, output: fn(output, None))
+
+
+def read_linear(linear: Any) -> Linear:
+    """Weight ``[out, in]`` and bias of a linear layer."""
+    return linear.weight if hasattr(linear, "in_features") else linear.weight.t(), linear.bias
 
 
 def linear_size(module: nn.Module) -> tuple[int, int] | None:

@@ -10,6 +10,7 @@ from hf_sparse.adapters import experts, probe_experts
 from hf_sparse.adapters.experts import Experts, shape
 from hf_sparse.adapters.fused import Fused
 from hf_sparse.adapters.gated import Gated
+from hf_sparse.adapters.kept import Kept
 from hf_sparse.adapters.plain import Plain
 from hf_sparse.adapters.probe import computes
 from hf_sparse.adapters.roles import WRITTEN, LayerRoles, Roles, linear_size
@@ -17,7 +18,7 @@ from hf_sparse.adapters.roles import WRITTEN, LayerRoles, Roles, linear_size
 LAYERS: tuple[type[LayerRoles], ...] = (Gated, Plain, Fused)
 """Every known shape of layers; a new one is a file like theirs and an entry here."""
 
-SHAPES: tuple[type[Roles], ...] = (*LAYERS, Experts)
+SHAPES: tuple[type[Roles], ...] = (*LAYERS, Experts, Kept)
 
 _FREE_NAME = "act_fn"
 """The child that a patch adds for one of them."""

@@ -1,8 +1,20 @@
 """What replaces or joins an MLP block."""
 
+from hf_sparse.modules.kept_block import KeptBlock, KeptChange, sparse_part, sparse_parts
 from hf_sparse.modules.leaf import ParameterLeaf
 from hf_sparse.modules.sparse_block import SparseBlock
 from hf_sparse.modules.sparse_experts import SparseExperts
+from hf_sparse.modules.sparse_linear import SparseLinear
 from hf_sparse.modules.sparse_mlp import SparseMLP
 
-__all__ = ["ParameterLeaf", "SparseBlock", "SparseExperts", "SparseMLP"]
+__all__ = [
+    "KeptBlock",
+    "KeptChange",
+    "ParameterLeaf",
+    "SparseBlock",
+    "SparseExperts",
+    "SparseLinear",
+    "SparseMLP",
+    "sparse_part",
+    "sparse_parts",
+]

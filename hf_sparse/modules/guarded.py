@@ -38,7 +38,7 @@ class GuardedModule(nn.Module):
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, nn.Module | nn.Parameter):
+        if isinstance(value, nn.Module | nn.Parameter) or name in self.__dict__.get("_parameters", ()):
             self._reached()
         super().__setattr__(name, value)
 
@@ -55,7 +55,7 @@ class GuardedModule(nn.Module):
             yield item
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """As of any module."""
+        """As of any module, also of this one alone."""
         for item in super().named_parameters(*args, **kwargs):
             self._reached()
             yield item

@@ -12,6 +12,7 @@ from support.models import tiny
 
 GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "olmo2", "stablelm", "phi3", "glm")
 ROUTED = ("mixtral",)
+KEPT = ("opt", "xglm", "biogpt", "bert", "roberta", "bitnet")
 PLAIN = ("gpt_neox", "phi", "nemotron", "starcoder2", "gpt2", "persimmon")
 
 
@@ -28,8 +29,11 @@ def input_ids() -> torch.Tensor:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Tests that take one of these names run for each of its types."""
     types = {
+        "any_type": GATED + PLAIN + ROUTED + KEPT,
         "model_type": GATED + PLAIN + ROUTED,
+        "unrouted_type": GATED + PLAIN + KEPT,
         "layered_type": GATED + PLAIN,
+        "kept_type": KEPT,
         "gated_type": GATED,
         "plain_type": PLAIN,
     }

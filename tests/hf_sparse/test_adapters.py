@@ -153,14 +153,14 @@ def test_recognises_on_the_meta_device() -> None:
         assert recognise(Gated()) is not None
 
 
-def test_blocks_of_real_models(tiny_model, model_type) -> None:
-    blocks, skipped = find_blocks(tiny_model(model_type))
+def test_blocks_of_real_models(tiny_model, any_type) -> None:
+    blocks, skipped = find_blocks(tiny_model(any_type))
     assert [(b.hidden_size, b.intermediate_size) for b in blocks] == [(32, 88)] * 3
     assert not skipped
 
 
-def test_every_site_of_a_block_can_be_watched(tiny_model, layered_type, input_ids) -> None:
-    model = tiny_model(layered_type)
+def test_every_site_of_a_block_can_be_watched(tiny_model, unrouted_type, input_ids) -> None:
+    model = tiny_model(unrouted_type)
     hf_sparse.patch(model, "relu")
     (block, *_), _ = find_blocks(model)
     seen: dict[str, torch.Tensor] = {}
@@ -177,7 +177,8 @@ def test_every_site_of_a_block_can_be_watched(tiny_model, layered_type, input_id
     close = torch.testing.assert_close
     close(seen["p"], linear(seen["x"], *first[0]))
     close(seen["a"], seen["p"].relu())
-    close(seen["h"], seen["a"] * (linear(seen["x"], *first[1]) if block.form == "gated" else 1))
+    h = seen["a"] * (linear(seen["x"], *first[1]) if block.form == "gated" else 1)
+    close(seen["h"], h if unrouted_type != "bitnet" else block.module.ffn_sub_norm(h))
     close(seen["y"], linear(seen["h"], *down))
     seen.clear()
     with torch.no_grad():

@@ -225,7 +225,24 @@ class OtherTool(nn.Module):
         self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x).clamp(max=50))
+
+
+class Same(OtherTool):
+    """The stock block in other words."""
+
+    def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def test_a_block_that_another_tool_has_rewritten_is_the_stock_one(tmp_path: Path) -> None:
+    model = model_of(CONFIGS[0])
+    model.model.layers[2].mlp = Same(model.model.layers[2].mlp)
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(again), expected)
+    assert len(hf_sparse.inspect(again).blocks) == len(model.model.layers) - 1
 
 
 def test_a_block_that_another_tool_has_replaced_is_told(tmp_path: Path) -> None:

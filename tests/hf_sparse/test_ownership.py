@@ -359,7 +359,8 @@ def test_a_weight_that_is_gone_is_forgotten() -> None:
 
 
 @pytest.mark.slow
-def test_training_on_two_processes_is_that_of_one(tmp_path) -> None:
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_training_on_two_processes_is_that_of_one(family, tmp_path) -> None:
     """Logits between updates, skipping, against one process that runs dense."""
     environments = [
         {**environment(), "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"} for rank in (0, 1)
@@ -370,7 +371,7 @@ def test_training_on_two_processes_is_that_of_one(tmp_path) -> None:
     path = str(Path(__file__).parents[1]) + os.pathsep + os.pathsep.join(sys.path)
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "support.sharded", str(tmp_path / "logits.pt")],
+            [sys.executable, "-m", "support.sharded", str(tmp_path / "logits.pt"), family],
             env={**own, "MASTER_PORT": port, "PYTHONPATH": path},
             stderr=subprocess.PIPE,
             text=True,
@@ -379,7 +380,7 @@ def test_training_on_two_processes_is_that_of_one(tmp_path) -> None:
     ]
     errors = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors[0][-3000:]
-    expected = sharded.story(sharded.patched(), sharded.IDS, "dense")
+    expected = sharded.story(sharded.patched(family), sharded.IDS, "dense")
     found = torch.load(tmp_path / "logits.pt")
     assert found.keys() == sharded.WAYS.keys()
     for way, logits in found.items():

@@ -198,11 +198,14 @@ def test_a_block_that_nests_without_end_is_refused(tiny_model, tmp_path, depth) 
 
 
 def test_a_model_without_blocks_that_can_be_patched_is_refused(tiny_model) -> None:
-    opt = tiny_model("opt", ffn_dim=88, word_embed_proj_dim=32)
-    block = {"activation": {"name": "relu"}, "stock": {"field": "activation_function", "activation": "gelu"}}
-    opt.config.hf_sparse = block
+    mamba = tiny_model("mamba", state_size=4)
+    mamba.config.hf_sparse = {
+        "activation": {"name": "relu"},
+        "stock": {"field": "hidden_act", "activation": "silu"},
+    }
+    mamba.config.hidden_act = "relu"
     with pytest.raises(ValueError, match=r'"hf_sparse" block .* no MLP block of a known shape'):
-        type(opt)(opt.config)
+        type(mamba)(mamba.config)
 
 
 def test_our_activation_without_a_block_is_refused_at_loading() -> None:

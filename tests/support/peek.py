@@ -7,22 +7,23 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 import triton_ops
-from hf_sparse.modules import SparseBlock
+from hf_sparse.modules import SparseBlock, SparseLinear
 
 
-def sparse_blocks(module: nn.Module) -> Iterator[SparseBlock]:
-    """The sparse blocks in a module, in the order of the model."""
-    if isinstance(module, SparseBlock):
+def sparse_blocks(module: nn.Module) -> Iterator[SparseBlock | SparseLinear]:
+    """The sparse blocks in a module, in the order of the model; of those that stay, the down projections."""
+    if isinstance(module, SparseBlock | SparseLinear):
         yield module
         return
     for child in vars(module)["_modules"].values():
         yield from sparse_blocks(child)
 
 
-def down_weight(block: SparseBlock) -> Tensor:
+def down_weight(block: SparseBlock | SparseLinear) -> Tensor:
     own = vars(block)
-    stacked = own["_parameters"].get(block.roles.down)
-    return own["_modules"][block.roles.down].weight if stacked is None else stacked
+    name = "weight" if isinstance(block, SparseLinear) else block.roles.down
+    stacked = own["_parameters"].get(name)
+    return own["_modules"][name].weight if stacked is None else stacked
 
 
 def layouts(model: nn.Module) -> set[bool]:

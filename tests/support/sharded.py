@@ -1,4 +1,4 @@
-"""One process of a training that skips in its evaluations: ``python -m support.sharded FILE``, with RANK set.
+"""One process of a training that skips in its evaluations: ``python -m support.sharded FILE FAMILY``.
 
 ``story`` is what is trained; rank 0 writes its logits for each way of data parallelism into FILE.
 """
@@ -17,9 +17,12 @@ from support.models import tiny
 IDS = torch.arange(3, 67).view(4, 16) % 128
 
 
-def patched() -> nn.Module:
+def patched(family: str) -> nn.Module:
     torch.manual_seed(0)
-    model = tiny("llama", num_hidden_layers=2, tie_word_embeddings=False)
+    model = tiny(family, num_hidden_layers=2, tie_word_embeddings=False)
+    for module in model.modules():  # so that all ways drop the same: nothing
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
     hf_sparse.patch(model, "relu")
     return model
 
@@ -45,11 +48,15 @@ def story(model: nn.Module, own: Tensor, backend: str) -> Tensor:
     return torch.stack(found)
 
 
+def layers(model: nn.Module) -> nn.ModuleList:
+    return next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+
+
 def fsdp2(model: nn.Module) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
     mesh = torch.distributed.init_device_mesh("cpu", (2,))
-    for layer in model.model.layers:
+    for layer in layers(model):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model
@@ -59,7 +66,7 @@ def fsdp1(model: nn.Module) -> nn.Module:
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-    policy = ModuleWrapPolicy({type(model.model.layers[0])})
+    policy = ModuleWrapPolicy({type(layers(model)[0])})
     return FullyShardedDataParallel(
         model, auto_wrap_policy=policy, device_id=torch.device("cpu"), use_orig_params=True
     )
@@ -91,7 +98,7 @@ def main() -> None:
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
     own = IDS[2 * rank : 2 * rank + 2]
-    found = {way: story(wrap(patched()), own, "torch") for way, wrap in WAYS.items()}
+    found = {way: story(wrap(patched(sys.argv[2])), own, "torch") for way, wrap in WAYS.items()}
     if rank == 0:
         torch.save(found, sys.argv[1])
     torch.distributed.barrier()

@@ -1,0 +1,361 @@
+"""Which children of a module are an MLP that it runs itself? Ask it, by what flows where.
+
+The forward of the module's class runs on a stand-in of the same sizes whose linear layers, activation and
+attention are stubs. In several runs some of them give something else, and what reaches the activation and the
+down projection tells what these depend on:
+
+- The activation is called once. Where it gives zero, and only there, so is the input of the down projection.
+- That input is a function of what linear layers give, token by token. So the activation is no gate of an
+  attention, whose other factor is another function; nor that of a mixer, which has one token in another.
+- The projection that decides, and the factor of a gated MLP, are the layers that it changes with.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from hf_sparse.adapters.copies import active
+from hf_sparse.adapters.kept import Kept
+from hf_sparse.adapters.roles import linear_size
+
+_TOKENS = 3
+_LARGEST = 1 << 20
+"""Elements of the parameters of a child that still runs: norms do, embeddings do not."""
+_STEPS = (nn.Dropout, nn.Identity)
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+_HOOKS = [name for name in vars(nn.Module()) if "_hooks" in name]
+_OF_ANY_MODULE = vars(nn.Module()).keys()
+_RETURNS: tuple[Callable[[Tensor], Any], ...] = (
+    lambda x: x,
+    lambda x: (x, None),
+    lambda x: (x, None, None),
+    lambda x: (x,),
+)
+"""What modules that do not run may give back."""
+_STATES = ("residual", "hidden", "input", "state")
+
+
+def recognise_kept(module: nn.Module, known: dict[Any, Kept | None] | None = None) -> Kept | None:
+    """The roles of the parts of an MLP that ``module`` runs by its own forward; None if there is not one.
+
+    ``known`` takes what was found, for modules that are like one before; while all of these exist.
+    """
+    candidates = list(_candidates(module))
+    if not candidates:
+        return None
+    known = {} if known is None else known
+    key = _likeness(module, {name for act, down, _ in candidates for name in (act, down)})
+    if key not in known:
+        probed = (_Probe(module, *candidate).roles() for candidate in candidates)
+        found = {roles for roles in probed if roles is not None}
+        known[key] = found.pop() if len(found) == 1 else None
+    return known[key]
+
+
+def _likeness(module: nn.Module, names: set[str], name: str = "") -> Any:
+    """Equal for modules whose stand-ins are: all that the forward of a part that runs may look at."""
+    module = active(module)
+    own = [
+        (k, v if isinstance(v, bool | int | float | str | None) else id(v))
+        for k, v in vars(module).items()
+        if k not in _OF_ANY_MODULE
+    ]
+    tensors = [
+        (k, None if v is None else tuple(getattr(v, "ds_shape", v.shape)))
+        for k, v in (*module._parameters.items(), *module._buffers.items())
+    ]
+    children: list[Any] = []
+    if _runs(module, name, names):
+        children = [
+            (k, None if v is None else _likeness(v, names, _join(name, k)))
+            for k, v in module._modules.items()
+        ]
+    return type(module), linear_size(module), tuple(own), tuple(tensors), tuple(children)
+
+
+def _runs(module: nn.Module, name: str, names: Iterable[str]) -> bool:
+    """Whether ``module`` runs in a probe of what is called ``names``, and is not a stub."""
+    if not name or isinstance(module, _CONTAINERS) or not module._modules:
+        return True
+    return any(one.startswith(f"{name}.") for one in names)
+
+
+def _candidates(module: nn.Module) -> Iterator[tuple[str, str, int]]:
+    """Names of an activation and a down projection that ``module`` and no module in it has both of."""
+    inner = [("", module), *((name, active(child)) for name, child in module.named_children())]
+    linears = {prefix: _linears(one) for prefix, one in inner}
+    for prefix, one in inner:
+        acts = [name for name, child in one.named_children() if _is_function(child)]
+        sizes = set(linears[prefix].values())
+        for act, (other, theirs) in product(acts, linears.items()):
+            for down, (neurons, hidden) in theirs.items():
+                apart = not prefix or prefix != other
+                if apart and sizes & {(hidden, neurons), (hidden, 2 * neurons)}:
+                    yield _join(prefix, act), _join(other, down), neurons
+
+
+def _linears(module: nn.Module) -> dict[str, tuple[int, int]]:
+    sizes = {name: linear_size(child) for name, child in module.named_children()}
+    return {name: size for name, size in sizes.items() if size is not None}
+
+
+def _is_function(module: nn.Module) -> bool:
+    """Whether it has neither parameters nor children, as an activation."""
+    return (
+        not isinstance(module, _STEPS)
+        and not module._parameters
+        and not module._modules
+        and linear_size(module) is None
+    )
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+@dataclass
+class _Run:
+    """What the stubs give in one run, and what they have seen."""
+
+    replayed: dict[str, Tensor] = field(default_factory=dict)
+    """Outputs of linear layers, whatever they get."""
+    scale: float = 1.0
+    """Of the input of the module, and of what is given by modules that do not run."""
+    out: dict[str, Tensor] = field(default_factory=dict)
+    calls: list[str] = field(default_factory=list)
+    p: Tensor | None = None
+    zeros: Tensor | None = None
+    h: Tensor | None = None
+    read: bool = False
+    """Whether the forward looked at the weight of the down projection."""
+
+
+def _indices(module: nn.Module) -> list[int]:
+    """Numbers that ``module`` may know a layer by, where several share it (Zamba2)."""
+    known = [key for value in vars(module).values() if isinstance(value, dict) for key in value]
+    return [key for key in known if type(key) is int][:4] or [0]
+
+
+class _Probe:
+    def __init__(self, module: nn.Module, act: str, down: str, neurons: int) -> None:
+        self.module, self.act, self.down, self.neurons = module, act, down, neurons
+        self.run = _Run()
+        self.returns = _RETURNS[0]
+        self.forward: Callable[..., Any] = _nothing
+        self.index = 0
+        self.states: list[str] = []
+        self.others: dict[str, int | None] = {}
+        """Further arguments of the forward: names of those that are like its input, and the others."""
+        self.sizes: dict[str, tuple[int, int]] = {}
+        """Of all linear layers that may run."""
+
+    def roles(self) -> Kept | None:
+        for returns, index in product(_RETURNS, _indices(self.module)):
+            self.returns, self.index = returns, index
+            try:
+                with torch.no_grad(), torch.device("cpu"):
+                    self._set_up()
+                    return self._flow()
+            except Exception:  # an attention that gives something else, or a forward that needs more
+                continue
+            finally:
+                self.forward = _nothing  # a cycle, which would hold what the stand-in has of the model
+        return None
+
+    def _set_up(self) -> None:
+        forward = inspect.unwrap(type(self.module).forward)
+        self.forward = partial(forward, self._stand_in(self.module, ""))
+        hidden = self.sizes[self.down][1]
+        self.x = torch.linspace(-1, 1, _TOKENS * hidden, dtype=torch.float64).reshape(1, _TOKENS, -1)
+        self.states, self.others = [], {}
+        for one in list(inspect.signature(forward).parameters.values())[2:]:
+            if one.kind is not one.POSITIONAL_OR_KEYWORD:
+                continue
+            if "idx" in one.name:
+                self.others[one.name] = self.index
+            elif one.default is one.empty and any(state in one.name for state in _STATES):
+                self.states.append(one.name)
+            elif one.default is one.empty:
+                self.others[one.name] = None
+
+    def _flow(self) -> Kept | None:
+        base = self._of()
+        before = base.calls[: base.calls.index(self.down)]
+        if base.read or base.calls.count(self.down) != 1 or base.calls.count(self.act) != 1:
+            return None
+        p, h, zeros = base.p, base.h, base.zeros
+        if p is None or h is None or zeros is None or h.shape != p.shape or h.shape[-1] != self.neurons:
+            return None
+        linears = [name for name in before if name != self.act]
+        if not torch.equal(h == 0, zeros) or len(set(linears)) != len(linears):
+            return None
+        given = {name: base.out[name] for name in linears}
+        if not _same(self._of(given, scale=0.7), base):
+            return None
+        deciding, factors = [], []
+        for name in linears:
+            changed = self._of({**given, name: _bumped(given[name])})
+            if not _equal(changed.p, p):
+                deciding.append(name)
+            elif not _equal(changed.h, h):
+                factors.append(name)
+        only_first = self._of({name: _bumped(out, rows=1) for name, out in given.items()})
+        if not (_equal(only_first.p, p, after=1) and _equal(only_first.h, h, after=1)):
+            return None
+        return self._named(deciding, factors, base)
+
+    def _named(self, deciding: list[str], factors: list[str], base: _Run) -> Kept | None:
+        first, up = self._outermost(deciding), self._outermost(factors)
+        hidden = self.sizes[self.down][1]
+        if first is None or (factors and up is None):
+            return None
+        halves: Literal["gate first", "up first"] | None = None
+        if self.sizes[first] == (hidden, 2 * self.neurons):
+            if up is not None:
+                return None
+            decides = [self._half_decides(first, base, half) for half in (0, 1)]
+            if decides not in ([True, False], [False, True]):
+                return None
+            halves = "gate first" if decides[0] else "up first"
+        names = (first,) if up is None else (first, up)
+        width = 2 * self.neurons if halves else self.neurons
+        if any(self.sizes[name] != (hidden, width) for name in names):
+            return None
+        return Kept(first=names, halves=halves, act=self.act, down=self.down)
+
+    def _half_decides(self, name: str, base: _Run, half: int) -> bool:
+        out = base.out[name]
+        mask = (torch.arange(out.shape[-1]) < out.shape[-1] // 2) == (half == 0)
+        given = {one: base.out[one] for one in base.out if one != self.down}
+        changed = self._of({**given, name: torch.where(mask, _bumped(out), out)})
+        return not _equal(changed.p, base.p)
+
+    def _outermost(self, names: list[str]) -> str | None:
+        """The one that is no part of something else, as an adapter; None if there is not one."""
+        depths = [name.count(".") for name in names]
+        if not names or depths.count(min(depths)) != 1:
+            return None
+        return names[depths.index(min(depths))]
+
+    def _of(self, replayed: dict[str, Tensor] | None = None, *, scale: float = 1.0) -> _Run:
+        self.run = _Run(replayed or {}, scale)
+        x = self.x * scale
+        self.forward(x, **dict.fromkeys(self.states, x), **self.others)
+        return self.run
+
+    def _stand_in(self, module: nn.Module, name: str) -> Any:
+        module = active(module)
+        if name == self.act:
+            return self._activate
+        if (size := linear_size(module)) is not None:
+            self.sizes[name] = size
+            return _Linear(self, name, size)
+        tensors = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+        if not _runs(module, name, (self.act, self.down)) or sum(_numel(t) for t in tensors) > _LARGEST:
+            return _Opaque(self, module)
+        own = {k: v for k, v in vars(module).items() if k not in ("forward", "_old_forward", "_hf_hook")}
+        own.update((hooks, {}) for hooks in _HOOKS)
+        own["training"] = False
+        own["_parameters"] = {k: _made_up(v) for k, v in module._parameters.items()}
+        own["_buffers"] = {k: _made_up(v) for k, v in module._buffers.items()}
+        own["_modules"] = {
+            k: None if v is None else self._stand_in(v, _join(name, k)) for k, v in module._modules.items()
+        }
+        stand_in = object.__new__(type(module))
+        object.__setattr__(stand_in, "__dict__", own)
+        return stand_in
+
+    def _activate(self, p: Tensor) -> Tensor:
+        run = self.run
+        run.calls.append(self.act)
+        run.p = p.flatten(0, -2).clone()
+        places = torch.arange(run.p.numel()).reshape(run.p.shape)
+        run.zeros = (places * 5 // 3) % 4 == 0
+        return torch.where(run.zeros.reshape(p.shape), 0.0, 0.3 + p.sigmoid())
+
+
+class _Linear:
+    """Each output is one input, scaled and moved."""
+
+    def __init__(self, probe: _Probe, name: str, size: tuple[int, int]) -> None:
+        self._probe, self._name = probe, name
+        self.in_features, self.out_features = size
+        place = torch.arange(self.out_features)
+        self._source = (place * 7 + len(name)) % self.in_features
+        self._scale, self._move = 0.5 + place % 17 / 17, place % 11 / 11 - 0.4
+
+    @property
+    def weight(self) -> Tensor:
+        self._probe.run.read |= self._name == self._probe.down
+        return torch.zeros(1, dtype=torch.float64).expand(self.out_features, self.in_features)
+
+    @property
+    def bias(self) -> Tensor:
+        return torch.zeros(self.out_features, dtype=torch.float64)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        run, name = self._probe.run, self._name
+        if x.shape[-1] != self.in_features:
+            raise ValueError("it gets something else")
+        run.calls.append(name)
+        if name == self._probe.down:
+            run.h = x.flatten(0, -2).clone()
+        if name not in run.replayed:
+            run.out[name] = x[..., self._source] * self._scale + self._move
+        else:
+            run.out[name] = run.replayed[name].reshape(*x.shape[:-1], -1)
+        return run.out[name].clone()
+
+
+class _Opaque:
+    """A module that does not run, as attention: it gives back what it gets."""
+
+    def __init__(self, probe: _Probe, module: nn.Module) -> None:
+        self._probe = probe
+        plain = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str)}
+        vars(self).update({k: v for k, v in plain.items() if not k.startswith("_")})
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        x = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        return self._probe.returns(x * self._probe.run.scale)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    pass
+
+
+def _bumped(out: Tensor, rows: int | None = None) -> Tensor:
+    change = (torch.arange(out.shape[-1], dtype=torch.float64) + 1).cos() / 2
+    moved = out.flatten(0, -2).clone()
+    moved[:rows] += change
+    return moved.reshape(out.shape)
+
+
+def _same(one: _Run, other: _Run) -> bool:
+    return _equal(one.p, other.p) and _equal(one.h, other.h)
+
+
+def _equal(one: Tensor | None, other: Tensor | None, after: int = 0) -> bool:
+    return one is not None and other is not None and torch.equal(one[after:], other[after:])
+
+
+def _numel(tensor: Tensor) -> int:
+    return int(torch.Size(getattr(tensor, "ds_shape", tensor.shape)).numel())
+
+
+def _made_up(tensor: Tensor | None) -> Any:
+    """Values of no model, for the tensors of what runs may be on the meta device, or sharded."""
+    if tensor is None:
+        return None
+    shape = getattr(tensor, "ds_shape", tensor.shape)
+    if not tensor.is_floating_point():
+        return torch.zeros(shape, dtype=tensor.dtype)
+    return torch.linspace(0.6, 1.4, _numel(tensor), dtype=torch.float64).reshape(shape)

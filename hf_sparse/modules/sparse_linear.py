@@ -1,0 +1,142 @@
+"""The down projection of an MLP whose module stays: a linear layer that can skip zeros of its input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import triton_ops
+from hf_sparse.modules.guarded import GuardedModule
+from hf_sparse.modules.hooked import carry_device_hook
+from hf_sparse.modules.ownership import give_back, held_elsewhere, is_lent, lend, shares_nothing
+from hf_sparse.modules.sparse_block import hooks_on_all_modules
+from hf_sparse.modules.surroundings import has_own_forward, overridden, transformed
+from triton_ops import DENSE
+
+# What belongs to one module object and is not taken over from the stock layer.
+_NOT_SHARED = ("forward", "_old_forward", "_hf_hook")
+
+
+class SparseLinear(GuardedModule, nn.Linear):
+    """In the place of a stock ``nn.Linear``, whose parameters and hooks it shares.
+
+    It is right for any input: what is zero adds nothing, whatever made it so.
+
+    Args:
+        stock: the layer to stand in for; it is not changed.
+        gives_zeros: whether the activation before it gives exact zeros.
+
+    """
+
+    density: float | None
+    """As :attr:`hf_sparse.modules.SparseBlock.density`."""
+
+    def __init__(self, stock: nn.Linear, *, gives_zeros: bool) -> None:
+        nn.Module.__init__(self)
+        # The very dicts of parameters and hooks: what is put into one layer is in the other.
+        self.__dict__.update({k: v for k, v in vars(stock).items() if k not in _NOT_SHARED})
+        self._stock = (stock,)  # in a tuple, so that it is not registered as a child
+        self.gives_zeros = gives_zeros
+        self.density = None
+        carry_device_hook(stock, self)
+
+    def restore(self) -> nn.Linear:
+        """The stock layer, with what this one has now."""
+        self.disclose()
+        (stock,) = self._stock
+        own = (*_NOT_SHARED, "_stock", "gives_zeros", "density")
+        vars(stock).update({k: v for k, v in vars(self).items() if k not in own})
+        carry_device_hook(self, stock)
+        return stock
+
+    def disclose(self) -> None:
+        """Give the weight its stock layout back."""
+        weight = self._parameters.get("weight")
+        if weight is not None:
+            give_back(weight)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``input [..., F]`` to ``[..., D]``, any floating dtype."""
+        backend, weight = self._way(input)
+        if weight is None:
+            return nn.Linear.forward(self._unguarded(), input)
+        return triton_ops.sparse_linear(input, weight, self._parameters["bias"], backend=backend)
+
+    def _way(self, h: Tensor) -> tuple[str, Tensor | None]:
+        """Backend and weight for the operator in this call; no weight where it is that of ``nn.Linear``."""
+        compiling = torch.compiler.is_compiling()
+        if not compiling and (transformed() or overridden()):
+            return DENSE, None
+        if self.training or torch.is_grad_enabled():
+            if not compiling:
+                self.disclose()  # the weight belongs to whoever trains it
+            return DENSE, None
+        # Asked before a variable here holds the weight.
+        lendable = compiling or self.may_lend()
+        weight = self._readable()
+        if weight is None or weight.dtype != h.dtype or weight.device != h.device:
+            return DENSE, None
+        plan = triton_ops.plan(weight, "linear")
+        if self.gives_zeros and lendable:
+            backend = plan.backend(h.numel() // self.in_features, self.density)
+            # While compiling it is what it is: a graph must not change its own inputs.
+            if backend != DENSE and (rows := weight if compiling else lend(weight)) is not None:
+                return backend, rows
+        if plan.product != DENSE and triton_ops.is_neuron_major(weight):
+            # A view: another thread may give the weight back meanwhile.
+            return plan.product, weight if compiling else weight.detach()
+        if plan.stalls and not compiling:
+            give_back(weight)
+        return DENSE, None
+
+    def prepare(self) -> None:
+        """Store the weight neuron-major; else the first call that skips does so."""
+        if self.gives_zeros and self.may_lend() and (weight := self._readable()) is not None:
+            lend(weight)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether only a holder of the weight, or of its memory, keeps the layer from skipping."""
+        return self._readable() is not None and not self.may_lend()
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why the layer cannot skip as it is, if it cannot."""
+        if not self.gives_zeros:
+            return "its activation is not exactly zero"
+        if self._readable() is None:
+            return "its down projection must be called (a hook, quantised or offloaded weights)"
+        return None
+
+    def may_lend(self) -> bool:
+        """Whether the weight may be stored neuron by neuron, or is; asked while no variable holds it."""
+        weight = self._parameters.get("weight")
+        if weight is None or is_lent(weight):
+            return weight is not None
+        del weight
+        # The stock layer is the second holder of the dict.
+        if held_elsewhere(self._stock, 0) or held_elsewhere(vars(self), "_parameters", holders=2):
+            return False
+        parameters: dict[str, Any] = self._parameters
+        return not held_elsewhere(parameters, "weight") and shares_nothing(parameters["weight"])
+
+    def _readable(self) -> Tensor | None:
+        """The weight, if it may be read directly: as :meth:`SparseMLP.readable`."""
+        if self._forward_hooks or self._forward_pre_hooks or hooks_on_all_modules():
+            return None
+        own = self._parameters
+        if type(self) is not SparseLinear:  # parametrised, or sharded by itself
+            return None
+        if "forward" in vars(self) or type(own.get("weight")) is not nn.Parameter or "bias" not in own:
+            return None
+        return own["weight"] if has_own_forward(self._stock[0]) else None
+
+    def _unguarded(self) -> nn.Linear:
+        """This layer as the stock class: the same attributes, nothing disclosed by their use."""
+        if torch.compiler.is_compiling() or type(self) is not SparseLinear:
+            return self
+        view = object.__new__(nn.Linear)
+        object.__setattr__(view, "__dict__", self.__dict__)
+        return view

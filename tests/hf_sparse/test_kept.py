@@ -1,0 +1,468 @@
+"""Blocks whose module stays: OPT, BERT and others, from patch to skipping, saving and back."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import hf_sparse
+from hf_sparse import PatchError, SparsityConfig
+from hf_sparse.activations import build_activation
+from hf_sparse.adapters import find_blocks
+from hf_sparse.adapters.kept import MARK
+from hf_sparse.modules import KeptChange, SparseLinear
+from hf_sparse.objectives import L1Penalty
+from support.activations import FIELDS
+from support.compiler import CPP
+from support.models import tiny
+from support.peek import layouts
+from support.skips import CountSkips
+from triton_ops.activations import TABLE
+
+ZAMBA = ["linear_attention", "hybrid"] * 3
+NAMES = [name for name, row in TABLE.items() if not row.relu_up]
+
+
+def config_for(activation: str, **fields) -> SparsityConfig:
+    return SparsityConfig.read(activation, **FIELDS[activation], **fields)
+
+
+def swapped_by_hand(model: nn.Module, activation: str) -> nn.Module:
+    """A copy of a stock model with another activation, nothing of ours in it."""
+    other = copy.deepcopy(model)
+    for index, block in enumerate(find_blocks(other)[0]):
+        *_, name = block.roles.act.split(".")
+        owner = block.module.get_submodule(block.roles.act.rpartition(".")[0])
+        setattr(owner, name, build_activation(config_for(activation).activation, index, block.activation))
+    return other
+
+
+def logits(model: nn.Module, ids: Tensor, backend: str) -> Tensor:
+    with torch.no_grad(), hf_sparse.backend(backend):
+        return model(ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize("backend", ["torch", CPP])
+@pytest.mark.parametrize("activation", NAMES)
+def test_it_computes_the_stock_model_with_that_activation(kept_type, activation, backend, input_ids) -> None:
+    model = tiny(kept_type)
+    expected = logits(swapped_by_hand(model, activation), input_ids, "dense")
+    hf_sparse.patch(model, config_for(activation))
+    assert torch.equal(logits(model, input_ids, "dense"), expected)
+    assert layouts(model) == {False}
+    with CountSkips() as skips:
+        torch.testing.assert_close(logits(model, input_ids, backend), expected, atol=1e-4, rtol=1e-4)
+    assert skips.count == 3
+    assert layouts(model) == {True}
+    # Once stored neuron by neuron, by whatever torch or the kernels do with that.
+    torch.testing.assert_close(logits(model, input_ids, "dense"), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_that_is_sparse_as_it_comes_skips_with_its_own_activation(input_ids) -> None:
+    model = tiny("opt", activation_function="relu")
+    expected = logits(model, input_ids, "dense")
+    hf_sparse.patch(model, "original")
+    with CountSkips() as skips:
+        torch.testing.assert_close(logits(model, input_ids, "torch"), expected)
+    assert skips.count == 3
+    hf_sparse.unpatch(model)
+    hf_sparse.patch(tiny("opt"), "original")
+    with CountSkips() as skips:
+        logits(tiny("opt"), input_ids, "torch")
+    assert skips.count == 0
+
+
+def test_generating_gives_the_dense_tokens(kept_type) -> None:
+    model = tiny(kept_type)
+    hf_sparse.patch(model, "relu")
+    prompt = torch.randint(3, 128, (1, 6))
+    tokens = []
+    for backend in ("dense", "torch"):
+        with hf_sparse.backend(backend), CountSkips() as skips:
+            tokens.append(model.generate(prompt, max_new_tokens=8, min_new_tokens=8, do_sample=False))
+    assert torch.equal(*tokens)
+    assert skips.count == 8 * 3
+
+
+CONFIGS = {
+    "relu": SparsityConfig(),
+    "original": SparsityConfig(activation="original"),
+    "thresholds": SparsityConfig.read("fatrelu", threshold=(0.1, 1 / 3, 0.2)),
+    "some layers": SparsityConfig(layers=(0, 2)),
+    "mixed": SparsityConfig.read("jsrelu", mix=0.3),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_is_saved_comes_back(kept_type, name, input_ids, tmp_path) -> None:
+    model = tiny(kept_type)
+    stock = logits(model, input_ids, "dense")
+    hf_sparse.patch(model, CONFIGS[name])
+    expected = logits(model, input_ids, "dense")
+    if name != "mixed":
+        logits(model, input_ids, "torch")
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded, input_ids, "dense"), expected)
+    assert hf_sparse.inspect(loaded).config == CONFIGS[name]
+    with CountSkips() as skips:
+        logits(loaded, input_ids, "torch")
+    natively = kept_type == "bitnet"
+    assert skips.count == {"original": 3 * natively, "some layers": 2, "mixed": 0}.get(name, 3)
+    hf_sparse.unpatch(loaded)
+    assert torch.equal(logits(loaded, input_ids, "dense"), stock)
+
+
+def test_stock_transformers_loads_what_it_can_say(input_ids, tmp_path) -> None:
+    model = tiny("opt")
+    hf_sparse.patch(model, "relu")
+    assert model.config.activation_function == "relu"
+    model.save_pretrained(tmp_path)
+    hf_sparse.uninstall()
+    try:
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    finally:
+        hf_sparse.install()
+    assert not any(isinstance(module, SparseLinear) or MARK in vars(module) for module in plain.modules())
+    assert torch.equal(logits(plain, input_ids, "dense"), logits(model, input_ids, "dense"))
+    hf_sparse.patch(model, "fatrelu", threshold=0.1)
+    assert model.config.activation_function == "hf_sparse"
+
+
+def test_the_head_of_a_bert_keeps_its_activation(input_ids) -> None:
+    model = tiny("bert")
+    head = model.cls.predictions.transform.transform_act_fn
+    hf_sparse.patch(model, "relu")
+    assert model.cls.predictions.transform.transform_act_fn is head
+    assert model.config.hidden_act == "hf_sparse"  # which sets both
+
+
+def test_the_mix_can_be_set(kept_type, input_ids) -> None:
+    model = tiny(kept_type)
+    dense = logits(model, input_ids, "dense")
+    hf_sparse.patch(model, SparsityConfig.read("fatrelu", threshold=0.1, mix=0.0))
+    torch.testing.assert_close(logits(model, input_ids, "torch"), dense)
+    hf_sparse.set_mix(model, 0.5)
+    with CountSkips() as skips:
+        half = logits(model, input_ids, "torch")
+    assert skips.count == 0
+    assert not torch.allclose(half, dense)
+    hf_sparse.set_mix(model, 1.0)
+    with CountSkips() as skips:
+        full = logits(model, input_ids, "torch")
+    assert skips.count == 3
+    hf_sparse.unpatch(model)
+    hf_sparse.patch(model, "fatrelu", threshold=0.1)
+    torch.testing.assert_close(full, logits(model, input_ids, "dense"), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "message"), [("opt", "needs a gated MLP"), ("bitnet", "computes the block")]
+)
+def test_a_second_relu_is_refused(family, message, input_ids) -> None:
+    model = tiny(family)
+    before = logits(model, input_ids, "dense")
+    with pytest.raises(PatchError, match=message):
+        hf_sparse.patch(model, "drelu")
+    assert torch.equal(logits(model, input_ids, "dense"), before)
+    assert not any(MARK in vars(module) for module in model.modules())
+
+
+def test_measuring_counts_the_zeros_that_reach_the_down_projections(kept_type, input_ids) -> None:
+    model = tiny(kept_type)
+    hf_sparse.patch(model, "relu")
+    zeros: list[Tensor] = []
+    handles = [
+        block.activation.register_forward_hook(lambda _, args, out: zeros.append(out == 0))
+        for block in find_blocks(model)[0]
+    ]
+    report = hf_sparse.measure(model, [{"input_ids": input_ids}])
+    for handle in handles:
+        handle.remove()
+    found = [layer.zeros for layer in report.layers]
+    assert found == [int(one.sum()) for one in zeros]
+    assert all(layer.tokens == input_ids.numel() and layer.neurons == 88 for layer in report.layers)
+    assert min(found) > 0
+
+
+def test_the_l1_penalty_is_the_mean_of_what_reaches_the_down_projections(input_ids) -> None:
+    model = tiny("opt").train()
+    hf_sparse.patch(model, "relu")
+    seen: list[Tensor] = []
+    for block in find_blocks(model)[0]:
+        block.activation.register_forward_hook(lambda _, args, out: seen.append(out))
+    with L1Penalty(model) as l1:
+        model(input_ids)
+        expected = torch.stack([out.abs().mean() for out in seen]).sum()
+        torch.testing.assert_close(l1.value(), expected)
+        l1.value().backward()
+    assert model.model.decoder.layers[0].fc1.weight.grad.abs().sum() > 0
+
+
+def test_tuning_names_the_shape_and_keeps_the_density(input_ids, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model = tiny("opt")
+    hf_sparse.patch(model, "relu")
+    measured = hf_sparse.measure(model, [{"input_ids": input_ids}])
+    report = hf_sparse.tune(model, [{"input_ids": input_ids}], tokens=(1,))
+    assert [layer.density for layer in report.layers] == [layer.density for layer in measured.layers]
+    assert {m.problem.form for m in report.measurements} <= {"linear"}
+    linear = vars(model.model.decoder.layers[1])["_modules"]["fc2"]
+    assert linear.density == measured.layers[1].density
+
+
+def test_patching_again_and_some_layers_start_from_the_stock_modules(kept_type, input_ids) -> None:
+    model, other = tiny(kept_type), None
+    modules = dict(model.named_modules())
+    other = copy.deepcopy(model)
+    hf_sparse.patch(model, "relu")
+    logits(model, input_ids, "torch")
+    config = SparsityConfig(activation="jsrelu", layers=(1,))
+    hf_sparse.patch(model, config)
+    hf_sparse.patch(other, config)
+    assert torch.equal(logits(model, input_ids, "dense"), logits(other, input_ids, "dense"))
+    assert sum(isinstance(module, SparseLinear) for module in model.modules()) == 1
+    hf_sparse.unpatch(model)
+    assert dict(model.named_modules()) == modules
+
+
+def test_copies_and_pickles_have_weights_of_their_own(input_ids) -> None:
+    model = tiny("opt")
+    hf_sparse.patch(model, "relu")
+    expected = logits(model, input_ids, "torch")
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    twins = [copy.deepcopy(model), torch.load(file, weights_only=False)]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    for twin in twins:
+        torch.testing.assert_close(logits(twin, input_ids, "torch"), expected)
+        hf_sparse.unpatch(twin)
+        assert type(twin.model.decoder.layers[0].fc2) is nn.Linear
+        assert twin.model.decoder.layers[0].fc2.weight.abs().sum() > 0
+
+
+def test_a_down_projection_that_is_no_plain_linear_layer_is_left(input_ids) -> None:
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    model = tiny("opt")
+    for layer in model.model.decoder.layers:
+        scaled = Scaled(88, 32)
+        scaled.load_state_dict(layer.fc2.state_dict())
+        layer.fc2 = scaled
+    expected = logits(swapped_by_hand(model, "relu"), input_ids, "dense")
+    hf_sparse.patch(model, "relu")
+    with CountSkips() as skips:
+        assert torch.equal(logits(model, input_ids, "torch"), expected)
+    assert skips.count == 0
+    assert "no plain linear layer" in str(hf_sparse.tune(model, tokens=(1,)))
+    hf_sparse.unpatch(model)
+    assert not any(MARK in vars(module) for module in model.modules())
+
+
+def test_a_down_projection_whose_forward_was_replaced_is_left(input_ids) -> None:
+    model = tiny("opt")
+    for layer in model.model.decoder.layers:
+        layer.fc2.forward = lambda x, fc2=layer.fc2: nn.Linear.forward(fc2, x) * 3
+    expected = logits(swapped_by_hand(tiny("opt"), "relu"), input_ids, "dense")
+    hf_sparse.patch(model, "relu")
+    assert not any(isinstance(module, SparseLinear) for module in model.modules())
+    assert not torch.allclose(logits(model, input_ids, "torch"), expected)
+
+
+@pytest.mark.parametrize("where", ["the layer", "a part of it", "its class"])
+def test_a_forward_that_another_tool_replaces(where, input_ids, tmp_path, monkeypatch) -> None:
+    model = tiny("bert")
+    layer = model.bert.encoder.layer[1]
+    hf_sparse.patch(model, "relu")
+
+    def other(self, x, *args, **kwargs):
+        return x
+
+    if where == "its class":
+        monkeypatch.setattr(type(layer), "forward", other)
+    else:
+        module = layer if where == "the layer" else layer.intermediate
+        module.forward = other.__get__(module)
+    assert "was replaced by" in str(hf_sparse.inspect(model))
+    with pytest.warns(UserWarning, match="was replaced by .*other: what is saved computes"):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(PatchError, match="was replaced by"):
+        hf_sparse.patch(model, "relu2")
+
+
+def test_a_parametrised_down_projection_is_called_as_it_is(input_ids) -> None:
+    class Twice(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    model = tiny("opt")
+    expected = copy.deepcopy(model)
+    hf_sparse.patch(model, "relu")
+    hf_sparse.patch(expected, "relu")
+    layer = model.model.decoder.layers[1]
+    logits(model, input_ids, "torch")
+    torch.nn.utils.parametrize.register_parametrization(layer.fc2, "weight", Twice())
+    with torch.no_grad():
+        expected.model.decoder.layers[1].fc2.weight.mul_(2)
+    with CountSkips() as skips:
+        found = logits(model, input_ids, "torch")
+    assert skips.count == 2
+    torch.testing.assert_close(found, logits(expected, input_ids, "dense"), atol=1e-4, rtol=1e-4)
+    hf_sparse.unpatch(model)
+    hf_sparse.unpatch(expected)
+    found = logits(model, input_ids, "torch")
+    torch.testing.assert_close(found, logits(expected, input_ids, "dense"), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("change", ["fewer", "repeated", "shared", "exchanged", "by hand"])
+def test_layers_that_were_changed_are_saved_as_they_are(change, input_ids, tmp_path) -> None:
+    model = tiny("opt")
+    hf_sparse.patch(model, "fatrelu", threshold=(0.1, 0.2, 0.3))
+    layers = model.model.decoder.layers
+    if change == "fewer":
+        del layers[1]
+    elif change == "repeated":
+        layers.append(copy.deepcopy(layers[0]))
+    elif change == "shared":
+        layers.append(layers[0])
+    elif change == "exchanged":
+        layers[0], layers[2] = layers[2], layers[0]
+    else:
+        layers[1].activation_fn = nn.SiLU()
+    model.config.num_hidden_layers = len(layers)
+    if change in ("shared", "by hand"):
+        with pytest.raises(PatchError, match=r"copy\.deepcopy|has SiLU"):
+            model.save_pretrained(tmp_path)
+        return
+    expected = logits(model, input_ids, "dense") if change != "repeated" else None
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    thresholds = [layer.activation_fn.threshold for layer in loaded.model.decoder.layers]
+    assert thresholds == {"fewer": [0.1, 0.3], "exchanged": [0.3, 0.2, 0.1]}.get(change, [0.1, 0.2, 0.3, 0.1])
+    if expected is not None:
+        assert torch.equal(logits(loaded, input_ids, "dense"), expected)
+
+
+@pytest.mark.parametrize("family", ["bloom", "mpt", "cpmant"])
+def test_modules_without_a_field_in_the_config(family, input_ids) -> None:
+    """Their blocks are recognised and exchanged; it is the config that cannot say so."""
+    model = tiny(family)
+    expected = logits(swapped_by_hand(model, "relu"), input_ids, "dense")
+    blocks, _ = find_blocks(model)
+    assert len(blocks) == 3
+    for block in blocks:
+        KeptChange.to_sparse(block, nn.ReLU(), 1.0).make()
+    assert torch.equal(logits(model, input_ids, "dense"), expected)
+    with CountSkips() as skips:
+        torch.testing.assert_close(logits(model, input_ids, "torch"), expected, atol=1e-4, rtol=1e-4)
+    assert skips.count == 3
+
+
+def test_a_model_with_blocks_of_both_kinds(input_ids, tmp_path) -> None:
+    """Gemma-3n keeps the largest pre-activations, in some of its layers."""
+    model = tiny("gemma3n_text")
+    stays = [block.stays for block in find_blocks(model)[0]]
+    assert stays == [True, True, False]
+    expected = logits(swapped_by_hand(model, "relu"), input_ids, "dense")
+    hf_sparse.patch(model, "relu")
+    assert torch.equal(logits(model, input_ids, "dense"), expected)
+    with CountSkips() as skips:
+        torch.testing.assert_close(logits(model, input_ids, "torch"), expected, atol=1e-4, rtol=1e-4)
+    assert skips.count == 3
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded, input_ids, "dense"), expected)
+
+
+def test_layers_that_share_weights(input_ids, tmp_path) -> None:
+    """Zamba2 has the weights of two MLPs for all its layers, which add a small product of their own each.
+
+    A weight that two layers have is stored as torch does, so these run dense.
+    """
+    model = tiny("zamba2", hybrid_layer_ids=[1, 3, 5], num_hidden_layers=6, layers_block_type=ZAMBA)
+    expected = logits(swapped_by_hand(model, "relu"), input_ids, "dense")
+    assert not torch.equal(logits(model, input_ids, "dense"), expected)
+    report = hf_sparse.patch(model, "relu")
+    assert {block.stock_class.__name__ for block in report.blocks} == {"Zamba2MLP"}
+    assert torch.equal(logits(model, input_ids, "dense"), expected)
+    with CountSkips() as skips:
+        torch.testing.assert_close(logits(model, input_ids, "torch"), expected, atol=1e-4, rtol=1e-4)
+    assert skips.count == 1
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded, input_ids, "dense"), expected)
+
+
+class TestPeft:
+    def lora(self, model: nn.Module, **options: object) -> nn.Module:
+        return get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, **options)).eval()
+
+    @pytest.mark.parametrize("first", ["patch", "lora"])
+    def test_lora_on_both_projections(self, input_ids, first) -> None:
+        torch.manual_seed(0)
+        model = tiny("opt")
+        reference = swapped_by_hand(model, "relu")
+        torch.manual_seed(1)
+        reference = self.lora(reference, target_modules=["fc1", "fc2"])
+        expected = logits(reference, input_ids, "dense")
+        torch.manual_seed(1)
+        if first == "patch":
+            hf_sparse.patch(model, "relu")
+            wrapped = self.lora(model, target_modules=["fc1", "fc2"])
+        else:
+            wrapped = self.lora(model, target_modules=["fc1", "fc2"])
+            hf_sparse.patch(wrapped, "relu")
+        assert torch.equal(logits(wrapped, input_ids, "dense"), expected)
+        with CountSkips() as skips:
+            torch.testing.assert_close(logits(wrapped, input_ids, "torch"), expected, atol=1e-4, rtol=1e-4)
+        assert skips.count == 3  # under the adapter
+        merged = wrapped.merge_and_unload()
+        with CountSkips() as skips:
+            torch.testing.assert_close(logits(merged, input_ids, "torch"), expected, atol=1e-3, rtol=1e-3)
+        assert skips.count == 3
+        hf_sparse.unpatch(merged)
+        assert all(type(layer.fc2) is nn.Linear for layer in merged.model.decoder.layers)
+
+    @pytest.mark.parametrize("first", ["patch", "peft"])
+    @pytest.mark.parametrize(
+        ("family", "part"), [("opt", "fc2"), ("bert", "intermediate"), ("bert", "output.dense")]
+    )
+    def test_copies_of_a_part(self, input_ids, family, part, first) -> None:
+        model = tiny(family)
+        original = copy.deepcopy(model.state_dict())
+        target = "q_proj" if family == "opt" else "query"
+        options = {"target_modules": [target], "modules_to_save": [part]}
+        if first == "patch":
+            hf_sparse.patch(model, "relu")
+            wrapped = self.lora(model, **options)
+        else:
+            wrapped = self.lora(model, **options)
+            hf_sparse.patch(wrapped, "relu")
+        expected = logits(wrapped, input_ids, "dense")
+        torch.testing.assert_close(logits(wrapped, input_ids, "torch"), expected, atol=1e-4, rtol=1e-4)
+        with wrapped.disable_adapter():
+            bare = logits(wrapped, input_ids, "torch")
+        plain = tiny(family)
+        plain.load_state_dict(original)
+        hf_sparse.patch(plain, "relu")
+        torch.testing.assert_close(bare, logits(plain, input_ids, "dense"), atol=1e-4, rtol=1e-4)
+        hf_sparse.set_mix(wrapped, 0.0)
+        with wrapped.disable_adapter():
+            unmixed = logits(wrapped, input_ids, "dense")
+        hf_sparse.unpatch(plain)
+        torch.testing.assert_close(unmixed, logits(plain, input_ids, "dense"), atol=1e-4, rtol=1e-4)
+        hf_sparse.unpatch(wrapped)
+        assert not any(isinstance(module, SparseLinear) for module in wrapped.modules())
+        with wrapped.disable_adapter():
+            assert torch.equal(logits(wrapped, input_ids, "dense"), logits(plain, input_ids, "dense"))
