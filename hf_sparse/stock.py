@@ -115,6 +115,8 @@ def builds_same(model: PreTrainedModel, field: str, value: str, blocks: Mapping[
     for name, module in built.items():
         mine = ours.get(name)
         if mine is None:
+            if isinstance(module, STOCK_ACTIVATIONS) and _inside(name, blocks):
+                return False  # ours has the activation written into its forward
             continue
         is_activation = isinstance(module, STOCK_ACTIVATIONS) or isinstance(mine, STOCK_ACTIVATIONS)
         if is_activation and type(module) is not type(mine):
@@ -151,6 +153,10 @@ def _tensors(module: nn.Module) -> dict[str, Any]:
     if size is not None:
         return dict.fromkeys(held, size)
     return {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in held.items()}
+
+
+def _inside(name: str, blocks: Iterable[str]) -> bool:
+    return any(name.startswith(f"{block}.") for block in blocks)
 
 
 def _sets(model: PreTrainedModel, field: str, names: list[str]) -> bool:
