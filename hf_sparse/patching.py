@@ -264,6 +264,11 @@ def _choose(model: PreTrainedModel, blocks: list[Block], config: SparsityConfig)
     for block in chosen:
         for part in config.parts.values():
             part.check(block)
+        if block.stays and config.others:
+            raise PatchError(
+                f"{config.others[0][0]} belongs into an MLP block of our own, but {block.name} stays a "
+                f"{block.stock_class.__name__} when it is patched; leave {config.others[0][0]} out."
+            )
         if by := block.replaced_forward:
             raise PatchError(
                 f"the forward of {block.name} was replaced by {by} (Liger's use_liger_kernel does so), which "
