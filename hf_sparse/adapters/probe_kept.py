@@ -171,7 +171,7 @@ class _Probe:
         return None
 
     def _set_up(self) -> None:
-        forward = inspect.unwrap(type(self.module).forward)
+        forward = type(self.module).forward
         self.forward = partial(forward, self._stand_in(self.module, ""))
         hidden = self.sizes[self.down][1]
         self.x = torch.linspace(-1, 1, _TOKENS * hidden, dtype=torch.float64).reshape(1, _TOKENS, -1)
@@ -304,7 +304,7 @@ class _Linear:
     def __call__(self, x: Tensor) -> Tensor:
         run, name = self._probe.run, self._name
         if x.shape[-1] != self.in_features:
-            raise ValueError("it gets something else")
+            raise ValueError(f"{name} takes {self.in_features} features, and gets {x.shape[-1]}")
         run.calls.append(name)
         if name == self._probe.down:
             run.h = x.flatten(0, -2).clone()
