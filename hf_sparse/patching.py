@@ -194,8 +194,8 @@ def prepare(model: nn.Module, *, certify: bool = False) -> None:
             MLP) and 12 per neuron, proves most silent neurons silent. The result is the same, bit for bit. It
             pays where few neurons are active; several tokens in a call, and MLPs whose module stays (in the
             report, layers and not MLPs: OPT, BERT), are computed without it. It is used while nobody but the
-            model holds that projection, so that no change of it goes unnoticed: with an optimizer or a list of
-            its parameters at hand, decoding goes on without. False ends its use.
+            model holds that projection, so that no change of it goes unnoticed: with an optimizer or a list
+            of its parameters at hand, decoding goes on without. False ends its use.
 
     Raises:
         PatchError: the model is not patched, or has an activation that is never exactly zero.
