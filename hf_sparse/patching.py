@@ -192,9 +192,10 @@ def prepare(model: nn.Module, *, certify: bool = False) -> None:
         certify: decode single sequences without reading most of the projection that decides which neurons are
             active. A certificate of it, one byte per weight (of the gate, or of the up projection of a plain
             MLP) and 12 per neuron, proves most silent neurons silent. The result is the same, bit for bit. It
-            pays where few neurons are active; several tokens in a call are computed without it. It is used
-            while nobody but the model holds that projection, so that no change of it goes unnoticed: with an
-            optimizer or a list of its parameters at hand, decoding goes on without. False ends its use.
+            pays where few neurons are active; several tokens in a call, and MLPs whose module stays (in the
+            report, layers and not MLPs: OPT, BERT), are computed without it. It is used while nobody but the
+            model holds that projection, so that no change of it goes unnoticed: with an optimizer or a list
+            of its parameters at hand, decoding goes on without. False ends its use.
 
     Raises:
         PatchError: the model is not patched, or has an activation that is never exactly zero.
@@ -264,6 +265,11 @@ def _choose(model: PreTrainedModel, blocks: list[Block], config: SparsityConfig)
     for block in chosen:
         for part in config.parts.values():
             part.check(block)
+        if block.stays and config.others:
+            raise PatchError(
+                f"{config.others[0][0]} belongs into an MLP block of our own, but {block.name} stays a "
+                f"{block.stock_class.__name__} when it is patched; leave {config.others[0][0]} out."
+            )
         if by := block.replaced_forward:
             raise PatchError(
                 f"the forward of {block.name} was replaced by {by} (Liger's use_liger_kernel does so), which "

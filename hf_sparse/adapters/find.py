@@ -38,7 +38,7 @@ def find_blocks(model: nn.Module) -> tuple[list[Block], list[Skipped]]:
     inside: tuple[str, ...] = ()
     known: dict[Any, Kept | None] = {}
     for name, module in in_use(model):
-        if name.startswith(inside) or not _in_layers(name):
+        if f"{name}.".startswith(inside) or not _in_layers(name):
             continue
         roles = _roles(module, known)
         if roles is not None:
@@ -80,11 +80,11 @@ def _roles(module: nn.Module, known: dict[Any, Kept | None]) -> Roles | None:
 
 
 def _taken(name: str, roles: Roles) -> set[str]:
-    """Prefixes of the names of modules that have no other block in them."""
+    """Names, with a dot, of modules that have no other block in them."""
     if not isinstance(roles, Kept):
         return {f"{name}."}
     # The module may be a whole layer, with other MLPs.
-    return {f"{name}.{part.rpartition('.')[0]}" for part in (roles.act, roles.down) if "." in part}
+    return {f"{name}.{part.rpartition('.')[0]}." for part in (roles.act, roles.down) if "." in part}
 
 
 def _with_spares(model: nn.Module, blocks: list[Block]) -> list[Block]:

@@ -171,7 +171,7 @@ class _Probe:
         return None
 
     def _set_up(self) -> None:
-        forward = inspect.unwrap(type(self.module).forward)
+        forward = type(self.module).forward
         self.forward = partial(forward, self._stand_in(self.module, ""))
         hidden = self.sizes[self.down][1]
         self.x = torch.linspace(-1, 1, _TOKENS * hidden, dtype=torch.float64).reshape(1, _TOKENS, -1)
@@ -233,7 +233,7 @@ class _Probe:
 
     def _half_decides(self, name: str, base: _Run, half: int) -> bool:
         out = base.out[name]
-        mask = (torch.arange(out.shape[-1]) < out.shape[-1] // 2) == (half == 0)
+        mask = (_range(out.shape[-1]) < out.shape[-1] // 2) == (half == 0)
         given = {one: base.out[one] for one in base.out if one != self.down}
         changed = self._of({**given, name: torch.where(mask, _bumped(out), out)})
         return not _equal(changed.p, base.p)
@@ -277,8 +277,8 @@ class _Probe:
         run = self.run
         run.calls.append(self.act)
         run.p = p.flatten(0, -2).clone()
-        places = torch.arange(run.p.numel()).reshape(run.p.shape)
-        run.zeros = (places * 5 // 3) % 4 == 0
+        places = _range(run.p.numel()).reshape(run.p.shape)
+        run.zeros = (places.long() * 5 // 3) % 4 == 0
         return torch.where(run.zeros.reshape(p.shape), 0.0, 0.3 + p.sigmoid())
 
 
@@ -288,23 +288,23 @@ class _Linear:
     def __init__(self, probe: _Probe, name: str, size: tuple[int, int]) -> None:
         self._probe, self._name = probe, name
         self.in_features, self.out_features = size
-        place = torch.arange(self.out_features)
-        self._source = (place * 7 + len(name)) % self.in_features
+        place = _range(self.out_features)
+        self._source = (place * 7 + len(name)).long() % self.in_features
         self._scale, self._move = 0.5 + place % 17 / 17, place % 11 / 11 - 0.4
 
     @property
     def weight(self) -> Tensor:
         self._probe.run.read |= self._name == self._probe.down
-        return torch.zeros(1, dtype=torch.float64).expand(self.out_features, self.in_features)
+        return self._move[:1].expand(self.out_features, self.in_features)
 
     @property
     def bias(self) -> Tensor:
-        return torch.zeros(self.out_features, dtype=torch.float64)
+        return self._move
 
     def __call__(self, x: Tensor) -> Tensor:
         run, name = self._probe.run, self._name
         if x.shape[-1] != self.in_features:
-            raise ValueError("it gets something else")
+            raise ValueError(f"{name} takes {self.in_features} features, and gets {x.shape[-1]}")
         run.calls.append(name)
         if name == self._probe.down:
             run.h = x.flatten(0, -2).clone()
@@ -333,7 +333,7 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 
 def _bumped(out: Tensor, rows: int | None = None) -> Tensor:
-    change = (torch.arange(out.shape[-1], dtype=torch.float64) + 1).cos() / 2
+    change = (_range(out.shape[-1]) + 1).cos() / 2
     moved = out.flatten(0, -2).clone()
     moved[:rows] += change
     return moved.reshape(out.shape)
@@ -347,6 +347,11 @@ def _equal(one: Tensor | None, other: Tensor | None, after: int = 0) -> bool:
     return one is not None and other is not None and torch.equal(one[after:], other[after:])
 
 
+def _range(count: int) -> Tensor:
+    # Whatever the default dtype and device are while a model is built, ZeRO-3's among them.
+    return torch.arange(count, device="cpu").to("cpu", torch.float64)
+
+
 def _numel(tensor: Tensor) -> int:
     return int(torch.Size(getattr(tensor, "ds_shape", tensor.shape)).numel())
 
@@ -357,5 +362,5 @@ def _made_up(tensor: Tensor | None) -> Any:
         return None
     shape = getattr(tensor, "ds_shape", tensor.shape)
     if not tensor.is_floating_point():
-        return torch.zeros(shape, dtype=tensor.dtype)
+        return torch.zeros(shape, dtype=tensor.dtype, device="cpu")
     return torch.linspace(0.6, 1.4, _numel(tensor), dtype=torch.float64).reshape(shape)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_sparse.adapters import Block
+from hf_sparse.adapters import Block, find_blocks
 from hf_sparse.adapters.kept import Kept
 from hf_sparse.adapters.probe_kept import recognise_kept
 
@@ -151,6 +151,32 @@ class Around(nn.Module):
 def test_the_innermost_module_has_the_mlp() -> None:
     assert recognise_kept(Around()) is None
     assert recognise_kept(Around().mlp) is not None
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.act, self.down = nn.Linear(D, N), nn.GELU(), nn.Linear(N, D)
+
+    def forward(self, x):
+        return self.down(self.act(self.up(x)))
+
+
+class WithAnother(Split):
+    """A layer with an MLP of its own and one that is a module, whose name begins alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first_of_all = Plain()
+
+    def forward(self, x):
+        return super().forward(self.first_of_all(x))
+
+
+def test_a_layer_that_stays_may_have_other_blocks() -> None:
+    blocks, skipped = find_blocks(nn.ModuleList([WithAnother()]))
+    assert [(block.name, block.stays) for block in blocks] == [("0", True), ("0.first_of_all", False)]
+    assert not skipped
 
 
 def test_recognising_leaves_weights_hooks_and_random_state_alone() -> None:

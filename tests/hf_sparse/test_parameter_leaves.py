@@ -80,3 +80,11 @@ def test_one_that_no_part_of_the_config_tells_of_is_not_saved_silently(tiny_mode
     next(sparse_blocks(model)).scale = Scale(4)
     with pytest.raises(hf_sparse.PatchError, match="scale"):
         model.save_pretrained(tmp_path)
+
+
+def test_a_module_that_stays_as_it_is_takes_none(tiny_model, monkeypatch) -> None:
+    monkeypatch.setitem(PARTS, "scale", ScaleConfig)
+    model = tiny_model("opt")
+    with pytest.raises(hf_sparse.PatchError, match=r"model\.decoder\.layers\.0 stays a OPTDecoderLayer"):
+        hf_sparse.patch(model, hf_sparse.SparsityConfig(activation="relu", scale=ScaleConfig()))
+    assert type(model.model.decoder.layers[0].fc2) is torch.nn.Linear

@@ -66,10 +66,13 @@ assert "hf_sparse" not in sys.modules
 
 
 @pytest.mark.slow
-def test_without_hf_sparse_the_model_is_the_same_or_refused(tiny_model, input_ids, tmp_path) -> None:
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_without_hf_sparse_the_model_is_the_same_or_refused(tiny_model, family, input_ids, tmp_path) -> None:
     expected = {}
     for name, config in CONFIGS.items():
-        model = tiny_model("llama")
+        if config.activation.relu_up and family != "llama":
+            continue
+        model = tiny_model(family)
         hf_sparse.patch(model, config)
         model.save_pretrained(tmp_path / name)
         expected[name] = model(input_ids).logits
