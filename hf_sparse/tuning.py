@@ -147,6 +147,7 @@ def tune(
     patched = inspect(base)
     if patched.config is None:
         raise PatchError(f"tune needs a patched model; this {type(base).__name__} is not patched.")
+    blocks = [block for part in patched.patched for block in part.blocks]
     if dataset is not None:
         density = measure(
             base,
@@ -158,13 +159,13 @@ def tune(
             progress=progress,
         )
         found = {layer.name: layer.density for layer in density.layers if layer.tokens}
-        for block in patched.blocks:
+        for block in blocks:
             assert isinstance(block.module, SparseMLP)
             block.module.density = found.get(block.name, block.module.density)
 
     measurements: dict[Problem, Measurement] = {}
     layers: list[TunedLayer] = []
-    for block in _bar(patched.blocks, progress):
+    for block in _bar(blocks, progress):
         module = block.module
         assert isinstance(module, SparseMLP)
         problems, obstacle = _problems(module, block.hidden_size, block.intermediate_size)

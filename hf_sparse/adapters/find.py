@@ -8,10 +8,13 @@ from torch import nn
 
 from hf_sparse.activations.known import STOCK_ACTIVATIONS
 from hf_sparse.adapters.block import Block
+from hf_sparse.adapters.bottleneck import bottlenecks
 from hf_sparse.adapters.copies import idle, in_use, place
 from hf_sparse.adapters.roles import Roles
 from hf_sparse.adapters.shapes import SHAPES, linears, recognise
 from hf_sparse.errors import PatchError
+
+_NARROW = "it is an adapter or a gate: fewer neurons than hidden units, and a wider network in its layer"
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,9 @@ def find_blocks(model: nn.Module) -> tuple[list[Block], list[Skipped]]:
                 skipped.append(Skipped(name, type(module).__name__, reason))
             continue
         inside = (*inside, name + ".")
-    return _with_spares(model, blocks), skipped
+    narrow = bottlenecks(blocks, in_use(model))
+    skipped += [Skipped(b.name, type(b.module).__name__, _NARROW) for b in narrow]
+    return _with_spares(model, [block for block in blocks if block not in narrow]), skipped
 
 
 def require_blocks(model: nn.Module) -> tuple[list[Block], list[Skipped]]:
