@@ -75,7 +75,10 @@ class Record:
     def stock_name_in(self, config: PretrainedConfig) -> str | None:
         """The activation as which stock transformers loads ``config``; None if it refuses it."""
         if self.field is None:
-            return None if refused_elsewhere(config) else self.activation
+            new = self.config.activation
+            same = new.name == ORIGINAL or (new.name == self.activation and new.mix == 1)
+            known = same and not self.config.others and not refused_elsewhere(config)
+            return self.activation if known else None
         value: str = vars(config)[self.field]
         return None if value == KEY else value
 

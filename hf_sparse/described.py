@@ -149,6 +149,8 @@ def _bring_in_line(model: PreTrainedModel, part: Part, record: Record) -> bool:
         around = part.path and stock_name(model, now, blocks, part.path) is None
         if around or any(map(_holds_more, blocks.values())):
             now.write(part.config, stock_name=None)
+    elif record.field is None:  # the model may have been loaded with other fusions in the place of ours
+        now.write(part.config, stock_name=None)
     return True
 
 
