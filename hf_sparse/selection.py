@@ -87,7 +87,7 @@ class Selection:
 def _patterns(field: str, value: Patterns) -> tuple[str, ...]:
     if value is None:
         return ()
-    patterns = (value,) if isinstance(value, str) else tuple(value)
+    patterns = tuple(value) if isinstance(value, list | tuple) else (value,)
     if not patterns or not all(isinstance(one, str) and one for one in patterns):
         raise PatchError(
             f'{field}={value!r} is no pattern or sequence of patterns on names of blocks, such as "*.0.mlp".'
