@@ -213,8 +213,12 @@ def _patch_from_own_config(model: PreTrainedModel, *, may_be_some: bool) -> None
         record.agree(model.config)
         blocks, _ = own_blocks(model)
         todo = [block for block in blocks if not isinstance(block.module, SparseMLP)]
+        if record.field is None:
+            _let_go(todo)
         if not record.config.uniform:
             if may_be_some and len(blocks) != record.blocks:
+                if record.field is None:
+                    _hold_back(todo)
                 return
             if record.blocks != len(blocks):
                 raise ValueError(
@@ -233,6 +237,18 @@ def _patch_from_own_config(model: PreTrainedModel, *, may_be_some: bool) -> None
         if record.field is not None and record.activation is not None:
             _put_back(model, todo, record.activation)
         _exchange(model, todo, _new_modules(todo, chosen, record.config))
+
+
+def _hold_back(blocks: Sequence[Block]) -> None:
+    """Let ``blocks`` raise when they are called, until the outer model patches them or lets them go."""
+    for block in blocks:
+        block.module._modules[block.roles.act] = UnpatchedActivation(block.activation)
+
+
+def _let_go(blocks: Sequence[Block]) -> None:
+    for block in blocks:
+        if isinstance(act := block.activation, UnpatchedActivation) and act.original[0] is not None:
+            block.module._modules[block.roles.act] = act.original[0]
 
 
 def prepare(model: nn.Module, *, certify: bool = False) -> None:

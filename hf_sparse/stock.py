@@ -42,7 +42,14 @@ def refuse_missing_block(config: PretrainedConfig) -> None:
 
 
 class UnpatchedActivation(nn.Module):
-    """Stands where a config says ``"hf_sparse"`` until the patch puts the real activation there."""
+    """Stands where a config says ``"hf_sparse"`` until the patch puts the real activation there.
+
+    Where no field of the config says it, it stands for the ``original`` that the class has made.
+    """
+
+    def __init__(self, original: nn.Module | None = None) -> None:
+        super().__init__()
+        self.original = (original,)  # no child: a patch looks for an activation without children
 
     def forward(self, p: torch.Tensor) -> torch.Tensor:
         raise RuntimeError(
@@ -169,7 +176,7 @@ def put_back_around(model: PreTrainedModel, patched: Sequence[str]) -> None:
             or any(isinstance(value, str) and value == KEY for value in vars(module).values())
         )
     ]
-    if not todo or _ON_TRIAL in vars(model.config):
+    if not todo:
         return
     built = _named(build_stock(model, None, None))
     for name, module in todo:

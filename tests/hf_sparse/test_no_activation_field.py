@@ -302,6 +302,43 @@ def test_no_field_where_the_field_says_ours_is_refused(tiny_model) -> None:
         hf_sparse.unpatch(model)
 
 
+def test_a_part_of_a_model_whose_blocks_differ_fails_loudly(tmp_path) -> None:
+    model = xlstm()
+    hf_sparse.patch(model, "fatrelu", threshold=(0.1, 0.2, 0.3))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="blocks=3 is not the number of MLP blocks"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, num_blocks=2, num_hidden_layers=2)
+    part = AutoModel.from_pretrained(tmp_path, num_blocks=2, num_hidden_layers=2)
+    with pytest.raises(RuntimeError, match="another number of MLP blocks"):
+        part(IDS)
+
+
+class FixedPair(PreTrainedModel):
+    """Two models of one config, each of which holds a half of the blocks."""
+
+    config_class = FixedConfig
+
+    def __init__(self, config: FixedConfig) -> None:
+        super().__init__(config)
+        self.first, self.second = FixedModel(config), FixedModel(config)
+        self.post_init()
+
+    def forward(self, input_ids: Tensor, **_: Any) -> Tensor:
+        return self.first(input_ids) + self.second(input_ids)
+
+
+def test_halves_that_hold_some_of_the_blocks_are_patched_by_the_whole(fixed, tmp_path) -> None:
+    model = strong(FixedPair(FixedConfig()))
+    dense = output(model)
+    hf_sparse.patch(model, "fatrelu", threshold=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6))
+    expected = output(model)
+    model.save_pretrained(tmp_path)
+    loaded = FixedPair.from_pretrained(tmp_path).eval()
+    assert torch.equal(output(loaded), expected)
+    hf_sparse.unpatch(loaded)
+    assert torch.equal(output(loaded), dense)
+
+
 @pytest.mark.parametrize("fusions", [[], "hf_sparse", 3, None, {"hf_sparse": 1}])
 def test_fusions_of_any_kind_in_a_config_are_no_error_of_ours(fusions) -> None:
     model = xlstm()
