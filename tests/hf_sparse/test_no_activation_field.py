@@ -73,6 +73,12 @@ def xlstm() -> PreTrainedModel:
     return strong(AutoModelForCausalLM.from_config(config))
 
 
+def openai_gpt() -> PreTrainedModel:
+    """It has a table of activations of its own, in which ours is not."""
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 64, "n_positions": 32}
+    return strong(AutoModelForCausalLM.from_config(AutoConfig.for_model("openai-gpt", **sizes)))
+
+
 def qwen4() -> PreTrainedModel:
     """Its config accepts "silu" and "sigmoid" only as hidden_act, which its attention reads, too."""
     return strong(AutoModelForCausalLM.from_config(Qwen4ExpTextConfig(**QWEN4)))
@@ -131,8 +137,9 @@ def fixed() -> Iterator[type[FixedModel]]:
 
 
 def output(model: PreTrainedModel) -> Tensor:
+    cache = {} if model.config.model_type == "openai-gpt" else {"use_cache": False}
     with torch.no_grad():
-        found = model(input_ids=IDS, use_cache=False)
+        found = model(input_ids=IDS, **cache)
     return found if isinstance(found, Tensor) else found.logits
 
 
@@ -144,7 +151,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("make", [xlstm, qwen4, qwen4_with_images])
+@pytest.mark.parametrize("make", [xlstm, openai_gpt, qwen4, qwen4_with_images])
 def test_round_trip(make, name, tmp_path) -> None:
     model = make()
     dense = output(model)
@@ -310,7 +317,7 @@ def test_a_part_of_a_model_whose_blocks_differ_fails_loudly(tmp_path) -> None:
         AutoModelForCausalLM.from_pretrained(tmp_path, num_blocks=2, num_hidden_layers=2)
     part = AutoModel.from_pretrained(tmp_path, num_blocks=2, num_hidden_layers=2)
     with pytest.raises(RuntimeError, match="another number of MLP blocks"):
-        part(IDS)
+        part(IDS, use_cache=False)
 
 
 class FixedPair(PreTrainedModel):
