@@ -40,7 +40,7 @@ def described(model: PreTrainedModel, record: Record) -> Record | None:
         act = block.module.original_activation if isinstance(block.module, SparseMLP) else block.activation
         if not same_function(act, made[block.place]):
             what = f"the original activation of {block.name}" if is_patched else f"the unpatched {block.name}"
-            said = record.activation or made[block.place]
+            said = record.activation or made[block.place] or "none that the config builds"
             raise PatchError(
                 f"the config says that {what} is {said!r}, but it is {act}. "
                 "Put that back, or hf_sparse.unpatch(model) and patch again."

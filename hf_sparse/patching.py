@@ -229,6 +229,7 @@ def _patch_from_own_config(model: PreTrainedModel, *, may_be_some: bool) -> None
                 return
         if not blocks and not may_be_some:
             require_blocks(model)
+            raise ValueError(f"{type(model).__name__} has no MLP block outside of its parts; take it out.")
         if not todo:
             return
         chosen = _choose(model, todo, record.config)

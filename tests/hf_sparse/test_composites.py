@@ -6,10 +6,13 @@ import copy
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -254,6 +257,124 @@ def test_a_block_in_a_part_that_nests_without_end_is_refused(depth, tmp_path) ->
     path.write_text(path.read_text().replace('"name": "relu"', f'"name": {"[" * depth}{"]" * depth}'))
     with pytest.raises(ValueError, match=r"hf_sparse.*nests more than|nests too deeply.*hf_sparse"):
         type(model).from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("place", "block", "named"),
+    [
+        ("text_config", {"activation": {"name": "evil"}}, "activation.name='evil'"),
+        ("text_config", {"stock": {"field": "hidden_act", "activation": "silu"}}, "stock.field='hidden_act'"),
+        ("text_config", {"stock": {"field": None, "activation": None}}, "which is UnpatchedActivation"),
+        ("vision_config", {}, "stock.field='hidden_activation' is no field of SiglipVisionConfig"),
+        ("", {}, "stock.field='hidden_activation' is no field of Gemma3Config"),
+        ("", {"stock": {"field": None, "activation": None}}, "no MLP block outside of its parts"),
+    ],
+)
+def test_a_malformed_or_misplaced_block_is_refused(place, block, named, tmp_path) -> None:
+    model = composite("gemma3")
+    hf_sparse.patch(model, "fatrelu", threshold=0.1)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    target = config[place] if place else config
+    target["hf_sparse"] = config["text_config"]["hf_sparse"] | block
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match='"hf_sparse" block of the model config cannot be used') as error:
+        type(model).from_pretrained(tmp_path)
+    assert named in str(error.value)
+
+
+def test_the_readme_is_about_the_parts_that_are_patched(tmp_path) -> None:
+    model = composite("gemma3")
+    hf_sparse.patch(model, "relu", part="vision")
+    model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "part 'vision': 2 MLP blocks patched" in card
+    assert "'text'" not in card
+    hf_sparse.patch(model, "relu")
+    model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "part 'text': 3 MLP blocks patched" in card
+    assert "part 'vision': 2 MLP blocks patched" in card
+    hf_sparse.unpatch(model)
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "README.md").exists()
+
+
+PATCHES = (
+    {"config": "relu"},
+    {"config": "fatrelu", "threshold": 0.2},
+    {"config": "relu", "layers": [1]},
+    {"config": "relu", "mix": 0.5},
+    {"config": "original"},
+)
+STEPS = st.one_of(
+    st.tuples(st.just("patch"), st.sampled_from(["text", "vision"]), st.sampled_from(PATCHES)),
+    st.tuples(st.just("patch one model"), st.sampled_from(["text", "vision"]), st.sampled_from(PATCHES)),
+    st.tuples(st.just("unpatch"), st.sampled_from(["text", "vision", None])),
+    st.tuples(st.just("mix"), st.sampled_from([0.25, 1.0])),
+    st.tuples(st.just("copy")),
+    st.tuples(st.just("save and load")),
+)
+
+
+def after(model: PreTrainedModel, step: tuple, folder: Path) -> PreTrainedModel:
+    """The model after what a user does to it, or tries to."""
+    try:
+        if step[0] == "patch":
+            hf_sparse.patch(model, part=step[1], **step[2])
+        elif step[0] == "patch one model":
+            inner = {"text": "text_model", "vision": "vision_model"}
+            pair = {"text": "language_model", "vision": "image_tower"}
+            names = inner if hasattr(model.model, "text_model") else pair
+            hf_sparse.patch(getattr(model.model, names[step[1]]), **step[2])
+        elif step[0] == "unpatch":
+            hf_sparse.unpatch(model, part=step[1])
+        elif step[0] == "mix":
+            hf_sparse.set_mix(model, step[1])
+        elif step[0] == "copy":
+            return copy.deepcopy(model)
+        else:
+            model.save_pretrained(folder)
+            return type(model).from_pretrained(folder).eval()
+    except ValueError:  # what cannot be done now; PatchError is one
+        pass
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["idefics2", "video_llava"])
+@settings(deadline=None, max_examples=25)
+@given(steps=st.lists(STEPS, min_size=1, max_size=6))
+def test_whatever_was_done_before_what_is_saved_is_what_runs_or_nothing_is(name, steps) -> None:
+    torch.manual_seed(0)
+    model = composite(name)
+    with tempfile.TemporaryDirectory() as folder:
+        for number, step in enumerate(steps):
+            before = logits(model, name)
+            model = after(model, step, Path(folder, str(number)))
+            if step[0] in ("copy", "save and load"):
+                assert torch.equal(logits(model, name), before)
+        want, last = logits(model, name), Path(folder, "last")
+        last.mkdir()
+        try:
+            model.save_pretrained(last)
+        except PatchError:
+            assert not list(last.iterdir())
+            return
+        again = type(model).from_pretrained(last).eval()
+        assert torch.equal(logits(again, name), want)
+        config = json.loads((last / "config.json").read_text())
+        fields = [config[part]["hidden_act"] for part in ("text_config", "vision_config")]
+        if any(isinstance(module, SparseMLP) for module in model.modules()) and "hf_sparse" not in fields:
+            hf_sparse.uninstall()  # what transformers alone would load
+            try:
+                for part in ("text_config", "vision_config"):
+                    config[part].pop("hf_sparse", None)
+                (last / "config.json").write_text(json.dumps(config))
+                torch.testing.assert_close(logits(type(model).from_pretrained(last).eval(), name), want)
+            finally:
+                hf_sparse.install()
 
 
 def test_inspect_lists_the_parts_and_changes_nothing() -> None:
