@@ -75,7 +75,7 @@ def thresholds(model: LlamaForCausalLM, prompt: Tensor, sparsity: float) -> tupl
         blocks, _ = find_blocks(model)
         hooks = [
             block.watch(
-                "p", lambda p, name=block.name: found.__setitem__(name, max(quantile(p, sparsity), 0.0))
+                "p", lambda p, _, name=block.name: found.__setitem__(name, max(quantile(p, sparsity), 0.0))
             )
             for block in blocks
         ]
@@ -94,7 +94,7 @@ def silent_share(model: nn.Module, tokens: Tensor, first: int) -> float:
     shares = []
     blocks, _ = find_blocks(model)
     hooks = [
-        block.watch("h", lambda h: shares.append((h[:, first:] == 0).float().mean().item()))
+        block.watch("h", lambda h, _: shares.append((h[:, first:] == 0).float().mean().item()))
         for block in blocks
     ]
     with torch.no_grad():

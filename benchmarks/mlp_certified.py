@@ -114,7 +114,7 @@ def model_layers(args: argparse.Namespace) -> Iterator[blocks.Group]:
             raise SystemExit(f"no MLP of {args.weights} is known: {', '.join(map(str, skipped))}")
         for block in found:
 
-            def keep(x: Tensor, name: str = block.name) -> None:
+            def keep(x: Tensor, _: Tensor | None, name: str = block.name) -> None:
                 seen[name] = x[..., -1:, :]
 
             block.watch("x", keep)

@@ -20,8 +20,8 @@ from hf_sparse.adapters import Block
 from hf_sparse.checkpoint_block import KEY, Record
 from hf_sparse.composite import Part, nested, own_blocks, parts_of, pass_on_refusal
 from hf_sparse.errors import PatchError
-from hf_sparse.modules import ParameterLeaf, SparseMLP
-from hf_sparse.stock import build_stock, same_tensors, stock_name
+from hf_sparse.modules import ParameterLeaf, SparseBlock
+from hf_sparse.stock import build_stock, same_tensors, stock_name, unpatched
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
@@ -36,8 +36,13 @@ def described(model: PreTrainedModel, record: Record) -> Record | None:
     blocks, _ = own_blocks(model)
     made = _stock_activations(model, record, blocks)
     for block in blocks:
-        is_patched = isinstance(block.module, SparseMLP)
-        act = block.module.original_activation if isinstance(block.module, SparseMLP) else block.activation
+        if vars(block.module).get("forward") is unpatched:
+            raise PatchError(
+                f"{block.name} was to be patched and is not: this {type(model).__name__} has another "
+                "number of MLP blocks than its config says. Load the whole model, with all its layers."
+            )
+        is_patched = isinstance(block.module, SparseBlock)
+        act = block.module.original_activation if isinstance(block.module, SparseBlock) else block.activation
         if not same_function(act, made[block.place]):
             what = f"the original activation of {block.name}" if is_patched else f"the unpatched {block.name}"
             said = record.activation or made[block.place] or "none that the config builds"
@@ -45,13 +50,13 @@ def described(model: PreTrainedModel, record: Record) -> Record | None:
                 f"the config says that {what} is {said!r}, but it is {act}. "
                 "Put that back, or hf_sparse.unpatch(model) and patch again."
             )
-    patched = [block for block in blocks if isinstance(block.module, SparseMLP)]
+    patched = [block for block in blocks if isinstance(block.module, SparseBlock)]
     if not patched:
         return None
     _refuse_unknown_parameters(patched, record)
     _refuse_lost_blocks(model, blocks, record)
     parts = {name: part.found_in(patched) for name, part in record.config.parts.items()}
-    indices = tuple(i for i, block in enumerate(blocks) if isinstance(block.module, SparseMLP))
+    indices = tuple(i for i, block in enumerate(blocks) if isinstance(block.module, SparseBlock))
     layers = None if len(indices) == len(blocks) and record.config.layers != indices else indices
     config = record.config.changed(**parts, layers=layers)
     if not config.uniform:
@@ -112,7 +117,7 @@ def _owners(model: PreTrainedModel) -> list[Part]:
         PatchError: there are patched blocks in none of them.
 
     """
-    sparse = [name for name, module in model.named_modules() if isinstance(module, SparseMLP)]
+    sparse = [name for name, module in model.named_modules() if isinstance(module, SparseBlock)]
     if not sparse and not any(map(checkpoint_block.has, nested(model.config).values())):
         return []
     parts = parts_of(model)
@@ -174,7 +179,7 @@ def _refuse_unlike(names: Sequence[str]) -> None:
 
 def _holds_more(block: nn.Module) -> bool:
     """Whether a patched block has other tensors than the stock one that it stands for."""
-    return isinstance(block, SparseMLP) and not same_tensors(block, block.stock)
+    return isinstance(block, SparseBlock) and not same_tensors(block, block.stock)
 
 
 def _refuse_unknown_parameters(patched: Sequence[Block], record: Record) -> None:

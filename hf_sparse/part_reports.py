@@ -13,7 +13,7 @@ from hf_sparse.composite import Part, find_part, inner_models, parts_of
 from hf_sparse.config import SparsityConfig
 from hf_sparse.described import described_part
 from hf_sparse.errors import PatchError
-from hf_sparse.modules import SparseMLP
+from hf_sparse.modules import SparseBlock
 from hf_sparse.patch_report import PatchReport
 
 
@@ -53,7 +53,7 @@ def inspected(base: PreTrainedModel, part: Part) -> PatchReport:
     record = described_part(part)
     if record is None:
         return report(base, part, None, blocks, skipped)
-    blocks = [block for block in blocks if isinstance(block.module, SparseMLP)]
+    blocks = [block for block in blocks if isinstance(block.module, SparseBlock)]
     name = record.stock_name_in(part.config)
     return report(base, part, record.config, blocks, skipped, record, name)
 
@@ -71,6 +71,6 @@ def report(
     of_several = part.name if part.path or inner_models(base) else None
     original, field = (None, None) if record is None else (record.activation, record.field)
     if original is None and config is not None:  # transformers has no name for it, or blocks differ
-        acts = {block.module.original_activation for block in blocks if isinstance(block.module, SparseMLP)}
+        acts = {block.module.original_activation for block in blocks if isinstance(block.module, SparseBlock)}
         original = " or ".join(sorted({type(act).__name__ for act in acts}))
     return PatchReport(type(base).__name__, config, blocks, skipped, original, name, field, of_several)

@@ -15,6 +15,7 @@ from hf_sparse import checkpoint_block
 from hf_sparse.activations import build_activation, row_of
 from hf_sparse.adapters import Block, Skipped, require_blocks
 from hf_sparse.adapters.block import replaced_forward
+from hf_sparse.adapters.experts import Experts
 from hf_sparse.checkpoint_block import Record
 from hf_sparse.checks import shown
 from hf_sparse.composite import (
@@ -29,7 +30,7 @@ from hf_sparse.composite import (
 )
 from hf_sparse.config import SparsityConfig
 from hf_sparse.errors import PatchError
-from hf_sparse.modules import SparseGatedMLP, SparseMLP, SparsePlainMLP
+from hf_sparse.modules import SparseBlock, SparseExperts, SparseMLP
 from hf_sparse.part_reports import blocks_of, inspected, patched_parts, report
 from hf_sparse.patch_report import PatchReport
 from hf_sparse.selection import Patterns, Selection
@@ -40,6 +41,7 @@ from hf_sparse.stock import (
     refuse_other_activation,
     stock_activation,
     stock_name,
+    unpatched,
 )
 
 
@@ -176,7 +178,7 @@ def set_mix(model: nn.Module, k: float, *, part: str | None = None) -> None:
     for one, record in changes:
         blocks = one.all_blocks
         for copy in (copy for block in blocks for copy in (block, *block.spares)):
-            if isinstance(copy.module, SparseMLP):
+            if isinstance(copy.module, SparseBlock):
                 copy.module.set_mix(record.config.activation.mix)
         places = {block.place: base.get_submodule(block.name) for block in blocks}
         record.write(one.config, stock_name=stock_name(base, record, places, one.path))
@@ -212,7 +214,7 @@ def _patch_from_own_config(model: PreTrainedModel, *, may_be_some: bool) -> None
     with checkpoint_block.refusing():
         record.agree(model.config)
         blocks, _ = own_blocks(model)
-        todo = [block for block in blocks if not isinstance(block.module, SparseMLP)]
+        todo = [block for block in blocks if not isinstance(block.module, SparseBlock)]
         if record.field is None:
             _let_go(todo)
         if not record.config.uniform:
@@ -243,13 +245,13 @@ def _patch_from_own_config(model: PreTrainedModel, *, may_be_some: bool) -> None
 def _hold_back(blocks: Sequence[Block]) -> None:
     """Let ``blocks`` raise when they are called, until the outer model patches them or lets them go."""
     for block in blocks:
-        block.module._modules[block.roles.act] = UnpatchedActivation(block.activation)
+        vars(block.module)["forward"] = unpatched
 
 
 def _let_go(blocks: Sequence[Block]) -> None:
     for block in blocks:
-        if isinstance(act := block.activation, UnpatchedActivation) and act.original[0] is not None:
-            block.module._modules[block.roles.act] = act.original[0]
+        if vars(block.module).get("forward") is unpatched:
+            del vars(block.module)["forward"]
 
 
 def prepare(model: nn.Module, *, certify: bool = False) -> None:
@@ -277,7 +279,7 @@ def prepare(model: nn.Module, *, certify: bool = False) -> None:
 
     """
     base = transformers_model(model)
-    sparse = [module for module in base.modules() if isinstance(module, SparseMLP)]
+    sparse = [module for module in base.modules() if isinstance(module, SparseBlock)]
     if not sparse:
         raise PatchError(f"prepare needs a patched model; this {type(base).__name__} is not patched.")
     if certify and all(row_of(module.activation) is None for module in sparse):
@@ -390,14 +392,11 @@ def _new_modules(
     return new
 
 
-def _sparse_block(block: Block, config: SparsityConfig, index: int) -> SparseMLP:
+def _sparse_block(block: Block, config: SparsityConfig, index: int) -> SparseBlock:
     stock = _stock_block(block)
-    activation = build_activation(config.activation, index, stock.get_submodule(block.roles.act))
-    sparse: SparseMLP
-    if block.form == "gated":
-        sparse = SparseGatedMLP(stock, block.roles, activation, relu_up=config.activation.relu_up)
-    else:
-        sparse = SparsePlainMLP(stock, block.roles, activation)
+    activation = build_activation(config.activation, index, block.roles.activation(stock))
+    kind: type[SparseBlock] = SparseExperts if isinstance(block.roles, Experts) else SparseMLP
+    sparse = kind(stock, block.roles, activation, relu_up=config.activation.relu_up)
     sparse.set_mix(config.activation.mix)
     for _, part in config.others:
         part.build(sparse, index)
@@ -405,7 +404,7 @@ def _sparse_block(block: Block, config: SparsityConfig, index: int) -> SparseMLP
 
 
 def _stock_block(block: Block) -> nn.Module:
-    return block.module.restore() if isinstance(block.module, SparseMLP) else block.module
+    return block.module.restore() if isinstance(block.module, SparseBlock) else block.module
 
 
 def _put_back(model: nn.Module, blocks: Sequence[Block], activation: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from hf_sparse.adapters.roles import linear_size
 from hf_sparse.checkpoint_block import KEY, Record, names_activation, read
 from hf_sparse.composite import Part, Path, nested
 from hf_sparse.errors import PatchError
-from hf_sparse.modules import SparseMLP
+from hf_sparse.modules import SparseBlock
 
 _ON_TRIAL = "_hf_sparse_on_trial"
 """Marks the config of a model that is built here, whose activation may be ours without a block."""
@@ -42,21 +42,19 @@ def refuse_missing_block(config: PretrainedConfig) -> None:
 
 
 class UnpatchedActivation(nn.Module):
-    """Stands where a config says ``"hf_sparse"`` until the patch puts the real activation there.
-
-    Where no field of the config says it, it stands for the ``original`` that the class has made.
-    """
-
-    def __init__(self, original: nn.Module | None = None) -> None:
-        super().__init__()
-        self.original = (original,)  # no child: a patch looks for an activation without children
+    """Stands where a config says ``"hf_sparse"`` until the patch puts the real activation there."""
 
     def forward(self, p: torch.Tensor) -> torch.Tensor:
-        raise RuntimeError(
-            'this MLP was built from a config whose activation is "hf_sparse", but was not patched: the '
-            "model has another number of MLP blocks than the checkpoint, or only a part of it was built. "
-            "Load the whole model, with all its layers, after `import hf_sparse`."
-        )
+        unpatched()
+
+
+def unpatched(*_: object, **__: object) -> NoReturn:
+    """The forward of blocks that are to be patched and are not, where no activation can stand for that."""
+    raise RuntimeError(
+        'this MLP was built from a config whose activation is "hf_sparse", but was not patched: the model '
+        "has another number of MLP blocks than the checkpoint, or only a part of it was built. Load the "
+        "whole model, with all its layers, after `import hf_sparse`."
+    )
 
 
 def activation_field(
@@ -235,7 +233,7 @@ def builds_same(
     for name, block in blocks.items():
         ours.update(block.named_modules(prefix=name))
     others = tuple(
-        f"{name}." for name, one in ours.items() if isinstance(one, SparseMLP) and name not in blocks
+        f"{name}." for name, one in ours.items() if isinstance(one, SparseBlock) and name not in blocks
     )
     for name, module in built.items():
         mine = ours.get(name)
@@ -272,7 +270,7 @@ def _tensors(module: nn.Module) -> dict[str, Any]:
     """Names and shapes of the module's own tensors. Linear layers declare theirs: weights may be sharded."""
     own = {**module._parameters, **module._buffers}
     held = {k: v for k, v in own.items() if v is not None and k not in module._non_persistent_buffers_set}
-    size = None if isinstance(module, SparseMLP) else linear_size(module)
+    size = None if isinstance(module, SparseBlock) else linear_size(module)
     if size is not None:
         return dict.fromkeys(held, size)
     return {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in held.items()}

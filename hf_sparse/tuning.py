@@ -10,11 +10,10 @@ from torch import nn
 
 from hf_sparse.errors import PatchError
 from hf_sparse.metrics import measure
-from hf_sparse.modules import SparseMLP
+from hf_sparse.modules import SparseBlock
 from hf_sparse.patching import inspect, transformers_model
 from triton_ops import DENSE, Problem, break_even
 from triton_ops.backends import REGISTRY
-from triton_ops.problem import Form
 from triton_ops.table import table
 from triton_ops.tune import TOKENS, Measurement, available
 from triton_ops.tune import measure as measure_shape
@@ -160,15 +159,15 @@ def tune(
         )
         found = {layer.name: layer.density for layer in density.layers if layer.tokens}
         for block in blocks:
-            assert isinstance(block.module, SparseMLP)
+            assert isinstance(block.module, SparseBlock)
             block.module.density = found.get(block.name, block.module.density)
 
     measurements: dict[Problem, Measurement] = {}
     layers: list[TunedLayer] = []
     for block in _bar(blocks, progress):
         module = block.module
-        assert isinstance(module, SparseMLP)
-        problems, obstacle = _problems(module, block.hidden_size, block.intermediate_size)
+        assert isinstance(module, SparseBlock)
+        problems, obstacle = module.problems()
         limits: dict[Problem, tuple[float, ...]] = {}
         for problem in problems:
             try:
@@ -201,23 +200,6 @@ def tune(
             )
         )
     return TuneReport(layers=tuple(layers), tokens=counts, measurements=tuple(measurements.values()))
-
-
-def _problems(module: SparseMLP, hidden: int, neurons: int) -> tuple[list[Problem], str | None]:
-    """What the block can run of the operators as it is, or why it can run none."""
-    if module.kernel() is None:
-        return [], "its activation is not exactly zero, or has a hook"
-    form, down = module.roles.form, module.readable(module.roles.down)
-    whole = all(module.readable(name) is not None for name in module.roles.before_down)
-    forms: list[tuple[Form, bool]] = [(form, False)] if whole else []
-    if form == "plain":
-        forms.append(("linear", False))
-    if down is None or not forms:
-        return [], "its linear layers must be called (an adapter, a hook, quantised or offloaded weights)"
-    if module.certify and whole and module.roles.deciding is not None:
-        forms.append((form, True))
-    weight = down.weight
-    return [Problem(form, hidden, neurons, weight.dtype, weight.device.type, c) for form, c in forms], None
 
 
 def _larger(limits: list[tuple[float, ...]]) -> tuple[float, ...]:

@@ -8,6 +8,7 @@ from triton_ops.layout import is_neuron_major, neuron_major_
 from triton_ops.memo import forget
 from triton_ops.ops import gated_mlp, plain_mlp, sparse_linear
 from triton_ops.problem import Problem
+from triton_ops.routed import routed_mlp
 
 __all__ = [
     "ACTIVATIONS",
@@ -25,5 +26,6 @@ __all__ = [
     "neuron_major_",
     "plain_mlp",
     "plan",
+    "routed_mlp",
     "sparse_linear",
 ]

@@ -16,36 +16,39 @@ _changing = threading.Lock()
 
 
 def is_neuron_major(weight: Tensor) -> bool:
-    """Whether the 2-D ``weight [D, F]`` lies in memory neuron by neuron, with strides ``(1, D)``."""
-    if weight.ndim != 2:
+    """Whether ``weight [D, F]``, or of experts ``[E, D, F]``, lies in memory neuron by neuron."""
+    if weight.ndim not in (2, 3):
         return False
     # The second question is also right for sizes 0 and 1, but makes a view, which takes longer.
-    return weight.stride() == (1, weight.shape[0]) or weight.t().is_contiguous()
+    return weight.stride() == (1, weight.shape[0]) or weight.transpose(-1, -2).is_contiguous()
 
 
 @torch.no_grad()
 def neuron_major_(weight: Tensor) -> Tensor:
-    """Store ``weight [D, F]`` neuron by neuron, in place; returns the same tensor, same shape and values.
+    """Store ``weight [D, F]`` or ``[E, D, F]`` neuron by neuron, in place; the same tensor, shape and values.
 
     The peak of memory is one copy of this weight; afterwards nothing is held twice. Dense products with the
     weight in this layout are slower where the BLAS prefers rows.
 
     Raises:
-        ValueError: ``weight`` is not two-dimensional.
+        ValueError: ``weight`` has another number of dimensions.
 
     """
-    if weight.ndim != 2:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; a down projection is [hidden, neurons].")
+    if weight.ndim not in (2, 3):
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}; a down projection is [hidden, neurons], or "
+            "[experts, hidden, neurons]."
+        )
     # Outside of inference mode, also when called in it: a tensor made there could never be trained.
     with _changing, torch.inference_mode(weight.is_inference()):
         if not is_neuron_major(weight):  # else another thread was first, and computes with it already
-            weight.data = weight.data.t().contiguous().t()
+            weight.data = weight.data.transpose(-1, -2).contiguous().transpose(-1, -2)
     return weight
 
 
 @torch.no_grad()
 def stock_layout_(weight: Tensor) -> Tensor:
-    """Undo :func:`neuron_major_`, in place: ``weight [D, F]`` as ``nn.Linear`` stores it; returns it."""
+    """Undo :func:`neuron_major_`, in place: ``weight`` row by row, as ``nn.Linear`` stores it; returns it."""
     with _changing, torch.inference_mode(weight.is_inference()):
         weight.data = weight.data.contiguous()
     return weight

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from triton_ops import choice, reference
 from triton_ops.activations import TABLE, check
@@ -21,22 +22,22 @@ from triton_ops.mlp import MLP
 from triton_ops.problem import Form
 from triton_ops.unobserved import unobserved
 
-_LIB = torch.library.Library("hf_sparse", "DEF")
+LIB = torch.library.Library("hf_sparse", "DEF")
 # Strides carry the neuron-major layout, so a compiler must hand the operators the strides it was given.
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
-_LIB.define(
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+LIB.define(
     "gated_mlp(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor? gate_bias, Tensor? up_bias, "
     "Tensor? down_bias, Tensor? q, Tensor? bounds, Tensor? thresholds, int[]? stamp, str activation, "
     "float threshold, str backend) -> Tensor",
-    tags=_TAGS,
+    tags=TAGS,
 )
-_LIB.define(
+LIB.define(
     "plain_mlp(Tensor x, Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias, Tensor? q, "
     "Tensor? bounds, Tensor? thresholds, int[]? stamp, str activation, float threshold, str backend) "
     "-> Tensor",
-    tags=_TAGS,
+    tags=TAGS,
 )
-_LIB.define("sparse_linear(Tensor h, Tensor weight, Tensor? bias, str backend) -> Tensor", tags=_TAGS)
+LIB.define("sparse_linear(Tensor h, Tensor weight, Tensor? bias, str backend) -> Tensor", tags=TAGS)
 
 
 def gated_mlp(
@@ -86,7 +87,7 @@ def gated_mlp(
         MemoryError: the compiled backend has no memory for its intermediate values.
 
     """
-    if choice.autocasts(x.device.type):
+    if is_for_torch(x.device.type):
         check(activation, threshold, gated=True)
         return reference.gated_mlp(
             x, gate, up, down, gate_bias, up_bias, down_bias, activation=activation, threshold=threshold
@@ -115,7 +116,7 @@ def plain_mlp(
     Arguments, result and errors are those of :func:`gated_mlp` without a gate: ``up [F, D]`` decides which
     neurons are active, ``certificate`` is that of ``up``, and ``"drelu"`` is not possible.
     """
-    if choice.autocasts(x.device.type):
+    if is_for_torch(x.device.type):
         check(activation, threshold, gated=False)
         return reference.plain_mlp(
             x, up, down, up_bias, down_bias, activation=activation, threshold=threshold
@@ -144,10 +145,18 @@ def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None = None, *, back
         MemoryError: the compiled backend has no memory for its intermediate values.
 
     """
-    if choice.autocasts(h.device.type):
+    if is_for_torch(h.device.type):
         return reference.sparse_linear(h, weight, bias)
     call = _sparse_linear if unobserved(h, weight, bias) else torch.ops.hf_sparse.sparse_linear.default
     return call(h, weight, bias, backend)
+
+
+def is_for_torch(device: str) -> bool:
+    """Whether calls on this type of device are wanted in torch's own operators.
+
+    Autocast casts their inputs; forward-mode derivatives have no formula here.
+    """
+    return choice.autocasts(device) or forward_ad._current_level >= 0
 
 
 def _threshold(threshold: float | Tensor) -> tuple[float, Tensor | None]:
@@ -159,7 +168,7 @@ def _threshold(threshold: float | Tensor) -> tuple[float, Tensor | None]:
     return 0.0, threshold
 
 
-def _check(
+def check_tensor(
     name: str,
     value: Tensor | None,
     shape: tuple[int, ...],
@@ -167,6 +176,7 @@ def _check(
     what: str,
     dtype: torch.dtype | None = None,
 ) -> None:
+    """Refuse a tensor of another ``shape``, called ``what``, or another dtype or device than ``like``."""
     if value is None:
         return
     if value.shape != shape:
@@ -185,25 +195,25 @@ def _check_mlp(x: Tensor, mlp: MLP) -> None:
     check(mlp.activation, mlp.threshold, gated=gated)
     _check_input("x", x, mlp.first, first)
     neurons, hidden = mlp.first.shape
-    _check(first, mlp.first, (neurons, x.shape[-1]), x, "[F, D]")
-    _check("up", mlp.up, (neurons, hidden), x, "[F, D]")
-    _check("down", mlp.down, (hidden, neurons), x, "[D, F]")
-    _check(f"{first}_bias", mlp.first_bias, (neurons,), x, "[F]")
-    _check("up_bias", mlp.up_bias, (neurons,), x, "[F]")
-    _check("down_bias", mlp.down_bias, (hidden,), x, "[D]")
+    check_tensor(first, mlp.first, (neurons, x.shape[-1]), x, "[F, D]")
+    check_tensor("up", mlp.up, (neurons, hidden), x, "[F, D]")
+    check_tensor("down", mlp.down, (hidden, neurons), x, "[D, F]")
+    check_tensor(f"{first}_bias", mlp.first_bias, (neurons,), x, "[F]")
+    check_tensor("up_bias", mlp.up_bias, (neurons,), x, "[F]")
+    check_tensor("down_bias", mlp.down_bias, (hidden,), x, "[D]")
     if isinstance(mlp.threshold, Tensor):
-        _check("threshold", mlp.threshold, (neurons,), x, "[F]")
+        check_tensor("threshold", mlp.threshold, (neurons,), x, "[F]")
     if mlp.certificate is not None:
         rows, bounds = mlp.certificate
-        _check("certificate.rows", rows, (neurons, hidden), x, "[F, D]", torch.int8)
-        _check("certificate.bounds", bounds, (neurons, 3), x, "[F, 3]", torch.float32)
+        check_tensor("certificate.rows", rows, (neurons, hidden), x, "[F, D]", torch.int8)
+        check_tensor("certificate.bounds", bounds, (neurons, 3), x, "[F, 3]", torch.float32)
 
 
 def _check_sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     _check_input("h", h, weight, "weight")
     hidden, _ = weight.shape
-    _check("weight", weight, (hidden, h.shape[-1]), h, "[D, F]")
-    _check("bias", bias, (hidden,), h, "[D]")
+    check_tensor("weight", weight, (hidden, h.shape[-1]), h, "[D, F]")
+    check_tensor("bias", bias, (hidden,), h, "[D]")
 
 
 def _check_input(name: str, x: Tensor, weight: Tensor, weight_name: str) -> None:
@@ -215,7 +225,8 @@ def _check_input(name: str, x: Tensor, weight: Tensor, weight_name: str) -> None
         raise ValueError(f"{name} is {x.dtype}; expected a floating dtype.")
 
 
-def _mlp(x: Tensor, mlp: MLP, stamp: list[int] | None, backend: str) -> Tensor:
+def run(x: Tensor, mlp: MLP, backend: str, stamp: list[int] | None = None) -> Tensor:
+    """One MLP by a backend, as :func:`gated_mlp` says."""
     _check_mlp(x, mlp)
     if mlp.certificate is not None and not _valid(mlp, stamp):
         mlp = mlp._replace(certificate=None)
@@ -258,11 +269,11 @@ def _dense(x: Tensor, mlp: MLP, product: str) -> Tensor:
 
 
 def _gated_mlp(x: Tensor, *args: Any) -> Tensor:
-    return _mlp(x, _gated(*args), args[9], args[-1])
+    return run(x, _gated(*args), args[-1], args[9])
 
 
 def _plain_mlp(x: Tensor, *args: Any) -> Tensor:
-    return _mlp(x, _plain(*args), args[7], args[-1])
+    return run(x, _plain(*args), args[-1], args[7])
 
 
 def _gated(
@@ -320,24 +331,24 @@ def _sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None, backend: str)
 
 
 for _device in ("CPU", "CUDA"):
-    _LIB.impl("gated_mlp", _gated_mlp, _device)
-    _LIB.impl("plain_mlp", _plain_mlp, _device)
-    _LIB.impl("sparse_linear", _sparse_linear, _device)
+    LIB.impl("gated_mlp", _gated_mlp, _device)
+    LIB.impl("plain_mlp", _plain_mlp, _device)
+    LIB.impl("sparse_linear", _sparse_linear, _device)
 
 
-@torch.library.register_fake("hf_sparse::gated_mlp", lib=_LIB)
+@torch.library.register_fake("hf_sparse::gated_mlp", lib=LIB)
 def _(x: Tensor, *args: Any) -> Tensor:
     _check_mlp(x, _gated(*args))
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("hf_sparse::plain_mlp", lib=_LIB)
+@torch.library.register_fake("hf_sparse::plain_mlp", lib=LIB)
 def _(x: Tensor, *args: Any) -> Tensor:
     _check_mlp(x, _plain(*args))
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("hf_sparse::sparse_linear", lib=_LIB)
+@torch.library.register_fake("hf_sparse::sparse_linear", lib=LIB)
 def _(h: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     _check_sparse_linear(h, weight, bias)
     return h.new_empty((*h.shape[:-1], weight.shape[0]))
@@ -410,11 +421,11 @@ def _sparse_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
 
 
 torch.library.register_autograd(
-    "hf_sparse::gated_mlp", _gated_mlp_backward, setup_context=_save_gated_mlp, lib=_LIB
+    "hf_sparse::gated_mlp", _gated_mlp_backward, setup_context=_save_gated_mlp, lib=LIB
 )
 torch.library.register_autograd(
-    "hf_sparse::plain_mlp", _plain_mlp_backward, setup_context=_save_plain_mlp, lib=_LIB
+    "hf_sparse::plain_mlp", _plain_mlp_backward, setup_context=_save_plain_mlp, lib=LIB
 )
 torch.library.register_autograd(
-    "hf_sparse::sparse_linear", _sparse_linear_backward, setup_context=_save_sparse_linear, lib=_LIB
+    "hf_sparse::sparse_linear", _sparse_linear_backward, setup_context=_save_sparse_linear, lib=LIB
 )

@@ -69,3 +69,34 @@ def plain_mlp(
 def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``h weightᵀ + bias``: ``h [..., F]`` (kernels skip its exact zeros), ``weight [D, F]``."""
     return F.linear(h, weight, bias)
+
+
+def routed_mlp(
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    first: Tensor,
+    up: Tensor | None,
+    down: Tensor,
+    first_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    *,
+    activation: str,
+    threshold: float = 0.0,
+) -> Tensor:
+    """A mixture of MLPs: ``x [T, D]``, ``experts`` and ``weights`` ``[T, k]``; of each weight ``[E, ...]``.
+
+    An expert number of E or more adds nothing.
+    """
+    out = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+    for e in range(len(down)):
+        tokens, slots = (experts == e).nonzero(as_tuple=True)
+        b1, b2, b3 = (None if bias is None else bias[e] for bias in (first_bias, up_bias, down_bias))
+        kind = {"activation": activation, "threshold": threshold}
+        if up is None:
+            y = plain_mlp(x[tokens], first[e], down[e], b1, b3, **kind)  # type: ignore[arg-type]
+        else:
+            y = gated_mlp(x[tokens], first[e], up[e], down[e], b1, b2, b3, **kind)  # type: ignore[arg-type]
+        out = out.index_add(0, tokens, (y * weights[tokens, slots, None]).to(out.dtype))
+    return out.to(x.dtype)

@@ -145,10 +145,10 @@ class ActivationConfig(Part):
                 f"activation.name={self.name!r} needs a gated MLP, but {block.name} "
                 f'({block.stock_class.__name__}) has no gate; use "relu".'
             )
-        if extra := block.module._modules.keys() - set(block.roles.names):
+        if not block.roles.takes_relu_up(block.module):
             raise PatchError(
-                f"activation.name={self.name!r} computes the block itself, but {block.name} also has "
-                f'{", ".join(sorted(extra))}; use "relu".'
+                f"activation.name={self.name!r} computes the block itself, but {block.name} has more in it "
+                'than projections and an activation; use "relu".'
             )
 
     def found_in(self, blocks: Sequence[Block]) -> ActivationConfig:

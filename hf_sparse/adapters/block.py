@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_sparse.adapters.copies import place
-from hf_sparse.adapters.roles import Linear, Roles
-
-Site: TypeAlias = Literal["x", "p", "a", "h", "y"]
+from hf_sparse.adapters.roles import Linear, Roles, Site, Watcher
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ class Block:
 
     @property
     def activation(self) -> nn.Module:
-        return self.module.get_submodule(self.roles.act)
+        return self.roles.activation(self.module)
 
     @property
     def hidden_size(self) -> int:
@@ -55,16 +52,12 @@ class Block:
     def weights(self) -> list[Linear]:
         """Weights and biases as the operators take them, the deciding projection first and down last.
 
-        ``[F, D]``, and ``[D, F]`` of the down projection. Views of the parameters, for looking only.
+        ``[F, D]``, and ``[D, F]`` of the down projection; of stacked experts with a leading ``E``. Views of
+        the parameters, for looking only.
         """
-        found = []
-        for name in (*self.roles.before_down, self.roles.down):
-            linear: Any = self.module.get_submodule(name)
-            weight = linear.weight if hasattr(linear, "in_features") else linear.weight.t()
-            found.append((weight, linear.bias))
-        return [*self.roles.split(found[:-1]), found[-1]]
+        return self.roles.weights(self.module)
 
-    def watch(self, site: Site, fn: Callable[[Tensor], None]) -> RemovableHandle:
+    def watch(self, site: Site, fn: Watcher) -> RemovableHandle:
         """Call ``fn`` with what passes ``site`` in each forward, until the handle's ``remove()``.
 
         The sites, and what ``fn`` gets there:
@@ -75,19 +68,13 @@ class Block:
         - ``"h"``, the input of the down projection ``[..., F]``, whose exact zeros are the silent neurons;
         - ``"y"``, the output ``[..., D]``.
 
+        With it ``fn`` gets None, or which token each row is of, int64: what is inside of experts has a row
+        for each token that is routed to one, ``[S, F]``.
+
         A patched block whose inside is watched computes with its modules, every neuron; its values are those
         of skipping, to rounding.
         """
-        module = self.module
-        if site in ("x", "y"):
-            watched = module
-        else:
-            watched = module.get_submodule(self.roles.down if site == "h" else self.roles.act)
-        if site in ("x", "p", "h"):
-            return watched.register_forward_pre_hook(
-                lambda _, args, kwargs: fn(args[0] if args else next(iter(kwargs.values()))), with_kwargs=True
-            )
-        return watched.register_forward_hook(lambda _, args, output: fn(output))
+        return self.roles.watch(self.module, site, fn)
 
 
 def replaced_forward(module: nn.Module) -> str | None:

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 
 from torch import nn
 
-_WRAPPED = re.compile(r"\.(?:original_module|modules_to_save\.[^.]+)(?=\.|$)")
+_WRAPPED = re.compile(r"\.(?:original_module|modules_to_save\.[^.]+|base_layer)(?=\.|$)")
 
 
 def place(name: str) -> str:
-    """The qualified name of a module in the model as it was before PEFT kept copies of its parts."""
+    """The qualified name of a module in the model as it was before PEFT wrapped its parts."""
     return _WRAPPED.sub("", name)
 
 

@@ -63,9 +63,9 @@ def require_blocks(model: nn.Module) -> tuple[list[Block], list[Skipped]]:
     blocks, skipped = find_blocks(model)
     if not blocks:
         seen = sorted({f"{s.class_name} at {s.name}: {s.reason}" for s in skipped})[:3]
-        found = "; ".join(seen) or "no module in a layer owns linear layers and an activation"
+        found = "; ".join(seen) or "no module in a layer owns projections and an activation"
         raise PatchError(
-            f"no MLP block of a known shape in {type(model).__name__}. Known, of linear layers and one "
+            f"no MLP block of a known shape in {type(model).__name__}. Known, with one "
             f"activation: {'; '.join(shape.formula for shape in SHAPES)}. Found: {found}."
         )
     return blocks, skipped
@@ -98,5 +98,5 @@ def _why_not(module: nn.Module) -> str | None:
     if sizes:
         return f"it has {len(sizes)} linear layers where an MLP has two or three: {shown}"
     if any(p.dim() == 3 for p in module.parameters(recurse=False)):
-        return "its weights are stacked experts, which this version does not patch"
+        return "its weights are stacked experts that compute something else than this version knows"
     return None

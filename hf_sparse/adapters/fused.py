@@ -5,27 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import permutations, product
+from typing import Literal
 
 from torch import Tensor
 
-from hf_sparse.adapters.roles import Child, Linear, Roles
+from hf_sparse.adapters.roles import Child, LayerRoles, Linear
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fused(Roles):
+class Fused(LayerRoles):
     """Two linear layers, the first twice as wide."""
 
     gate_up: str
     """The linear layer ``[2F, D]``: one half is the gate, the other the up projection."""
     gate_first: bool
 
-    form = "gated"
     formula = "down(act(gate(x)) * up(x)) with gate and up in one layer"
 
     @classmethod
     def assignments(cls, names: Sequence[str], act: str) -> Iterator[Fused]:
         for (gate_up, down), gate_first in product(permutations(names, 2), (True, False)):
             yield cls(gate_up=gate_up, gate_first=gate_first, down=down, act=act)
+
+    @property
+    def form(self) -> Literal["gated"]:
+        return "gated"
 
     @property
     def before_down(self) -> tuple[str, ...]:

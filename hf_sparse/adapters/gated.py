@@ -5,26 +5,30 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import permutations
+from typing import Literal
 
 from torch import Tensor
 
-from hf_sparse.adapters.roles import Child, Roles
+from hf_sparse.adapters.roles import Child, LayerRoles
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gated(Roles):
+class Gated(LayerRoles):
     """Three linear layers."""
 
     gate: str
     up: str
 
-    form = "gated"
     formula = "down(act(gate(x)) * up(x))"
 
     @classmethod
     def assignments(cls, names: Sequence[str], act: str) -> Iterator[Gated]:
         for gate, up, down in permutations(names, 3):
             yield cls(gate=gate, up=up, down=down, act=act)
+
+    @property
+    def form(self) -> Literal["gated"]:
+        return "gated"
 
     @property
     def before_down(self) -> tuple[str, ...]:

@@ -12,8 +12,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
-from hf_sparse.adapters.roles import Roles
+from hf_sparse.adapters.roles import LayerRoles
 
 _HIDDEN, _INTERMEDIATE = 3, 5
 
@@ -30,26 +31,36 @@ class _TinyLinear:
         return x @ self.weight.t() + self.bias
 
 
-def _marker(p: Tensor) -> Tensor:
+def marker(p: Tensor) -> Tensor:
+    """A function that no model has for its activation."""
     # Nonlinear and neither odd nor even: no other placement of it gives the same output.
     return p * torch.sigmoid(1.7 * p) + 0.3 * p.cos()
 
 
-def computes(module: nn.Module, roles: Roles) -> bool:
-    """Whether ``type(module).forward`` in eval mode is the formula of ``roles`` (see :class:`Roles`)."""
+def inputs(tokens: int) -> Tensor:
+    """``[tokens, D]``; the last two are large and opposite, so that every limit shows."""
+    x = torch.linspace(-2, 2, tokens * _HIDDEN, dtype=torch.float64, device="cpu").reshape(tokens, _HIDDEN)
+    x[-1] *= 1e6
+    x[-2] = -x[-1]
+    return x
+
+
+def computes(module: nn.Module, roles: LayerRoles) -> bool:
+    """Whether ``type(module).forward`` in eval mode is the formula of ``roles`` (see :class:`LayerRoles`)."""
     sizes = roles.linears(_HIDDEN, _INTERMEDIATE)
-    parts: dict[str, Callable[[Tensor], Tensor]] = {roles.act: _marker}
+    act = marker if roles.written is None else ACT2FN[roles.written]
+    parts: dict[str, Callable[[Tensor], Tensor]] = {roles.act: act}
     parts.update((name, _TinyLinear(*size, seed)) for seed, (name, size) in enumerate(sizes.items()))
     # No instance of the class: a forward that needs more of it than the children and attributes that a
     # sparse block takes over (other methods, super()) must not pass.
-    stand_in = object.__new__(nn.Module)
+    stand_in: nn.Module = object.__new__(nn.Sequential if type(module) is nn.Sequential else nn.Module)
     stand_in.__dict__.update(module.__dict__)
     stand_in.__dict__["training"] = False
     stand_in.__dict__["_modules"] = {
         name: parts.get(name, nn.Identity() if isinstance(child, nn.Dropout) else child)
         for name, child in module._modules.items()
     }
-    x = torch.linspace(-2, 2, 2 * _HIDDEN, dtype=torch.float64, device="cpu").reshape(1, 2, _HIDDEN)
+    x = inputs(4).unsqueeze(0)
     wanted = parts[roles.down](roles.hidden(parts.__getitem__, x))
     try:
         with torch.no_grad():

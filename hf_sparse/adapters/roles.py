@@ -1,13 +1,15 @@
-"""What a shape of MLP is: which child plays which part, and what they compute together."""
+"""What a shape of MLP is: which part of a module plays which role, and what they compute together."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias, cast
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers.activations import ACT2FN
 
 Child: TypeAlias = Callable[[str], Callable[[Tensor], Tensor]]
 """Gives the child of a name, to be called."""
@@ -15,24 +17,73 @@ Linear: TypeAlias = tuple[Tensor, Tensor | None]
 """Weight and bias of a projection."""
 Sizes: TypeAlias = Mapping[str, tuple[int, int]]
 """``(in, out)`` of linear layers by name."""
+Site: TypeAlias = Literal["x", "p", "a", "h", "y"]
+Watcher: TypeAlias = Callable[[Tensor, Tensor | None], None]
+"""Gets what passes a site, and which token each of its rows is of; None where row i is token i."""
+
+WRITTEN = ("silu", "gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "relu2")
+"""Activations that are looked for in forwards."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Roles(ABC):
-    """One MLP of one shape, by the names of its children. Each shape is a subclass, in a file of its own.
-
-    ``gated``: ``down(act(gate(x)) * up(x))``; ``plain``: ``down(act(up(x)))``.
-    """
+    """One MLP of one shape, by the names of its parts. Each shape is a subclass, in a file of its own."""
 
     down: str
     act: str
+    """The activation: the name of a child, also where the forward of the class has it written in and there is
+    no such child before the patch (see ``written``)."""
+    written: str | None = None
+    """What transformers calls an activation that is written into the forward of the class."""
 
-    form: ClassVar[Literal["gated", "plain"]]
     formula: ClassVar[str]
     """For people."""
 
+    @property
+    @abstractmethod
+    def form(self) -> Literal["gated", "plain"]:
+        """``gated``: ``down(act(gate(x)) * up(x))``; ``plain``: ``down(act(up(x)))``."""
+
+    @property
+    @abstractmethod
+    def names(self) -> tuple[str, ...]:
+        """All children that play a part."""
+
+    def activation(self, module: nn.Module) -> nn.Module:
+        """The activation of ``module``, a block of this shape."""
+        child = module._modules.get(self.act)
+        if child is not None:
+            return child
+        assert self.written is not None
+        return cast(nn.Module, ACT2FN[self.written])
+
+    @abstractmethod
+    def takes_relu_up(self, module: nn.Module) -> bool:
+        """Whether ``module`` can put its up projection through ReLU as well."""
+
+    @abstractmethod
+    def sizes(self, module: nn.Module) -> tuple[int, int]:
+        """Hidden size and number of neurons of ``module``, a block of this shape."""
+
+    @abstractmethod
+    def weights(self, module: nn.Module) -> list[Linear]:
+        """As :meth:`hf_sparse.adapters.Block.weights`."""
+
+    @abstractmethod
+    def watch(self, module: nn.Module, site: Site, fn: Watcher) -> RemovableHandle:
+        """As :meth:`hf_sparse.adapters.Block.watch`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRoles(Roles):
+    """A shape whose projections, and mostly the activation, are children that the block calls."""
+
+    itself: bool = False
+    """Whether a patched block computes the formula, and not the forward of its class: that has the activation
+    written in, or needs more than the children. Then there are no other children."""
+
     @classmethod
-    def candidates(cls, sizes: Sizes, act: str) -> Iterator[Roles]:
+    def candidates(cls, sizes: Sizes, act: str) -> Iterator[LayerRoles]:
         """The assignments that ``sizes`` allows, with a part for every linear layer."""
         for roles in cls.assignments(list(sizes), act):
             neurons, hidden = sizes[roles.down]
@@ -41,7 +92,7 @@ class Roles(ABC):
 
     @classmethod
     @abstractmethod
-    def assignments(cls, names: Sequence[str], act: str) -> Iterator[Roles]:
+    def assignments(cls, names: Sequence[str], act: str) -> Iterator[LayerRoles]:
         """Every assignment of linear layers, by their ``names``, to parts; ``act`` is the activation."""
 
     @property
@@ -68,7 +119,6 @@ class Roles(ABC):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All children that play a part."""
         return (*self.before_down, self.down, self.act)
 
     def hidden(self, child: Child, x: Tensor) -> Tensor:
@@ -77,11 +127,39 @@ class Roles(ABC):
         a = child(self.act)(p)
         return a if u is None else a * u
 
+    def takes_relu_up(self, module: nn.Module) -> bool:
+        # Then the block computes itself: of other children it knows nothing.
+        return self.form == "gated" and not module._modules.keys() - set(self.names)
+
     def sizes(self, module: nn.Module) -> tuple[int, int]:
-        """Hidden size and number of neurons of ``module``, a block of this shape."""
         size = linear_size(module.get_submodule(self.down))
         assert size is not None
         return size[1], size[0]
+
+    def weights(self, module: nn.Module) -> list[Linear]:
+        found = []
+        for name in (*self.before_down, self.down):
+            linear: Any = module.get_submodule(name)
+            weight = linear.weight if hasattr(linear, "in_features") else linear.weight.t()
+            found.append((weight, linear.bias))
+        return [*self.split(found[:-1]), found[-1]]
+
+    def watch(self, module: nn.Module, site: Site, fn: Watcher) -> RemovableHandle:
+        if site in ("x", "y"):
+            watched = module
+        elif site in ("p", "a") and self.act not in module._modules:
+            raise ValueError(
+                f"site={site!r} of a stock {type(module).__name__} cannot be watched: its forward has the "
+                'activation written in. Patch the model first; with "original" it computes the same.'
+            )
+        else:
+            watched = module.get_submodule(self.down if site == "h" else self.act)
+        if site in ("x", "p", "h"):
+            return watched.register_forward_pre_hook(
+                lambda _, args, kwargs: fn(args[0] if args else next(iter(kwargs.values())), None),
+                with_kwargs=True,
+            )
+        return watched.register_forward_hook(lambda _, args, output: fn(output, None))
 
 
 def linear_size(module: nn.Module) -> tuple[int, int] | None:

@@ -2,30 +2,56 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 
+from hf_sparse.adapters import experts, probe_experts
+from hf_sparse.adapters.experts import Experts, shape
 from hf_sparse.adapters.fused import Fused
 from hf_sparse.adapters.gated import Gated
 from hf_sparse.adapters.plain import Plain
 from hf_sparse.adapters.probe import computes
-from hf_sparse.adapters.roles import Roles, linear_size
+from hf_sparse.adapters.roles import WRITTEN, LayerRoles, Roles, linear_size
 
-SHAPES: tuple[type[Roles], ...] = (Gated, Plain, Fused)
-"""Every known shape; a new one is a file like theirs and an entry here."""
+LAYERS: tuple[type[LayerRoles], ...] = (Gated, Plain, Fused)
+"""Every known shape of layers; a new one is a file like theirs and an entry here."""
+
+SHAPES: tuple[type[Roles], ...] = (*LAYERS, Experts)
+
+_FREE_NAME = "act_fn"
+"""The child that a patch adds for one of them."""
 
 _NOT_ACTIVATIONS = (nn.Dropout, nn.Identity)
 
 
 def recognise(module: nn.Module) -> Roles | None:
     """The roles of ``module``'s children if it is an MLP that can be patched, else None."""
+    if any(p is not None and len(shape(p)) == 3 for p in module._parameters.values()):
+        return _recognise_experts(module)
     sizes = linears(module)
     if not 2 <= len(sizes) <= 3:
         return None
-    for act in activations(module):
-        for shape in SHAPES:
-            for roles in shape.candidates(sizes, act):
-                if computes(module, roles):
-                    return roles
+    own = activations(module)
+    for act in own or [_FREE_NAME]:
+        for kind in LAYERS:
+            for found in kind.candidates(sizes, act):
+                if own:
+                    forms = [replace(found, itself=type(module) is nn.Sequential)]
+                else:
+                    forms = [replace(found, itself=True, written=name) for name in WRITTEN]
+                for roles in forms:
+                    alone = module._modules.keys() <= set(roles.names)
+                    if (alone or not roles.itself) and computes(module, roles):
+                        return roles
+    return None
+
+
+def _recognise_experts(module: nn.Module) -> Experts | None:
+    for act in activations(module) or [_FREE_NAME]:
+        for roles in experts.candidates(module, act):
+            if probe_experts.computes(module, roles):
+                return roles
     return None
 
 

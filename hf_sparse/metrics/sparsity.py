@@ -134,15 +134,18 @@ class _ZeroCounter:
     def __exit__(self, *_: object) -> None:
         self._handle.remove()
 
-    def _count(self, h: Tensor) -> None:
+    def _count(self, h: Tensor, tokens: Tensor | None) -> None:
         h_TF = h.flatten(0, -2)
         if self.mask is not None:
-            if len(h_TF) != self.mask.numel():
+            is_text = self.mask.flatten().to(h_TF.device).bool()
+            if tokens is not None:
+                is_text = is_text[tokens]
+            if len(h_TF) != len(is_text):
                 raise ValueError(
                     f"{self._block.name} received {len(h_TF)} tokens of a batch of {self.mask.numel()}, so "
                     "padding cannot be told from text there; give batches without padding."
                 )
-            h_TF = h_TF[self.mask.flatten().to(h_TF.device).bool()]
+            h_TF = h_TF[is_text]
         # count_nonzero takes NaN for a value, as it should be: NaN is not silence.
         zeros = h_TF.numel() - torch.count_nonzero(h_TF)
         self._zeros = zeros if self._zeros is None else self._zeros + zeros

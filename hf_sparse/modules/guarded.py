@@ -1,4 +1,4 @@
-"""A module that notices when somebody else than its own forward reaches its children.
+"""A module that notices when somebody else than its own forward reaches its children or parameters.
 
 What a sparse block keeps about its weights, a layout for decoding and a certificate, is right only while
 nobody else sees or changes them. Everything outside (optimizers, sharding, saving, weight synchronisation,
@@ -17,14 +17,14 @@ from torch._guards import CompileContext
 
 
 class GuardedModule(nn.Module):
-    """Calls :meth:`disclose` before its children are reached from outside.
+    """Calls :meth:`disclose` before its children and parameters are reached from outside.
 
-    Its own methods reach them through ``self._modules``. What is being compiled discloses nothing: Dynamo
-    looks at all parameters, and a graph must not change its own inputs.
+    Its own methods reach them through ``self._modules`` and ``self._parameters``. What is being
+    compiled discloses nothing: Dynamo looks at all parameters, and a graph must not change its own inputs.
     """
 
     def disclose(self) -> None:
-        """Bring the children into the state that everybody else may rely on; cheap if they are in it."""
+        """Bring all weights into the state that everybody else may rely on; cheap if they are in it."""
         raise NotImplementedError
 
     def _reached(self) -> None:
@@ -32,12 +32,13 @@ class GuardedModule(nn.Module):
             self.disclose()
 
     def __getattr__(self, name: str) -> Any:
-        if name in self.__dict__.get("_modules", ()):
+        own = self.__dict__
+        if name in own.get("_modules", ()) or name in own.get("_parameters", ()):
             self._reached()
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, nn.Module):
+        if isinstance(value, nn.Module | nn.Parameter):
             self._reached()
         super().__setattr__(name, value)
 
@@ -50,6 +51,12 @@ class GuardedModule(nn.Module):
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """As of any module."""
         for item in super().named_children():
+            self._reached()
+            yield item
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """As of any module."""
+        for item in super().named_parameters(*args, **kwargs):
             self._reached()
             yield item
 

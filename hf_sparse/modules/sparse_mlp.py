@@ -1,35 +1,21 @@
-"""MLP blocks that skip silent neurons in inference, and are the stock block in every other respect.
-
-A sparse block *holds the children of the block it replaces*, under their own names: parameters, state dict
-keys, LoRA targets and tensor-parallel plans stay as they were, and nothing is copied. Its dense path is the
-forward of the stock class itself, so an unchanged activation gives bit-identical outputs.
-"""
+"""MLP blocks whose projections are layers: one operator for the whole block, or for its down projection."""
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 from transformers.pytorch_utils import Conv1D
 
 import triton_ops
-from hf_sparse.activations import MixedActivation, row_of
-from hf_sparse.adapters.block import replaced_forward
-from hf_sparse.adapters.roles import Roles
+from hf_sparse.adapters.roles import LayerRoles, Roles
 from hf_sparse.modules.certified import Certified
-from hf_sparse.modules.guarded import GuardedModule
-from hf_sparse.modules.hooked import carry_device_hook
-from hf_sparse.modules.leaf import ParameterLeaf
 from hf_sparse.modules.ownership import give_back, held_elsewhere, is_lent, lend, shares_nothing
+from hf_sparse.modules.sparse_block import SparseBlock, hooks_on_all_modules
 from hf_sparse.modules.surroundings import has_own_forward, overridden, transformed
-from triton_ops import DENSE, Certificate
+from triton_ops import DENSE, Certificate, Problem
 from triton_ops.problem import Form
-
-# What belongs to one module object and is not taken over from the stock block.
-_NOT_SHARED = ("_modules", "forward", "_old_forward", "_hf_hook")
 
 
 class Way(NamedTuple):
@@ -50,114 +36,24 @@ class Way(NamedTuple):
 _STOCK = Way()
 
 
-class SparseMLP(GuardedModule):
-    """Common part of :class:`SparseGatedMLP` and :class:`SparsePlainMLP`.
+class SparseMLP(SparseBlock):
+    """``down(act(gate(x)) * up(x))`` or ``down(act(up(x)))``, whose parts are children of the block."""
 
-    Args:
-        stock: the block to stand in for; it is not changed.
-        roles: names of its children by part.
-        activation: takes the place of the stock activation, ``[..., F] -> [..., F]``.
+    roles: LayerRoles
 
-    """
-
-    roles: Roles
-    relu_up = False
-    """Whether the up projection goes through ReLU as well."""
-    density: float | None
-    """Mean share of active neurons per token, as :func:`hf_sparse.tune` measured it; None if it did not."""
-
-    def __init__(self, stock: nn.Module, roles: Roles, activation: nn.Module) -> None:
-        super().__init__()
-        # Sizes, flags, hooks and whatever else the stock forward reads from self.
-        self.__dict__.update({k: v for k, v in vars(stock).items() if k not in _NOT_SHARED})
-        self._modules = {**stock._modules, roles.act: activation}
-        self.roles = roles
-        self._stock = (stock,)  # in a tuple, so that it is not registered as a child
-        # The function that was recognised: other tools replace that of the class.
-        self._stock_function = type(stock).forward
-        self.density = None
+    def __init__(
+        self, stock: nn.Module, roles: Roles, activation: nn.Module, *, relu_up: bool = False
+    ) -> None:
+        super().__init__(stock, roles, activation, relu_up=relu_up)
         self._certified = Certified()
-        self._forward_ran = False
-        carry_device_hook(stock, self)
-
-    @property
-    def stock(self) -> nn.Module:
-        """The block that this one stands for, with the children that it had."""
-        self.disclose()
-        return self._stock[0]
-
-    @property
-    def stock_class(self) -> type[nn.Module]:
-        return type(self._stock[0])
-
-    @property
-    def activation(self) -> nn.Module:
-        """The activation in place."""
-        return self._child(self.roles.act)
-
-    @property
-    def original_activation(self) -> nn.Module:
-        """The activation that the block came with."""
-        return self._stock[0].get_submodule(self.roles.act)
-
-    @property
-    def mix(self) -> float:
-        """Share of the new activation; 1 outside of a finetune that mixes."""
-        act = self.activation
-        return act.k if isinstance(act, MixedActivation) else 1.0
-
-    def set_mix(self, k: float) -> None:
-        """Set the share of the new activation, 0 <= k <= 1."""
-        act = self.activation
-        new = act.new if isinstance(act, MixedActivation) else act
-        self._modules[self.roles.act] = new if k == 1 else MixedActivation(self.original_activation, new, k)
-
-    def restore(self) -> nn.Module:
-        """The stock block with its own activation and this block's linear layers as they are now."""
-        self.disclose()
-        (stock,) = self._stock
-        for name, child in self._modules.items():
-            if name != self.roles.act and not isinstance(child, ParameterLeaf):
-                stock._modules[name] = child
-        stock.training = self.training
-        carry_device_hook(self, stock)
-        return stock
 
     def disclose(self) -> None:
         """Give the down projection its stock layout back, and drop the certificate."""
         self._certified.drop()
-        weight = self._child(self.roles.down)._parameters.get("weight")
-        if weight is not None:
-            give_back(weight)
+        super().disclose()
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As of any module, if the forward that runs is this block's.
-
-        Raises:
-            RuntimeError: another tool has replaced it.
-
-        """
-        if "forward" not in self.__dict__:
-            return super().__call__(*args, **kwargs)
-        self._forward_ran = False
-        output = super().__call__(*args, **kwargs)
-        if not self._forward_ran:
-            raise RuntimeError(
-                f"this {self.stock_class.__name__} was patched, and then its forward was replaced by "
-                f"{replaced_forward(self)} (Liger and kernel mappings do so), which does not compute what "
-                "the model's config says. Turn that off for the MLP, or hf_sparse.unpatch(model) first."
-            )
-        return output
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As of any module; a warning if what is saved is not what another tool makes of it."""
-        if by := replaced_forward(self):
-            warnings.warn(
-                f"the forward of this {self.stock_class.__name__} was replaced by {by}: what is saved "
-                "computes what the config says, and not that.",
-                stacklevel=2,
-            )
-        return super().state_dict(*args, **kwargs)
+    def _down_weight(self) -> Tensor | None:
+        return cast("Tensor | None", self._child(self.roles.down)._parameters.get("weight"))
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., D] -> [..., D]``, any floating dtype."""
@@ -238,22 +134,26 @@ class SparseMLP(GuardedModule):
         )
 
     def _stock_forward(self, x: Tensor) -> Tensor:
-        return self._stock_function(self._unguarded(), x)
-
-    def _unguarded(self) -> nn.Module:
-        """This block as an object of the stock class: the same attributes, nothing disclosed by their use."""
-        if torch.compiler.is_compiling():
-            return self
-        view = object.__new__(self.stock_class)
-        object.__setattr__(view, "__dict__", self.__dict__)
-        return view
+        if self.relu_up or self.roles.itself:  # the same calls, perhaps with one ReLU more
+            return cast(Tensor, self._child(self.roles.down)(self.hidden(x)))
+        return cast(Tensor, self._stock_function(self._unguarded(), x))
 
     def hidden(self, x: Tensor) -> Tensor:
-        """What reaches the down projection, by calls of the modules: ``x [..., D] -> [..., F]``."""
-        return self.roles.hidden(self._child, x)
+        """What reaches the down projection, by calls of the modules: ``x [..., D] -> [..., F]``.
 
-    def _child(self, name: str) -> nn.Module:
-        return cast(nn.Module, self._modules[name])
+        With ``relu_up`` as far as that is mixed in.
+        """
+        p, u = self.roles.project(self._child, x)
+        a = self.activation(p)
+        if u is None:
+            return cast(Tensor, a)
+        u = self._rectified(u)
+        # In place where nobody else can hold the activation's output: for many tokens, another tensor of this
+        # size means new pages.
+        shared = self.kernel() is None or getattr(self.activation, "inplace", False)
+        if torch.is_grad_enabled() or shared or a.dtype != u.dtype:
+            return cast(Tensor, a * u)
+        return cast(Tensor, a.mul_(u))
 
     def prepare(self, *, certify: bool) -> None:
         """Store the down projection neuron-major and certify; else the first call that skips does so."""
@@ -312,6 +212,21 @@ class SparseMLP(GuardedModule):
         """Whether only a holder of the down projection, or of its memory, keeps the block from skipping."""
         return self.readable(self.roles.down) is not None and not self._may_lend()
 
+    def problems(self) -> tuple[list[Problem], str | None]:
+        if self.kernel() is None:
+            return [], "its activation is not exactly zero, or has a hook"
+        form, down = self.roles.form, self.readable(self.roles.down)
+        whole = all(self.readable(name) is not None for name in self.roles.before_down)
+        forms: list[tuple[Form, bool]] = [(form, False)] if whole else []
+        if form == "plain":
+            forms.append(("linear", False))
+        if down is None or not forms:
+            return [], "its linear layers must be called (an adapter, a hook, quantised or offloaded weights)"
+        if self.certify and whole and self.roles.deciding is not None:
+            forms.append((form, True))
+        sizes, weight = self.roles.sizes(self), down.weight
+        return [Problem(form, *sizes, weight.dtype, weight.device.type, c) for form, c in forms], None
+
     def _may_lend(self) -> bool:
         """Whether the down projection may be stored neuron by neuron, or is; asked before it is fetched."""
         weight = self._child(self.roles.down)._parameters.get("weight")
@@ -329,14 +244,6 @@ class SparseMLP(GuardedModule):
         backend = plan.backend(1, self.density)
         return backend, None if backend == DENSE else self._certified.of(weight)
 
-    def kernel(self) -> tuple[str, float] | None:
-        """What the kernels call the activation; None if it must be called as a module."""
-        act = self.activation
-        hooked = (
-            act._forward_hooks or act._forward_pre_hooks or "forward" in vars(act) or hooks_on_all_modules()
-        )
-        return None if hooked else row_of(act, relu_up=self.relu_up)
-
     def _weights(self, x: Tensor, *names: str) -> list[tuple[Tensor, Tensor | None]] | None:
         """Weight and bias of the children ``names``, to be read for ``x``; None if one must be called."""
         if hooks_on_all_modules():
@@ -350,11 +257,11 @@ class SparseMLP(GuardedModule):
             weight = cast(nn.Parameter, parameters["weight"])
             if weight.dtype != x.dtype or weight.device != x.device:
                 return None
-            found.append((weight if type(linear) is nn.Linear else weight.t(), parameters["bias"]))
+            found.append((weight if isinstance(linear, nn.Linear) else weight.t(), parameters["bias"]))
         return found
 
     def _is_linear_down(self) -> bool:
-        return type(self._modules[self.roles.down]) is nn.Linear
+        return isinstance(self._modules[self.roles.down], nn.Linear)
 
     def readable(self, name: str) -> nn.Linear | Conv1D | None:
         """The child ``name`` if its weight may be read directly, None if it must be called as a module.
@@ -372,44 +279,6 @@ class SparseMLP(GuardedModule):
         if "forward" in vars(linear) or type(own.get("weight")) is not nn.Parameter or "bias" not in own:
             return None
         return linear
-
-
-class SparseGatedMLP(SparseMLP):
-    """``down(act(gate(x)) * up(x))``; with ``relu_up`` also ``relu`` on the up projection (dReLU)."""
-
-    def __init__(
-        self, stock: nn.Module, roles: Roles, activation: nn.Module, *, relu_up: bool = False
-    ) -> None:
-        super().__init__(stock, roles, activation)
-        self.relu_up = relu_up
-
-    def _stock_forward(self, x: Tensor) -> Tensor:
-        # With relu_up the same calls with one ReLU more.
-        return self._child(self.roles.down)(self.hidden(x)) if self.relu_up else super()._stock_forward(x)
-
-    def hidden(self, x: Tensor) -> Tensor:
-        """``act(gate(x)) * up(x)``, with ``relu_up`` as far as it is mixed in."""
-        p, u = self.roles.project(self._child, x)
-        assert u is not None
-        a = self.activation(p)
-        if self.relu_up:
-            k = self.mix
-            u = torch.relu(u) if k == 1 else (1 - k) * u + k * torch.relu(u)
-        # In place where nobody else can hold the activation's output: for many tokens, another tensor of this
-        # size means new pages.
-        shared = self.kernel() is None or getattr(self.activation, "inplace", False)
-        if torch.is_grad_enabled() or shared or a.dtype != u.dtype:
-            return a * u
-        return a.mul_(u)
-
-
-class SparsePlainMLP(SparseMLP):
-    """``down(act(up(x)))``; the up projection decides which rows of the down projection are read."""
-
-
-def hooks_on_all_modules() -> bool:
-    """Whether hooks are to be called with every module, as ``register_module_forward_hook`` asks."""
-    return bool(nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks)
 
 
 def neuron_major(down: Tensor) -> Tensor | None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils._device import DeviceContext
@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 _LINEAR = F.linear
 _FORWARDS: dict[type[nn.Module], object] = {cls: cls.forward for cls in (nn.Linear, Conv1D)}
+"""What the linear classes came with; None of a subclass that computes something else."""
 
 
 def transformed() -> bool:
@@ -41,9 +42,32 @@ def overridden() -> bool:
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether ``module`` is a ``Linear`` or ``Conv1D`` and its class computes what it came with."""
-    known = _FORWARDS.get(type(module))
-    return known is not None and type(module).forward is known
+    """Whether ``module`` is a ``Linear`` or ``Conv1D`` and its class computes what it came with.
+
+    Or a subclass of transformers' own that computes the same in other words, as Falcon's.
+    """
+    cls = type(module)
+    if cls not in _FORWARDS and issubclass(cls, nn.Linear) and not torch.compiler.is_compiling():
+        is_theirs = cls.__module__.startswith("transformers.models.")
+        _FORWARDS[cls] = cls.forward if is_theirs and _multiplies(cls) else None
+    known = _FORWARDS.get(cls)
+    return known is not None and cls.forward is known
+
+
+def _multiplies(cls: type[nn.Linear]) -> bool:
+    """Whether the forward of ``cls`` needs a weight and a bias only, and computes what ``Linear`` does."""
+    x, weight, bias = (torch.linspace(-1, 2, n, dtype=torch.float64, device="cpu") for n in (6, 15, 5))
+    x, weight = x.reshape(2, 3), weight.reshape(5, 3)
+    for own in (None, bias):
+        stand_in = object.__new__(nn.Module)
+        vars(stand_in).update(weight=weight, bias=own, training=False)
+        try:
+            y = cls.forward(stand_in, x)  # type: ignore[arg-type]
+        except Exception:  # it needs more
+            return False
+        if not isinstance(y, Tensor) or not torch.allclose(y, F.linear(x, weight, own)):
+            return False
+    return True
 
 
 @contextmanager

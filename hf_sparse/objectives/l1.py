@@ -83,7 +83,7 @@ class L1Penalty:
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         self._in_forward = False
 
-    def _collect(self, h: Tensor) -> None:
+    def _collect(self, h: Tensor, _: Tensor | None) -> None:
         # vector_norm accumulates in float32 and saves only h itself for backward, unlike h.float().abs().
         # A recomputation must save the same tensors as the forward did, so this runs there, too.
         mean = torch.linalg.vector_norm(h, 1, dtype=torch.float32) / h.numel()

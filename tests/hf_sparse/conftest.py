@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from support.models import tiny
 
 GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "olmo2", "stablelm", "phi3", "glm")
+ROUTED = ("mixtral",)
 PLAIN = ("gpt_neox", "phi", "nemotron", "starcoder2", "gpt2", "persimmon")
 
 
@@ -25,7 +26,13 @@ def input_ids() -> torch.Tensor:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Tests that take ``model_type``, ``gated_type`` or ``plain_type`` run for each of them."""
-    for name, values in (("model_type", GATED + PLAIN), ("gated_type", GATED), ("plain_type", PLAIN)):
+    """Tests that take one of these names run for each of its types."""
+    types = {
+        "model_type": GATED + PLAIN + ROUTED,
+        "layered_type": GATED + PLAIN,
+        "gated_type": GATED,
+        "plain_type": PLAIN,
+    }
+    for name, values in types.items():
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, values)

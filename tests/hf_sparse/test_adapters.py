@@ -11,6 +11,7 @@ from hf_sparse.adapters import Block, find_blocks
 from hf_sparse.adapters.fused import Fused as FusedRoles
 from hf_sparse.adapters.gated import Gated as GatedRoles
 from hf_sparse.adapters.shapes import recognise
+from hf_sparse.modules import SparseMLP
 
 
 class Gated(nn.Module):
@@ -158,13 +159,13 @@ def test_blocks_of_real_models(tiny_model, model_type) -> None:
     assert not skipped
 
 
-def test_every_site_of_a_block_can_be_watched(tiny_model, model_type, input_ids) -> None:
-    model = tiny_model(model_type)
+def test_every_site_of_a_block_can_be_watched(tiny_model, layered_type, input_ids) -> None:
+    model = tiny_model(layered_type)
     hf_sparse.patch(model, "relu")
     (block, *_), _ = find_blocks(model)
     seen: dict[str, torch.Tensor] = {}
     handles = [
-        block.watch(site, lambda value, site=site: seen.__setitem__(site, value))
+        block.watch(site, lambda value, _, site=site: seen.__setitem__(site, value))
         for site in ("x", "p", "a", "h", "y")
     ]
     with torch.no_grad():
@@ -184,11 +185,71 @@ def test_every_site_of_a_block_can_be_watched(tiny_model, model_type, input_ids)
     assert not seen
 
 
-def test_experts_are_listed_as_left_alone(tiny_model) -> None:
-    model = tiny_model(
-        "qwen2_moe", moe_intermediate_size=16, shared_expert_intermediate_size=24, num_experts=4
-    )
+def test_experts_of_another_kind_are_listed_as_left_alone(tiny_model) -> None:
+    model = tiny_model("llama4_text", num_local_experts=4, intermediate_size_mlp=88)
     blocks, skipped = find_blocks(model)
-    assert len(blocks) == 3  # the shared experts
-    assert {s.class_name for s in skipped} == {"Qwen2MoeExperts"}
+    assert {type(b.module).__name__ for b in blocks} == {"Llama4TextMLP"}  # the shared experts
+    assert {s.class_name for s in skipped} == {"Llama4TextExperts"}
     assert "stacked experts" in skipped[0].reason
+
+
+def written(activation, form: str = "gated") -> nn.Module:
+    """A block with no child for its activation."""
+
+    class Written(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w2, self.w3, self.w1 = nn.Linear(20, 8), nn.Linear(8, 20), nn.Linear(8, 20)
+            if form == "plain":
+                del self.w3
+
+        def forward(self, x):
+            a = activation(self.w1(x))
+            return self.w2(a if form == "plain" else a * self.w3(x))
+
+    return Written()
+
+
+@pytest.mark.parametrize("form", ["gated", "plain"])
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("silu", torch.nn.functional.silu),
+        ("gelu", torch.nn.functional.gelu),
+        ("gelu_pytorch_tanh", lambda p: torch.nn.functional.gelu(p, approximate="tanh")),
+        ("relu2", lambda p: torch.square(torch.relu(p))),
+    ],
+)
+def test_an_activation_that_is_written_into_the_forward(name, function, form) -> None:
+    module = written(function, form)
+    roles = recognise(module)
+    assert roles is not None
+    assert (roles.written, roles.form, roles.down) == (name, form, "w2")
+    x = torch.randn(2, 8)
+    expected = module(x)
+    original = SparseMLP(module, roles, roles.activation(module))
+    assert torch.equal(original(x), expected)
+    changed = SparseMLP(module, roles, nn.ReLU())
+    other = written(torch.relu, form)
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(changed(x), other(x))
+    assert changed.restore() is module
+    assert module._modules.keys() == other._modules.keys()
+    block = Block("mlp", module, roles)
+    with pytest.raises(ValueError, match="site='p' of a stock Written cannot be watched"):
+        block.watch("p", lambda *_: None)
+
+
+def test_a_function_of_ours_that_is_written_into_the_forward_is_not_known() -> None:
+    assert recognise(written(lambda p: torch.sigmoid(p) * p.abs())) is None
+
+
+def test_a_sequential_is_a_plain_block() -> None:
+    module = nn.Sequential(nn.Linear(8, 20), nn.ReLU(), nn.Linear(20, 8))
+    roles = recognise(module)
+    assert roles is not None
+    assert (roles.form, roles.act, roles.down) == ("plain", "1", "2")
+    x = torch.randn(2, 8)
+    assert torch.equal(SparseMLP(module, roles, nn.ReLU())(x), module(x))
+    for more in (nn.Dropout(), nn.LayerNorm(8)):
+        assert recognise(nn.Sequential(*module, more)) is None

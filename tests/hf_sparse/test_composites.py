@@ -27,7 +27,7 @@ from transformers.activations import ACT2FN
 
 import hf_sparse
 from hf_sparse import PatchError
-from hf_sparse.modules import SparseMLP
+from hf_sparse.modules import SparseBlock
 from support.composites import COMPOSITES, composite, inputs, logits
 
 WITH_IMAGES = ("gemma3", "llava", "paligemma", "idefics2", "qwen2_vl", "qwen2_5_vl")
@@ -35,7 +35,7 @@ WITH_IMAGES = ("gemma3", "llava", "paligemma", "idefics2", "qwen2_vl", "qwen2_5_
 
 def patched(model: nn.Module) -> set[str]:
     """The first part of the names of its sparse blocks, down to the list of layers."""
-    names = (name for name, module in model.named_modules() if isinstance(module, SparseMLP))
+    names = (name for name, module in model.named_modules() if isinstance(module, SparseBlock))
     return {name.split(".layers.")[0].split(".blocks.")[0] for name in names}
 
 
@@ -99,7 +99,7 @@ def test_another_part_is_patched_on_request(name, layers, tmp_path) -> None:
     dense = logits(model, name)
     report = hf_sparse.patch(model, "fatrelu", threshold=0.2, part="vision", layers=layers)
     assert report.part == "vision"
-    assert all(isinstance(model.get_submodule(block.name), SparseMLP) for block in report.blocks)
+    assert all(isinstance(model.get_submodule(block.name), SparseBlock) for block in report.blocks)
     assert len(report.blocks) == (2 if layers is None else 1)
     assert not any(hasattr(one, "hf_sparse") for one in (model.config, model.config.text_config))
     expected = logits(model, name)
@@ -366,7 +366,7 @@ def test_whatever_was_done_before_what_is_saved_is_what_runs_or_nothing_is(name,
         assert torch.equal(logits(again, name), want)
         config = json.loads((last / "config.json").read_text())
         fields = [config[part]["hidden_act"] for part in ("text_config", "vision_config")]
-        if any(isinstance(module, SparseMLP) for module in model.modules()) and "hf_sparse" not in fields:
+        if any(isinstance(module, SparseBlock) for module in model.modules()) and "hf_sparse" not in fields:
             hf_sparse.uninstall()  # what transformers alone would load
             try:
                 for part in ("text_config", "vision_config"):

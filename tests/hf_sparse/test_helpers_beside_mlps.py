@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AXK2Config, XmodConfig
 import hf_sparse
 from hf_sparse import PatchError
 from hf_sparse.adapters import find_blocks
-from hf_sparse.modules import SparseMLP
+from hf_sparse.modules import SparseBlock
 
 IDS = torch.arange(3, 21).reshape(2, 9)
 
@@ -60,7 +60,7 @@ def xmod():
 
 
 def sparse_names(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, SparseMLP)]
+    return [name for name, module in model.named_modules() if isinstance(module, SparseBlock)]
 
 
 def test_the_gates_of_gated_norms_are_no_mlps(tmp_path) -> None:

@@ -26,7 +26,7 @@ from transformers import (
 
 import hf_sparse
 from hf_sparse import PatchError, SparsityConfig
-from hf_sparse.modules import SparseMLP
+from hf_sparse.modules import SparseBlock
 
 IDS = torch.arange(3, 21).reshape(2, 9)
 
@@ -318,6 +318,8 @@ def test_a_part_of_a_model_whose_blocks_differ_fails_loudly(tmp_path) -> None:
     part = AutoModel.from_pretrained(tmp_path, num_blocks=2, num_hidden_layers=2)
     with pytest.raises(RuntimeError, match="another number of MLP blocks"):
         part(IDS, use_cache=False)
+    with pytest.raises(PatchError, match="was to be patched and is not"):
+        part.save_pretrained(tmp_path / "again")
 
 
 class FixedPair(PreTrainedModel):
@@ -395,7 +397,7 @@ def test_uninstall_takes_the_fusion_away(tmp_path) -> None:
             AutoModelForCausalLM.from_pretrained(tmp_path)
     finally:
         hf_sparse.install()
-    assert any(isinstance(m, SparseMLP) for m in AutoModelForCausalLM.from_pretrained(tmp_path).modules())
+    assert any(isinstance(m, SparseBlock) for m in AutoModelForCausalLM.from_pretrained(tmp_path).modules())
 
 
 def test_a_config_that_is_not_kept_is_refused_before_anything_changes(fixed) -> None:

@@ -52,8 +52,8 @@ def test_original_activation_is_bit_identical(tiny_model, model_type, input_ids)
 
 
 @pytest.mark.parametrize("activation", TABLE)
-def test_substituted_activation_equals_plain_pytorch(tiny_model, model_type, activation) -> None:
-    model = tiny_model(model_type)
+def test_substituted_activation_equals_plain_pytorch(tiny_model, layered_type, activation) -> None:
+    model = tiny_model(layered_type)
     if TABLE[activation].relu_up and find_blocks(model)[0][0].form == "plain":
         with pytest.raises(PatchError, match="needs a gated MLP"):
             hf_sparse.patch(model, config_for(activation))
@@ -190,7 +190,7 @@ def test_a_hook_on_all_modules_sees_those_of_a_block_when_decoding(tiny_model) -
     finally:
         handle.remove()
     assert skips.count == 0
-    assert sorted(seen) == ["Linear", "Linear", "Linear", "ReLU", "SparseGatedMLP"]
+    assert sorted(seen) == ["Linear", "Linear", "Linear", "ReLU", "SparseMLP"]
 
 
 def test_a_linear_layer_without_a_bias_entry_is_called(tiny_model) -> None:
@@ -233,7 +233,7 @@ def test_hooks_on_a_block_survive_patch_and_unpatch(tiny_model, input_ids) -> No
     model(input_ids)
     handle.remove()
     model(input_ids)
-    assert calls == ["SparseGatedMLP", "LlamaMLP"]
+    assert calls == ["SparseMLP", "LlamaMLP"]
 
 
 class TestMix:

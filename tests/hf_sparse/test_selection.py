@@ -7,12 +7,12 @@ import torch
 
 import hf_sparse
 from hf_sparse import PatchError, SparsityConfig
-from hf_sparse.modules import SparseMLP
+from hf_sparse.modules import SparseBlock
 from support.composites import composite, logits
 
 
 def patched(model) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, SparseMLP)]
+    return [name for name, module in model.named_modules() if isinstance(module, SparseBlock)]
 
 
 @pytest.mark.parametrize(

@@ -7,20 +7,22 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 import triton_ops
-from hf_sparse.modules import SparseMLP
+from hf_sparse.modules import SparseBlock
 
 
-def sparse_blocks(module: nn.Module) -> Iterator[SparseMLP]:
+def sparse_blocks(module: nn.Module) -> Iterator[SparseBlock]:
     """The sparse blocks in a module, in the order of the model."""
-    if isinstance(module, SparseMLP):
+    if isinstance(module, SparseBlock):
         yield module
         return
     for child in vars(module)["_modules"].values():
         yield from sparse_blocks(child)
 
 
-def down_weight(block: SparseMLP) -> Tensor:
-    return vars(block)["_modules"][block.roles.down].weight
+def down_weight(block: SparseBlock) -> Tensor:
+    own = vars(block)
+    stacked = own["_parameters"].get(block.roles.down)
+    return own["_modules"][block.roles.down].weight if stacked is None else stacked
 
 
 def layouts(model: nn.Module) -> set[bool]:

@@ -14,6 +14,7 @@ _OPERATORS = {
     torch.ops.hf_sparse.gated_mlp.default: 7,
     torch.ops.hf_sparse.plain_mlp.default: 5,
     torch.ops.hf_sparse.sparse_linear.default: None,
+    torch.ops.hf_sparse.routed_mlp.default: None,
 }
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from triton_ops import is_neuron_major, neuron_major_
+from triton_ops.layout import stock_layout_
 
 
 def test_values_shape_and_identity_stay_and_strides_change():
@@ -66,6 +67,17 @@ def test_single_rows_and_columns(shape):
     assert torch.equal(weight, before)
 
 
-def test_other_than_two_dimensions_is_an_error():
-    with pytest.raises(ValueError, match=r"weight has shape \(2, 3, 4\)"):
-        neuron_major_(torch.randn(2, 3, 4))
+def test_stacked_experts_are_stored_neuron_by_neuron():
+    weight = torch.randn(3, 5, 7)
+    before = weight.clone()
+    assert not is_neuron_major(weight)
+    assert is_neuron_major(neuron_major_(weight))
+    assert all(is_neuron_major(one) for one in weight)
+    assert torch.equal(weight, before)
+    assert stock_layout_(weight).is_contiguous()
+    assert torch.equal(weight, before)
+
+
+def test_other_numbers_of_dimensions_are_an_error():
+    with pytest.raises(ValueError, match=r"weight has shape \(2, 3, 4, 5\)"):
+        neuron_major_(torch.randn(2, 3, 4, 5))

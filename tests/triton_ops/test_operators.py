@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import triton_ops
 from support.activations import GATED_OR_PLAIN, PARAMETRISED
@@ -349,3 +350,30 @@ def test_meta_tensors_give_a_shape(gated):
     operator = triton_ops.gated_mlp if gated else triton_ops.plain_mlp
     y = operator(*meta, activation="relu", certificate=triton_ops.certify(meta[1]))
     assert (y.device.type, y.shape) == ("meta", (2, 16))
+
+
+@pytest.mark.parametrize("backend", [DENSE, CPP])
+@pytest.mark.parametrize("operator", ["gated", "plain", "linear", "routed"])
+def test_forward_mode_derivatives_are_those_of_torch(backend, operator):
+    block = make_block(
+        2, 8, 12, torch.float64 if backend == DENSE else torch.float32, gated=operator == "gated"
+    )
+    x, experts = block.x, torch.zeros(2, 1, dtype=torch.int64)
+    weights = torch.ones_like(experts, dtype=x.dtype)
+    first, down = (t.unsqueeze(0) for t in (block.up, block.down))
+
+    def call(module, x):
+        if operator == "linear":
+            return module.sparse_linear(x, block.up)
+        if operator == "routed":
+            return module.routed_mlp(x, experts, weights, first, None, down, activation="jsrelu")
+        tensors = block.tensors()[1:]
+        return getattr(module, f"{operator}_mlp")(x, *tensors, activation="jsrelu")
+
+    tangents = []
+    for module in (triton_ops, reference):
+        with triton_ops.backend(backend), forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, torch.ones_like(x))
+            tangents.append(forward_ad.unpack_dual(call(module, dual)).tangent)
+    assert torch.equal(*tangents)
+    assert tangents[0].any()
