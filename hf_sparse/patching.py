@@ -201,9 +201,11 @@ def patch_from_config(model: PreTrainedModel) -> None:
     is_inner = model.base_model is model
     for _, one in inner:
         _patch_from_own_config(one, may_be_some=is_inner)
-    if inner:
-        put_back_around(model, [name for name, _ in inner])
     _patch_from_own_config(model, may_be_some=is_inner)
+    has_own = checkpoint_block.has(model.config)
+    # Placeholders of an inner model that was not patched stay: they raise.
+    if (inner or has_own) and not (is_inner and has_own):
+        put_back_around(model, [name for name, _ in inner])
 
 
 def _patch_from_own_config(model: PreTrainedModel, *, may_be_some: bool) -> None:

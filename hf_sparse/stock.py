@@ -160,9 +160,10 @@ def refuse_other_activation(
 
 
 def put_back_around(model: PreTrainedModel, patched: Sequence[str]) -> None:
-    """Stock activations in what the config of a ``patched`` inner model feeds outside of that model.
+    """Stock activations in what the config of a patched model feeds outside of it.
 
-    Such as a connector between the parts of a composite. They are what stock transformers builds there.
+    Such as a connector between the parts of a composite, or a head. They are what stock transformers builds
+    there. ``patched``: the inner models that have a config of their own.
     """
     inside = tuple(f"{name}." for name in patched)
     todo: list[tuple[str, nn.Module]] = [

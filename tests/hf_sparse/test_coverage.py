@@ -32,8 +32,6 @@ DENSE = {
     "zamba": "its layers share their weights, which are lent to none",
 }
 """Types whose patched blocks run dense all the same."""
-NOT_LOADED = {"nomic_bert": "the head that is built after the inner model was patched keeps the placeholder"}
-"""Types that do not come back from a saved model yet."""
 
 
 @dataclass
@@ -122,11 +120,7 @@ def test_the_unchanged_function_to_the_bit_or_refused(tried: Tried) -> None:
     assert torch.equal(tried.outputs(model), tried.stock)
 
 
-def test_relu_is_the_stock_model_with_relu_and_is_saved(
-    request: pytest.FixtureRequest, patchable: Tried, tmp_path: Path
-) -> None:
-    if reason := NOT_LOADED.get(patchable.kind.name):
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True, raises=RuntimeError))
+def test_relu_is_the_stock_model_with_relu_and_is_saved(patchable: Tried, tmp_path: Path) -> None:
     model = patchable.model
     by_hand = patchable.kind.build()
     report = hf_sparse.patch(model, "relu")
