@@ -143,7 +143,7 @@ def read(config: PretrainedConfig) -> Record | None:
         if stock is None or set(stock := mapping("stock", stock)) != {"field", "activation"}:
             raise ValueError(f'stock={shown(stock)} is not {{"field": ..., "activation": ...}}.')
         field, activation = stock["field"], stock["activation"]
-        named = isinstance(activation, str) and _is_stock_activation(activation)
+        named = isinstance(activation, str) and is_plain(activation)
         if not named and not (field is None and activation is None):
             raise ValueError(f"stock.activation={shown(activation)} is not one that transformers knows.")
         if field is not None and not (isinstance(field, str) and names_activation(vars(config).get(field))):
@@ -166,7 +166,7 @@ def names_activation(value: object) -> bool:
     return isinstance(value, str) and (value == KEY or value in ACT2FN)
 
 
-def _is_stock_activation(name: str) -> bool:
+def is_plain(name: str) -> bool:
     """Whether transformers makes a plain function of the name: one with parameters is none to go back to."""
     if name == KEY or name not in ACT2FN:
         return False

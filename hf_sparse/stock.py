@@ -16,7 +16,7 @@ from hf_sparse.activations.config import ORIGINAL, same_function
 from hf_sparse.activations.known import STOCK_ACTIVATIONS
 from hf_sparse.adapters.copies import place
 from hf_sparse.adapters.roles import linear_size
-from hf_sparse.checkpoint_block import KEY, Record, names_activation, read
+from hf_sparse.checkpoint_block import KEY, Record, is_plain, names_activation, read
 from hf_sparse.composite import Part, Path, nested
 from hf_sparse.errors import PatchError
 from hf_sparse.modules import SparseBlock
@@ -119,7 +119,13 @@ def stock_activation(
         )
     if field is None:
         return None, activation_name(list(activations.values()))
-    return field, getattr(part.config, field)
+    value = getattr(part.config, field)
+    if not is_plain(value):
+        raise PatchError(
+            f"{field}={value!r} of {type(part.config).__name__} makes an activation with parameters, "
+            "which nothing can take the place of."
+        )
+    return field, value
 
 
 def activation_name(activations: Sequence[nn.Module]) -> str | None:

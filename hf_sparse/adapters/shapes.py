@@ -33,7 +33,7 @@ def recognise(module: nn.Module) -> Roles | None:
     if not 2 <= len(sizes) <= 3:
         return None
     own = activations(module)
-    for act in own or [_FREE_NAME]:
+    for act in own or _free(module):
         for kind in LAYERS:
             for found in kind.candidates(sizes, act):
                 if own:
@@ -47,8 +47,13 @@ def recognise(module: nn.Module) -> Roles | None:
     return None
 
 
+def _free(module: nn.Module) -> list[str]:
+    """The name for an activation that is written in; none if a child of that name may be the activation."""
+    return [] if _FREE_NAME in module._modules else [_FREE_NAME]
+
+
 def _recognise_experts(module: nn.Module) -> Experts | None:
-    for act in activations(module) or [_FREE_NAME]:
+    for act in activations(module) or _free(module):
         for roles in experts.candidates(module, act):
             if probe_experts.computes(module, roles):
                 return roles

@@ -99,6 +99,13 @@ def test_language_adapters_are_no_mlps() -> None:
         assert torch.equal(model(IDS).logits, dense)
 
 
+def test_an_activation_with_parameters_is_not_taken_for_one_that_is_written_in(tiny_model) -> None:
+    model = tiny_model("apertus")
+    assert find_blocks(model)[0] == []
+    with pytest.raises(PatchError, match="no MLP block of a known shape in ApertusForCausalLM"):
+        hf_sparse.patch(model, "relu")
+
+
 def test_a_narrow_mlp_that_is_alone_in_its_layer_is_patched(tiny_model) -> None:
     model = tiny_model("gpt_neox", intermediate_size=16)
     assert [block.intermediate_size for block in hf_sparse.patch(model, "relu").blocks] == [16] * 3
