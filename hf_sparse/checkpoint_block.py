@@ -5,7 +5,7 @@ The block is untrusted input when it comes from a checkpoint; reading it validat
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,10 @@ from hf_sparse.checks import MAX_BLOCKS, mapping, shown
 from hf_sparse.config import SparsityConfig
 
 KEY = "hf_sparse"
-"""Name of the block, and of the activation that stock transformers does not know."""
+"""Name of the block, and of an activation and a fusion that stock transformers does not know."""
+
+FUSIONS = "fusion_config"
+"""The field by which transformers 5 refuses to load a model, if it names a fusion that is not known."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +33,15 @@ class Record:
     blocks: int | None
     """How many MLP blocks the model has, patched or not, where ``config`` tells them apart by their number;
     None where it says the same of all."""
-    field: str
-    """The config field that names the activation, such as ``"hidden_act"``."""
-    activation: str
-    """The value that field had before."""
+    field: str | None
+    """The config field that names the activation, such as ``"hidden_act"``; None where no field of the config
+    does, or none that may say ``"hf_sparse"``."""
+    activation: str | None
+    """The value that field had before. Without a field, the name of the activation that their class has;
+    None if transformers has no name for it, or blocks differ."""
 
     @staticmethod
-    def of(config: SparsityConfig, blocks: int, field: str, activation: str) -> Record:
+    def of(config: SparsityConfig, blocks: int, field: str | None, activation: str | None) -> Record:
         """The record of a model with ``blocks`` MLP blocks."""
         return Record(config, None if config.uniform else blocks, field, activation)
 
@@ -50,15 +55,32 @@ class Record:
 
         ``stock_name`` is the activation with which stock transformers builds the very same model. Where
         there is none, the field says ``"hf_sparse"``, so that transformers without this package refuses
-        the checkpoint instead of silently running another model.
+        the checkpoint instead of silently running another model. Where there is no field, a fusion of that
+        name does the same.
         """
         setattr(config, KEY, self.to_dict())
-        setattr(config, self.field, stock_name or KEY)
+        if self.field is not None:
+            setattr(config, self.field, stock_name or KEY)
+        else:
+            refuse_elsewhere(config, stock_name is None)
 
     def erase(self, config: PretrainedConfig) -> None:
         """Put ``config`` back to what it was before the patch."""
         delattr(config, KEY)
-        setattr(config, self.field, self.activation)
+        if self.field is not None:
+            setattr(config, self.field, self.activation)
+        else:
+            refuse_elsewhere(config, False)
+
+    def stock_name_in(self, config: PretrainedConfig) -> str | None:
+        """The activation as which stock transformers loads ``config``; None if it refuses it."""
+        if self.field is None:
+            new = self.config.activation
+            same = new.name == ORIGINAL or (new.name == self.activation and new.mix == 1)
+            known = same and not self.config.others and not refused_elsewhere(config)
+            return self.activation if known else None
+        value: str = vars(config)[self.field]
+        return None if value == KEY else value
 
     def agree(self, config: PretrainedConfig) -> None:
         """Refuse an activation field that says something else than the block.
@@ -67,8 +89,10 @@ class Record:
             ValueError: names both.
 
         """
+        if self.field is None:
+            return
         activation, layers = self.config.activation, self.config.layers
-        may_be = [KEY]
+        may_be: list[str | None] = [KEY]
         if activation.name == ORIGINAL:
             may_be.append(self.activation)
         elif is_stock(activation.name) and activation.mix == 1 and not self.config.others:
@@ -88,6 +112,22 @@ def has(config: PretrainedConfig) -> bool:
     return KEY in vars(config)
 
 
+def refused_elsewhere(config: PretrainedConfig) -> bool:
+    """Whether ``config`` names our fusion, so that transformers 5 alone does not load it."""
+    return _fusions(config).get(KEY) is True
+
+
+def refuse_elsewhere(config: PretrainedConfig, refuse: bool) -> None:
+    """Let ``config`` name our fusion, or not; other fusions stay."""
+    if refuse == refused_elsewhere(config):
+        return
+    others = {name: value for name, value in _fusions(config).items() if name != KEY}
+    if fusions := {**others, KEY: True} if refuse else others:
+        setattr(config, FUSIONS, fusions)
+    else:
+        delattr(config, FUSIONS)
+
+
 def read(config: PretrainedConfig) -> Record | None:
     """The record in ``config``, None if there is none.
 
@@ -103,9 +143,10 @@ def read(config: PretrainedConfig) -> Record | None:
         if stock is None or set(stock := mapping("stock", stock)) != {"field", "activation"}:
             raise ValueError(f'stock={shown(stock)} is not {{"field": ..., "activation": ...}}.')
         field, activation = stock["field"], stock["activation"]
-        if not isinstance(activation, str) or not _is_stock_activation(activation):
+        named = isinstance(activation, str) and is_plain(activation)
+        if not named and not (field is None and activation is None):
             raise ValueError(f"stock.activation={shown(activation)} is not one that transformers knows.")
-        if not isinstance(field, str) or not names_activation(vars(config).get(field)):
+        if field is not None and not (isinstance(field, str) and names_activation(vars(config).get(field))):
             raise ValueError(
                 f"stock.field={shown(field)} is no field of {type(config).__name__} that names an activation."
             )
@@ -125,7 +166,7 @@ def names_activation(value: object) -> bool:
     return isinstance(value, str) and (value == KEY or value in ACT2FN)
 
 
-def _is_stock_activation(name: str) -> bool:
+def is_plain(name: str) -> bool:
     """Whether transformers makes a plain function of the name: one with parameters is none to go back to."""
     if name == KEY or name not in ACT2FN:
         return False
@@ -133,6 +174,11 @@ def _is_stock_activation(name: str) -> bool:
         return not ACT2FN[name].state_dict()
     except Exception:  # it needs a package that is not here
         return False
+
+
+def _fusions(config: PretrainedConfig) -> Mapping[str, Any]:
+    fusions = vars(config).get(FUSIONS)
+    return fusions if isinstance(fusions, Mapping) else {}
 
 
 @contextmanager

@@ -96,6 +96,12 @@ def _add_patch(commands: Any) -> None:
     parser.add_argument("--threshold", type=float, metavar="T", help="of fatrelu, at least 0")
     parser.add_argument("--shift", type=float, metavar="B", help="of shifted_relu")
     parser.add_argument("--layers", type=int, nargs="+", metavar="I", help="blocks to patch; default: all")
+    parser.add_argument("--include", nargs="+", metavar="P", help='the same by name, as "*.layers.[0-3].*"')
+    parser.add_argument(
+        "--exclude", nargs="+", metavar="P", help="patterns on names of blocks to leave as is"
+    )
+    named = "of a model made of several, such as vision; default: text"
+    parser.add_argument("--part", default="text", metavar="NAME", help=named)
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="where to save; without it nothing is saved"
     )
@@ -110,7 +116,8 @@ def _patch(arguments: argparse.Namespace, _: list[str]) -> int:
     if arguments.output is not None:
         _require_empty(arguments.output)
     model, tokenizer = _load(arguments.model)
-    print(hf_sparse.patch(model, config))
+    chosen = {name: getattr(arguments, name) for name in ("part", "include", "exclude")}
+    print(hf_sparse.patch(model, config, **chosen))
     if arguments.output is None:
         print("nothing was saved; give --output DIR")
         return 0

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from hf_sparse import checkpoint_block
 from hf_sparse.activations.config import same_function
-from hf_sparse.adapters import Block, find_blocks
+from hf_sparse.adapters import Block
 from hf_sparse.checkpoint_block import KEY, Record
+from hf_sparse.composite import Part, nested, own_blocks, parts_of, pass_on_refusal
 from hf_sparse.errors import PatchError
 from hf_sparse.modules import ParameterLeaf, SparseBlock, sparse_part
-from hf_sparse.stock import build_stock, same_tensors, stock_name
+from hf_sparse.stock import build_stock, same_tensors, stock_name, unpatched
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
@@ -33,16 +34,22 @@ def described(model: PreTrainedModel, record: Record) -> Record | None:
         PatchError: no record can say what the modules compute.
 
     """
-    blocks, _ = find_blocks(model)
-    made = ACT2FN[record.activation]
+    blocks, _ = own_blocks(model)
+    made = _stock_activations(model, record, blocks)
     for block in blocks:
+        if vars(block.module).get("forward") is unpatched:
+            raise PatchError(
+                f"{block.name} was to be patched and is not: this {type(model).__name__} has another "
+                "number of MLP blocks than its config says. Load the whole model, with all its layers."
+            )
         act = block.original_activation
-        if not same_function(act, made):
+        if not same_function(act, made[block.place]):
             kind = "the original activation of" if block.is_patched else "the unpatched"
             what = f"{kind} {block.name}"
+            said = record.activation or made[block.place] or "none that the config builds"
             raise PatchError(
-                f"the config says that {what} is {record.activation!r}, but it is {act}. Put that back, or "
-                "hf_sparse.unpatch(model) and patch again."
+                f"the config says that {what} is {said!r}, but it is {act}. "
+                "Put that back, or hf_sparse.unpatch(model) and patch again."
             )
     patched = [block for block in blocks if block.is_patched]
     if not patched:
@@ -58,6 +65,22 @@ def described(model: PreTrainedModel, record: Record) -> Record | None:
     return Record.of(config, len(blocks), record.field, record.activation)
 
 
+def described_part(part: Part) -> Record | None:
+    """The same of a part of a model, None if it is not patched.
+
+    Raises:
+        PatchError: likewise; or it is two models of one config, that say different things.
+
+    """
+    record = checkpoint_block.read(part.config)
+    if record is None:
+        return None
+    found = [described(model, record) for _, model in part.models]
+    if any(one != found[0] for one in found):
+        _refuse_unlike([name for name, _ in part.models])
+    return found[0]
+
+
 @contextmanager
 def in_line(model: PreTrainedModel) -> Iterator[None]:
     """While ``model`` is saved in here, its config says what its modules compute, and mostly afterwards, too.
@@ -70,69 +93,96 @@ def in_line(model: PreTrainedModel) -> Iterator[None]:
         ValueError: the block in the config was changed by hand to something malformed.
 
     """
-    owners = _owners(model)
-    records = [checkpoint_block.read(owner.config) for owner in owners]
-    stock: list[tuple[PretrainedConfig, Record, str]] = []
-    for owner, record in zip(owners, records, strict=True):
+    parts = _owners(model)
+    records = [checkpoint_block.read(part.config) for part in parts]
+    stock: list[tuple[Part, Record, str | None]] = []
+    for part, record in zip(parts, records, strict=True):
         assert record is not None
-        if not _bring_in_line(owner, record):
-            stock.append((owner.config, record, vars(owner.config)[record.field]))
-    for config, record, _ in stock:
-        record.erase(config)
+        if not _bring_in_line(model, part, record):
+            stock.append((part, record, record.stock_name_in(part.config)))
+    for part, record, _ in stock:
+        record.erase(part.config)
+    pass_on_refusal(model.config)
     try:
         yield
     finally:
-        for config, record, value in stock:
-            record.write(config, stock_name=value)
+        for part, record, name in stock:
+            record.write(part.config, stock_name=name)
+        pass_on_refusal(model.config)
 
 
-def _owners(model: PreTrainedModel) -> list[PreTrainedModel]:
-    """The outermost model, ``model`` or in it, of each config with a block among those that are saved.
+def _owners(model: PreTrainedModel) -> list[Part]:
+    """What ``model`` has of each config with a block among those that are saved.
 
     Raises:
         PatchError: there are patched blocks in none of them.
 
     """
     sparse = [name for name, module in model.named_modules() if sparse_part(module) is not None]
-    if not sparse and not checkpoint_block.has(model.config):
+    if not sparse and not any(map(checkpoint_block.has, nested(model.config).values())):
         return []
-    owners: dict[str, PreTrainedModel] = {}
-    saved = {id(config) for config in _nested(model.config)}
-    for name, module in model.named_modules():
-        if not isinstance(module, PreTrainedModel) or _inside(name, owners):
-            continue
-        if checkpoint_block.has(module.config) and id(module.config) in saved:
-            owners[name] = module
-    if stray := [name for name in sparse if not _inside(name, owners)]:
+    parts = parts_of(model)
+    if stray := [name for name in sparse if not checkpoint_block.has(_innermost(parts, name).config)]:
         raise PatchError(
             f"{len(stray)} MLP blocks ({stray[0]}, ...) are patched, but the config that is saved has no "
             f'"{KEY}" block that says so: it was replaced after the patch. Patch the model again, or '
             "hf_sparse.unpatch(model) with its former config."
         )
-    return list(owners.values())
+    return [part for part in parts if checkpoint_block.has(part.config)]
 
 
-def _bring_in_line(model: PreTrainedModel, record: Record) -> bool:
+def _innermost(parts: Sequence[Part], name: str) -> Part:
+    """The part that has the module of that ``name``."""
+
+    def depth(part: Part) -> int:
+        return max((len(m) for m, _ in part.models if not m or name.startswith(f"{m}.")), default=-1)
+
+    return max(parts, key=depth)
+
+
+def _bring_in_line(model: PreTrainedModel, part: Part, record: Record) -> bool:
     """Let the config say what the modules compute; False where none is patched."""
     with checkpoint_block.refusing():
-        record.agree(model.config)
-    now = described(model, record)
+        record.agree(part.config)
+    now = described_part(part)
     if now is None:
         return False
-    found, _ = find_blocks(model)
-    for block in found:
+    for block in part.all_blocks:
         if block.stays and block.is_patched and (by := block.replaced_forward):  # others say so themselves
             warnings.warn(
                 f"the forward of {block.name} was replaced by {by}: what is saved computes what the config "
                 "says, and not that.",
                 stacklevel=2,
             )
-    blocks = {name: part for block in found for name, part in block.parts.items()}
+    blocks = {name: one for block in part.all_blocks for name, one in block.parts.items()}
     if now != record:
-        now.write(model.config, stock_name=stock_name(model, now, blocks))
-    elif vars(model.config)[record.field] != KEY and any(map(_holds_more, blocks.values())):
-        now.write(model.config, stock_name=None)
+        now.write(part.config, stock_name=stock_name(model, now, blocks, part.path))
+    elif record.stock_name_in(part.config) is not None:
+        # A part may have been patched without the model around it, which may read the same field.
+        around = part.path and stock_name(model, now, blocks, part.path) is None
+        if around or any(map(_holds_more, blocks.values())):
+            now.write(part.config, stock_name=None)
+    elif record.field is None:  # the model may have been loaded with other fusions in the place of ours
+        now.write(part.config, stock_name=None)
     return True
+
+
+def _stock_activations(
+    model: PreTrainedModel, record: Record, blocks: Sequence[Block]
+) -> Mapping[str, nn.Module | None]:
+    """What the config says that the activations were, by places; None where it builds no such block."""
+    if record.activation is not None:
+        return dict.fromkeys((block.place for block in blocks), ACT2FN[record.activation])
+    built = build_stock(model, None, None)
+    found = {} if built is None else {block.place: block.activation for block in own_blocks(built)[0]}
+    return {block.place: found.get(block.place) for block in blocks}
+
+
+def _refuse_unlike(names: Sequence[str]) -> None:
+    raise PatchError(
+        f"{' and '.join(names)} are built from one config, which cannot say that they differ: patch the "
+        "whole model, or hf_sparse.unpatch it."
+    )
 
 
 def _holds_more(block: nn.Module) -> bool:
@@ -160,7 +210,7 @@ def _refuse_lost_blocks(model: PreTrainedModel, blocks: Sequence[Block], record:
     if not others:
         return
     built = build_stock(model, record.field, record.activation)
-    known = set() if built is None else {block.place for block in find_blocks(built)[0]}
+    known = set() if built is None else {block.place for block in own_blocks(built)[0]}
     if lost := [name for name in others if name in known]:
         raise PatchError(
             f"{lost[0]} is a {type(model.get_submodule(lost[0])).__name__}, where the config builds an MLP "
@@ -175,24 +225,9 @@ def _refuse_repeated(model: PreTrainedModel, blocks: Sequence[Block], record: Re
     if places == len(blocks):
         return
     built = build_stock(model, record.field, record.activation)
-    if built is None or len(find_blocks(built)[0]) != len(blocks):
+    if built is None or len(own_blocks(built)[0]) != len(blocks):
         raise PatchError(
             f"{len(blocks)} MLP blocks are in {places} places of this {type(model).__name__}, and its config "
             "tells blocks apart by their number. Give each layer a block of its own (copy.deepcopy), or use "
             "one activation and one value for all."
         )
-
-
-def _nested(config: PretrainedConfig) -> list[PretrainedConfig]:
-    found: list[PretrainedConfig] = []
-    todo = [config]
-    while todo:
-        one = todo.pop()
-        if all(one is not other for other in found):
-            found.append(one)
-            todo += [value for value in vars(one).values() if isinstance(value, PretrainedConfig)]
-    return found
-
-
-def _inside(name: str, owners: dict[str, PreTrainedModel]) -> bool:
-    return any(not owner or name == owner or name.startswith(f"{owner}.") for owner in owners)

@@ -10,6 +10,8 @@
 - ``save_pretrained`` first brings the config in line with the modules, and is followed by the README's
   section on the model.
 - ``_upload_modified_files`` ends every push to the Hub, after transformers has put its own README there.
+
+Beside them it adds two names that checkpoints use to be refused elsewhere, an activation and a fusion.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
@@ -46,6 +49,7 @@ def install() -> None:
         _originals[name] = vars(owner).get(name)
         setattr(owner, name, _wrapped(name, vars(owner).get(name, original), around))
     ACT2FN[KEY] = UnpatchedActivation
+    _fusions()[KEY] = _NoFusion()
 
 
 def uninstall() -> None:
@@ -64,6 +68,28 @@ def uninstall() -> None:
     if _originals:
         _originals.clear()
         del ACT2FN[KEY]
+        _fusions().pop(KEY, None)
+
+
+class _NoFusion:
+    """What transformers makes of the fusion that patched models without an activation field name: nothing."""
+
+    target_modules_patterns = ()
+
+    def get_empty_log(self, model_name: str) -> str:
+        return f"{model_name} is patched by hf_sparse, which fuses nothing."
+
+    def is_fusable(self, module: nn.Module) -> bool:
+        return False
+
+
+def _fusions() -> dict[str, Any]:
+    try:
+        from transformers.fusion_mapping import _FUSION_REGISTRY
+    except ImportError:  # transformers 4 has no fusions, and loads configs that name some
+        return {}
+    registry: dict[str, Any] = _FUSION_REGISTRY
+    return registry
 
 
 _originals: dict[str, Any] = {}
@@ -93,9 +119,15 @@ def _dict_from_json_file(call: Callable[[], Any], _: type, *args: Any, **__: Any
                 f'{args[0]} nests too deeply to be read; a "{KEY}" block has a few levels. Do not trust it.'
             ) from None
         raise
-    if isinstance(values, Mapping) and KEY in values:
-        with refusing():
-            bounded(values[KEY])
+    todo = [values]
+    while todo:  # a composite has a block in the config of a part
+        one = todo.pop()
+        if not isinstance(one, Mapping):
+            continue
+        if KEY in one:
+            with refusing():
+                bounded(one[KEY])
+        todo += [value for key, value in one.items() if key != KEY]
     return values
 
 

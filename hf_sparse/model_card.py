@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 
-from hf_sparse.checkpoint_block import KEY
+from hf_sparse.checkpoint_block import has
+from hf_sparse.composite import nested
 from hf_sparse.patch_report import PatchReport
 from hf_sparse.patching import inspect, transformers_model
 from triton_ops.storage import write_atomically
@@ -42,8 +44,9 @@ def write_model_card(model: nn.Module, folder: str | os.PathLike[str]) -> Path |
     # Whatever its encoding and line ends: what is not ours goes through unchanged.
     old = path.read_bytes().decode("utf-8", "surrogateescape") if found else _NEW
     rest = _SECTION.sub("\n", old, count=1)
-    if getattr(transformers_model(model).config, KEY, None) is not None:
-        new = f"{rest.rstrip()}\n\n{_section(inspect(model))}"
+    configs = nested(transformers_model(model).config).values()
+    if any(map(has, configs)) and (report := inspect(model)).patched:
+        new = f"{rest.rstrip()}\n\n{_section(report)}"
         if new != old:
             write_atomically(path, new.encode("utf-8", "surrogateescape"))  # all processes may be at it
         return path
@@ -57,7 +60,8 @@ def write_model_card(model: nn.Module, folder: str | os.PathLike[str]) -> Path |
 
 def _section(report: PatchReport) -> str:
     # What another tool does to the model in this process is no part of the checkpoint.
-    summary = "\n".join(line for line in str(report).splitlines() if not line.startswith("  WARNING"))
+    text = "\n".join(str(replace(part, others=())) for part in report.patched)
+    summary = "\n".join(line for line in text.splitlines() if not line.startswith("  WARNING"))
     return f"""{_BEGIN}
 ## Sparse activations
 
@@ -75,15 +79,26 @@ The MLP blocks of this model were changed with the Python package `hf_sparse`:
 
 
 def _runtimes(report: PatchReport) -> list[tuple[str, str]]:
-    original, stock = report.original_activation, report.stock_name
-    plain = "right, computes all neurons" if stock else "refuses to load it: `KeyError: 'hf_sparse'`"
+    patched = report.patched
+    original = " and ".join(sorted({one.original_activation or "the original activation" for one in patched}))
+    ignores = f"**wrong without an error**: computes `{original}`"
+    plain, older = "right, computes all neurons", None
+    if any(one.stock_name is None for one in patched):
+        named = any(one.stock_name is None and one.field is not None for one in patched)
+        plain = "refuses to load it: `KeyError: 'hf_sparse'`"
+        if not named:
+            plain, older = (
+                "from version 5 on refuses to load it: `ValueError: Unknown fusion type: hf_sparse`",
+                ignores,
+            )
     rows = [
         ("transformers, after `import hf_sparse`", "right, and skips silent neurons when it decodes"),
         ("transformers alone", plain),
     ]
-    if stock == original:  # the function of the original model, which every runtime knows
+    if older:
+        rows.append(("transformers 4 alone", f"{older}; its config has no field that could say otherwise"))
+    if all(one.stock_name == one.original_activation for one in patched):  # which every runtime knows
         return [*rows, ("any other", "as the original model")]
-    ignores = f"**wrong without an error**: computes `{original}`"
     return [
         *rows,
         ("vLLM", "refuses it for Llama-like models"),

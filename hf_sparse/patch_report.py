@@ -25,10 +25,25 @@ class PatchReport:
     """The stock activation, as the model's config names it."""
     stock_name: str | None = None
     """The activation name under which plain transformers loads the patched model; None if it cannot."""
+    field: str | None = None
+    """The config field that names the activation of a patched model; None if no field does."""
+    part: str | None = None
+    """Which part of a model that is made of several; None of one that is not."""
+    others: Sequence[PatchReport] = ()
+    """On the other parts, of a report on all."""
+
+    @property
+    def patched(self) -> list[PatchReport]:
+        """This report and the others, those on what is patched."""
+        return [report for report in (self, *self.others) if report.config is not None]
 
     def __str__(self) -> str:
+        return "\n".join(map(str.rstrip, (self._text(), *(other._text() for other in self.others))))
+
+    def _text(self) -> str:
         verb = "could be patched" if self.config is None else "patched"
-        lines = [f"{self.model_class}: {len(self.blocks)} MLP blocks {verb}"]
+        of = "" if self.part is None else f", part {self.part!r}"
+        lines = [f"{self.model_class}{of}: {len(self.blocks)} MLP blocks {verb}"]
         shapes = Counter(
             (b.stock_class.__name__, b.form, b.hidden_size, b.intermediate_size) for b in self.blocks
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -13,38 +13,63 @@ from transformers.activations import ACT2FN
 
 from hf_sparse import checkpoint_block
 from hf_sparse.activations import build_activation, row_of
-from hf_sparse.adapters import Block, find_blocks, require_blocks
+from hf_sparse.adapters import Block, Skipped, require_blocks
 from hf_sparse.adapters.experts import Experts
 from hf_sparse.adapters.kept import owners
 from hf_sparse.checkpoint_block import Record
 from hf_sparse.checks import shown
+from hf_sparse.composite import (
+    LANGUAGE,
+    Part,
+    find_part,
+    inner_models,
+    listed,
+    own_blocks,
+    parts_of,
+    pass_on_refusal,
+)
 from hf_sparse.config import SparsityConfig
-from hf_sparse.described import described
 from hf_sparse.errors import PatchError
-from hf_sparse.modules import KeptChange, SparseBlock, SparseExperts, SparseMLP, sparse_parts
+from hf_sparse.modules import KeptChange, SparseBlock, SparseExperts, SparseMLP, sparse_part, sparse_parts
+from hf_sparse.part_reports import blocks_of, inspected, patched_parts, report
 from hf_sparse.patch_report import PatchReport
+from hf_sparse.selection import Patterns, Selection
 from hf_sparse.stock import (
     UnpatchedActivation,
-    activation_field,
+    put_back_around,
     refuse_missing_block,
-    sets_activation,
+    refuse_other_activation,
+    stock_activation,
     stock_name,
+    unpatched,
 )
 
 
 def patch(
-    model: nn.Module, config: SparsityConfig | Mapping[str, Any] | str = "relu", **fields: Any
+    model: nn.Module,
+    config: SparsityConfig | Mapping[str, Any] | str = "relu",
+    *,
+    part: str = LANGUAGE,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    **fields: Any,
 ) -> PatchReport:
     """Replace the MLP blocks of ``model`` by sparse ones, in place.
 
     No weight is copied and no parameter or child is renamed. The change is written to ``model.config``, so
     ``save_pretrained``, ``push_to_hub`` and, after ``import hf_sparse``, ``from_pretrained`` keep it. A model
-    that is patched already is patched anew, from its stock blocks.
+    that is patched already is patched anew, from its stock blocks; other parts of it stay as they are.
 
     Args:
         model: a transformers model, also one wrapped by PEFT. Its config object is changed, too; another
             model built from the very same object should be given a copy.
         config: a :class:`SparsityConfig`, what its ``to_dict`` gives, or the name of an activation.
+        part: of a model made of several, such as vision and text, the one to patch, by the name of its config
+            without ``_config``: ``"vision"`` for ``config.vision_config``. ``"text"`` is always the part that
+            writes text, and all of a model that is not made of several. ``inspect`` lists them.
+        include: a pattern, or several, on the qualified names of blocks, such as ``"*.layers.[0-3].*"``: only
+            blocks that match one are patched. What is kept in the config are the numbers of the blocks.
+        exclude: the same, of blocks to leave as they are.
         **fields: fields of :class:`SparsityConfig` when ``config`` is a name, such as ``threshold=0.01``.
 
     Returns:
@@ -56,80 +81,110 @@ def patch(
 
     """
     config = SparsityConfig.read(config, **fields)
+    selection = Selection.of(include, exclude)
     base = transformers_model(model)
-    blocks, skipped = require_blocks(base)
-    chosen = _choose(base, blocks, config)
-    record = Record.of(config, len(blocks), *_stock_activation(base, blocks))
-    new = _new_modules(blocks, chosen, config)
-    name = stock_name(base, record, _parts(blocks, new))
+    whole = find_part(base, part)
+    plans = [_plan(base, whole, index, config, selection) for index in range(len(whole.models))]
+    first = plans[0]
+    if any(plan.record != first.record for plan in plans):
+        raise PatchError(
+            f"{' and '.join(name for name, _ in whole.models)} are built from one config, so they have to be "
+            "patched alike, and their MLP blocks differ, or the selected ones do."
+        )
+    record, places = first.record, {k: v for plan in plans for k, v in _parts(plan.blocks, plan.new).items()}
+    name = stock_name(base, record, places, whole.path)
 
     # Everything that can fail has been done; from here on there are only assignments.
-    record.write(base.config, stock_name=name)
-    _exchange(base, blocks, new)
+    record.write(whole.config, stock_name=name)
+    pass_on_refusal(base.config)
+    for plan in plans:
+        _exchange(base, plan.blocks, plan.new)
+    chosen = [block for plan in plans for block in plan.chosen]
     patched = [replace(block, module=base.get_submodule(block.name)) for block in chosen]
-    return PatchReport(type(base).__name__, config, patched, skipped, record.activation, name)
+    skipped = [one for plan in plans for one in plan.skipped]
+    return report(base, whole, record.config, patched, skipped, record, name)
 
 
-def unpatch(model: nn.Module) -> PatchReport:
+def unpatch(model: nn.Module, *, part: str | None = None) -> PatchReport:
     """Undo :func:`patch`: the very stock modules come back, with their weights as they are now.
 
+    Args:
+        model: a patched model.
+        part: the part to put back, as :func:`patch` takes it; None means all that are patched.
+
     Raises:
-        PatchError: the model is not patched.
+        PatchError: the model, or the part, is not patched.
 
     """
     base = transformers_model(model)
-    record = checkpoint_block.read(base.config)
-    if record is None:
-        raise PatchError(f"this {type(base).__name__} is not patched: its config has no hf_sparse block.")
-    blocks, skipped = find_blocks(base)
-    _exchange(base, blocks, _new_modules(blocks, [], record.config))
-    record.erase(base.config)
-    blocks = [replace(b, module=base.get_submodule(b.name)) for b in blocks]
-    return PatchReport(type(base).__name__, None, blocks, skipped, record.activation)
+    reports = []
+    for one, record in patched_parts(base, part):
+        blocks, skipped = blocks_of(one)
+        _exchange(base, blocks, _new_modules(blocks, [], record.config))
+        record.erase(one.config)
+        blocks = [replace(b, module=base.get_submodule(b.name)) for b in blocks]
+        reports.append(report(base, one, None, blocks, skipped, record))
+    pass_on_refusal(base.config)
+    return replace(reports[0], others=reports[1:])
 
 
-def inspect(model: nn.Module) -> PatchReport:
+def inspect(
+    model: nn.Module, *, part: str | None = None, include: Patterns = None, exclude: Patterns = None
+) -> PatchReport:
     """What :func:`patch` would change, or, on a patched model, what is patched. Changes nothing.
+
+    Args:
+        model: a transformers model, also one wrapped by PEFT.
+        part: the part to look at, as :func:`patch` takes it. None means the language part, with the others in
+            ``others``; if only others are patched, the first of these.
+        include: as of :func:`patch`; blocks of that part that are not selected are left out.
+        exclude: likewise.
 
     Raises:
         PatchError: the modules of a patched model were changed to something that no config can say.
 
     """
+    selection = Selection.of(include, exclude)
     base = transformers_model(model)
-    blocks, skipped = find_blocks(base)
-    record = checkpoint_block.read(base.config)
-    record = None if record is None else described(base, record)
-    if record is None:
-        return PatchReport(type(base).__name__, None, blocks, skipped)
-    blocks = [block for block in blocks if block.is_patched]
-    value = getattr(base.config, record.field)
-    name = None if value == checkpoint_block.KEY else value
-    return PatchReport(type(base).__name__, record.config, blocks, skipped, record.activation, name)
+    main = find_part(base, LANGUAGE if part is None else part)
+    reports = [inspected(base, main)]
+    if part is None:
+        others = [inspected(base, one) for one in parts_of(base) if one.path != main.path]
+        reports += [one for one in others if one.blocks or one.config is not None]
+        reports.sort(key=lambda one: one.config is None)  # stable: of its kind, the main one stays first
+    first = reports[0]
+    if selection is not None:
+        first = replace(first, blocks=[first.blocks[i] for i in selection.indices(first.blocks)])
+    return replace(first, others=reports[1:])
 
 
-def set_mix(model: nn.Module, k: float) -> None:
+def set_mix(model: nn.Module, k: float, *, part: str | None = None) -> None:
     """Set the share ``k`` of the new activation on every patched block (see ``SparsityConfig.mix``).
 
-    A saved model keeps it. Meant to be called at every step of a finetune.
+    A saved model keeps it. Meant to be called at every step of a finetune. ``part`` as of :func:`unpatch`.
 
     Raises:
-        PatchError: the model is not patched.
+        PatchError: the model, or the part, is not patched.
         ValueError: ``k`` is outside [0, 1].
 
     """
     base = transformers_model(model)
-    record = checkpoint_block.read(base.config)
-    if record is None:
-        raise PatchError(f"set_mix needs a patched model; this {type(base).__name__} is not patched.")
-    config = record.config.changed(activation=record.config.activation.with_mix(k))
-    if config == record.config:
-        return
-    for part in sparse_parts(base):
-        part.set_mix(config.activation.mix)
-    record = replace(record, config=config)
-    blocks, _ = find_blocks(base)
-    parts = {name: part for block in blocks for name, part in block.parts.items()}
-    record.write(base.config, stock_name=stock_name(base, record, parts))
+    found = patched_parts(base, part, "set_mix needs a patched model; ")
+    configs = [old.config.changed(activation=old.config.activation.with_mix(k)) for _, old in found]
+    changes = [
+        (one, replace(old, config=new))
+        for (one, old), new in zip(found, configs, strict=True)
+        if new != old.config
+    ]
+    for one, record in changes:
+        blocks = one.all_blocks
+        for copy in (copy for block in blocks for copy in (block, *block.spares)):
+            if (sparse := sparse_part(copy.module)) is not None:
+                sparse.set_mix(record.config.activation.mix)
+        places = {name: own for block in blocks for name, own in block.parts.items()}
+        record.write(one.config, stock_name=stock_name(base, record, places, one.path))
+    if changes:
+        pass_on_refusal(base.config)
 
 
 def patch_from_config(model: PreTrainedModel) -> None:
@@ -137,22 +192,38 @@ def patch_from_config(model: PreTrainedModel) -> None:
 
     Runs for inner models before the outer one, which finds their blocks patched. An inner model may hold only
     some of the blocks: if the config tells them apart by their number, they are left to the outer model.
+    Parts with a config of their own have patched themselves.
 
     Raises:
         ValueError: the block is malformed, or does not fit the model or the rest of its config.
 
     """
+    inner = [(name, one) for name, one in inner_models(model) if checkpoint_block.has(one.config)]
+    is_inner = model.base_model is model
+    for _, one in inner:
+        _patch_from_own_config(one, may_be_some=is_inner)
+    _patch_from_own_config(model, may_be_some=is_inner)
+    has_own = checkpoint_block.has(model.config)
+    # Placeholders of an inner model that was not patched stay: they raise.
+    if (inner or has_own) and not (is_inner and has_own):
+        put_back_around(model, [name for name, _ in inner])
+
+
+def _patch_from_own_config(model: PreTrainedModel, *, may_be_some: bool) -> None:
     record = checkpoint_block.read(model.config)
     if record is None:
         refuse_missing_block(model.config)
         return
     with checkpoint_block.refusing():
         record.agree(model.config)
-        blocks, _ = find_blocks(model)
+        blocks, _ = own_blocks(model)
         todo = [block for block in blocks if not block.is_patched]
-        is_inner = model.base_model is model
+        if record.field is None:
+            _let_go(todo)
         if not record.config.uniform:
-            if is_inner and len(blocks) != record.blocks:
+            if may_be_some and len(blocks) != record.blocks:
+                if record.field is None:
+                    _hold_back(todo)
                 return
             if record.blocks != len(blocks):
                 raise ValueError(
@@ -160,23 +231,30 @@ def patch_from_config(model: PreTrainedModel) -> None:
                     f"which is {len(blocks)}; load it with all its layers."
                 )
             if len(todo) < len(blocks):
-                _put_back(model, (), record.activation)
                 return
-        if not blocks and not is_inner:
+        if not blocks and not may_be_some:
             require_blocks(model)
+            raise ValueError(f"{type(model).__name__} has no MLP block outside of its parts; take it out.")
         if not todo:
-            if blocks:  # an inner model has patched them; a head may have the activation, too
-                _put_back(model, (), record.activation)
             return
         chosen = _choose(model, todo, record.config)
         made = {f"{block.name}.{block.roles.act}": block.activation for block in todo}
-        if not sets_activation(model, record.field, made):
-            raise ValueError(
-                f"stock.field={record.field!r} does not set the activation of the MLP blocks of "
-                f"{type(model).__name__}; patch the original model again, and save it."
-            )
-        _put_back(model, todo, record.activation)
+        refuse_other_activation(model, record, made)
+        if record.field is not None and record.activation is not None:
+            _put_back(model, todo, record.activation)
         _exchange(model, todo, _new_modules(todo, chosen, record.config))
+
+
+def _hold_back(blocks: Sequence[Block]) -> None:
+    """Let ``blocks`` raise when they are called, until the outer model patches them or lets them go."""
+    for block in blocks:
+        vars(block.module)["forward"] = unpatched
+
+
+def _let_go(blocks: Sequence[Block]) -> None:
+    for block in blocks:
+        if vars(block.module).get("forward") is unpatched:
+            del vars(block.module)["forward"]
 
 
 def prepare(model: nn.Module, *, certify: bool = False) -> None:
@@ -240,6 +318,40 @@ def transformers_model(model: nn.Module) -> PreTrainedModel:
             "pass the model itself, before it is wrapped by DDP, FSDP or torch.compile."
         )
     return base
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a patch is about to do in one model."""
+
+    blocks: Sequence[Block]
+    chosen: Sequence[Block]
+    skipped: Sequence[Skipped]
+    record: Record
+    new: Mapping[str, nn.Module | KeptChange]
+    """By name, what comes in the place of ``blocks`` and their spares."""
+
+
+def _plan(
+    base: PreTrainedModel, part: Part, index: int, config: SparsityConfig, selection: Selection | None
+) -> _Plan:
+    prefix, model = part.models[index]
+    blocks, skipped = part.blocks(index)
+    if not blocks:
+        require_blocks(base)
+        raise PatchError(
+            f"no MLP block of a known shape in the part {part.name!r} of {type(base).__name__}. "
+            f"{listed(parts_of(base))} Choose one: patch(model, ..., part=...)."
+        )
+    if selection is not None:
+        config = selection.resolve(config, blocks)
+    chosen = _choose(model, blocks, config)
+    own = (
+        [block.place.removeprefix(f"{prefix}.") for block in blocks] if prefix else [b.place for b in blocks]
+    )
+    acts = {f"{name}.{block.roles.act}": block.activation for name, block in zip(own, blocks, strict=True)}
+    record = Record.of(config, len(blocks), *stock_activation(base, part, model, acts))
+    return _Plan(blocks, chosen, skipped, record, _new_modules(blocks, chosen, config))
 
 
 def _choose(model: PreTrainedModel, blocks: list[Block], config: SparsityConfig) -> list[Block]:
@@ -322,22 +434,6 @@ def _parts(blocks: Sequence[Block], new: Mapping[str, nn.Module | KeptChange]) -
         else:
             parts[block.place] = one
     return parts
-
-
-def _stock_activation(model: PreTrainedModel, blocks: Sequence[Block]) -> tuple[str, str]:
-    """The config field that names the activation, and its stock value."""
-    record = checkpoint_block.read(model.config)
-    if record is not None:
-        return record.field, record.activation
-    names = [f"{block.place}.{block.roles.act}" for block in blocks]
-    field = activation_field(model, names)
-    if field is None:
-        raise PatchError(
-            f"no field of {type(model.config).__name__} sets the activation of the MLP blocks, so a saved "
-            "model could not say that it is patched. If the config is a composite, patch the language model "
-            f"inside; otherwise please report the model type {model.config.model_type!r}."
-        )
-    return field, getattr(model.config, field)
 
 
 def _put_back(model: nn.Module, blocks: Sequence[Block], activation: str) -> None:

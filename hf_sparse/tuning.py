@@ -146,6 +146,7 @@ def tune(
     patched = inspect(base)
     if patched.config is None:
         raise PatchError(f"tune needs a patched model; this {type(base).__name__} is not patched.")
+    blocks = [block for part in patched.patched for block in part.blocks]
     if dataset is not None:
         density = measure(
             base,
@@ -157,14 +158,14 @@ def tune(
             progress=progress,
         )
         found = {layer.name: layer.density for layer in density.layers if layer.tokens}
-        for block in patched.blocks:
+        for block in blocks:
             part = sparse_part(block.module)
             assert part is not None
             part.density = found.get(block.name, part.density)
 
     measurements: dict[Problem, Measurement] = {}
     layers: list[TunedLayer] = []
-    for block in _bar(patched.blocks, progress):
+    for block in _bar(blocks, progress):
         part = sparse_part(block.module)
         assert part is not None
         problems, obstacle = part.problems()

@@ -32,7 +32,8 @@ Of the {count} decoder-only text types of transformers {version} that have an FF
 
 Each type was tried on a tiny model with the fewest layers that show every kind that the type has. FFNs are
 counted by their weights and not by what hf_sparse recognises; all experts behind one router are one FFN. What
-is not patched stays as it is. [patching.md](patching.md#what-is-recognised) says how blocks are recognised.
+is not patched stays as it is. Of a model made of several, all parts count; those beside the language part are
+patched with `part=`. [patching.md](patching.md#what-is-recognised) says how blocks are recognised.
 
 ## What is left
 

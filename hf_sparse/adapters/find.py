@@ -9,12 +9,15 @@ from torch import nn
 
 from hf_sparse.activations.known import STOCK_ACTIVATIONS
 from hf_sparse.adapters.block import Block
+from hf_sparse.adapters.bottleneck import bottlenecks
 from hf_sparse.adapters.copies import idle, in_use, place
 from hf_sparse.adapters.kept import Kept, own_roles
 from hf_sparse.adapters.probe_kept import recognise_kept
 from hf_sparse.adapters.roles import Roles
 from hf_sparse.adapters.shapes import SHAPES, linears, recognise
 from hf_sparse.errors import PatchError
+
+_NARROW = "it is an adapter or a gate: fewer neurons than hidden units, and a wider network in its layer"
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,9 @@ def find_blocks(model: nn.Module) -> tuple[list[Block], list[Skipped]]:
                 skipped.append(Skipped(name, type(module).__name__, reason))
             continue
         inside = (*inside, *_taken(name, roles))
-    return _with_spares(model, blocks), skipped
+    narrow = bottlenecks(blocks, in_use(model))
+    skipped += [Skipped(b.name, type(b.module).__name__, _NARROW) for b in narrow]
+    return _with_spares(model, [block for block in blocks if block not in narrow]), skipped
 
 
 def require_blocks(model: nn.Module) -> tuple[list[Block], list[Skipped]]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from hf_sparse.adapters import Block, require_blocks
+from hf_sparse.composite import inner_models
 from hf_sparse.metrics.batches import as_batches, parts
 from hf_sparse.metrics.report import LayerSparsity, SparsityReport
 from hf_sparse.metrics.running import causal_model, input_device, observed, without_copies
@@ -104,6 +105,8 @@ def measure(
             f"the model ran, but no token reached the down projection of any of its {len(layers)} MLP "
             "blocks: something runs them by other means than their modules."
         )
+    if inner_models(bare):  # parts that see no text, such as one for images
+        layers = tuple(layer for layer in layers if layer.tokens)
     return SparsityReport(
         layers=layers,
         loss=loss / predicted,

@@ -91,6 +91,8 @@ def test_patch_without_output_saves_nothing(capsys):
     out = capsys.readouterr().out
     assert "2 MLP blocks patched" in out
     assert "nothing was saved" in out
+    assert main(["patch", "tiny", "--include", "*.[0-2].mlp", "*.4.mlp", "--exclude", "*.1.mlp"]) == 0
+    assert "3 MLP blocks patched" in capsys.readouterr().out
 
 
 def test_measure_writes_what_the_function_returns(tmp_path, text_file, capsys):
@@ -183,6 +185,8 @@ def test_generate_samples_by_seed(capsys):
     [
         (["patch", "tiny", "--threshold", "0.5"], "use 'fatrelu'"),
         (["patch", "tiny", "--layers", "9"], "names block 9"),
+        (["patch", "tiny", "--include", "layers.0"], "include='layers.0' matches no MLP block"),
+        (["patch", "tiny", "--part", "vision"], "part='vision' is no part of this LlamaForCausalLM"),
         (["measure", "tiny", "--text-file", "no-such.txt"], "No such file"),
         (["measure", "tiny", "--dataset", "./nowhere"], "dataset='./nowhere' does not exist"),
         (["measure", "tiny", "--sequence-length", "9999"], "longer than the model's context"),

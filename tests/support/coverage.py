@@ -98,7 +98,7 @@ def _why_refused(model: PreTrainedModel) -> str:
     """Why a model with blocks cannot be patched, of what can be seen in its config."""
     config = model.config
     if type(config).sub_configs:
-        return "activation named by a nested config"
+        return "in another part, patched with `part=`"
     if any(isinstance(value, str) and value in ACT2CLS for value in vars(config).values()):
         return "no single config field sets it"
     return "no config field for the activation"
