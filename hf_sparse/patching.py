@@ -30,7 +30,15 @@ from hf_sparse.composite import (
 )
 from hf_sparse.config import SparsityConfig
 from hf_sparse.errors import PatchError
-from hf_sparse.modules import KeptChange, SparseBlock, SparseExperts, SparseMLP, sparse_part, sparse_parts
+from hf_sparse.modules import (
+    KeptChange,
+    SparseBlock,
+    SparseExperts,
+    SparseGatedMLP,
+    SparsePlainMLP,
+    sparse_part,
+    sparse_parts,
+)
 from hf_sparse.part_reports import blocks_of, inspected, patched_parts, report
 from hf_sparse.patch_report import PatchReport
 from hf_sparse.selection import Patterns, Selection
@@ -412,7 +420,9 @@ def _sparse_block(block: Block, config: SparsityConfig, index: int) -> SparseBlo
     activation = build_activation(config.activation, index, block.original_activation)
     if block.stays:
         return KeptChange.to_sparse(block, activation, config.activation.mix)
-    kind: type[SparseBlock] = SparseExperts if isinstance(block.roles, Experts) else SparseMLP
+    kind: type[SparseBlock] = SparseGatedMLP if block.form == "gated" else SparsePlainMLP
+    if isinstance(block.roles, Experts):
+        kind = SparseExperts
     sparse = kind(_stock_block(block), block.roles, activation, relu_up=config.activation.relu_up)
     sparse.set_mix(config.activation.mix)
     for _, part in config.others:

@@ -5,7 +5,7 @@ from hf_sparse.modules.leaf import ParameterLeaf
 from hf_sparse.modules.sparse_block import SparseBlock
 from hf_sparse.modules.sparse_experts import SparseExperts
 from hf_sparse.modules.sparse_linear import SparseLinear
-from hf_sparse.modules.sparse_mlp import SparseMLP
+from hf_sparse.modules.sparse_mlp import SparseGatedMLP, SparseMLP, SparsePlainMLP
 
 __all__ = [
     "KeptBlock",
@@ -13,8 +13,10 @@ __all__ = [
     "ParameterLeaf",
     "SparseBlock",
     "SparseExperts",
+    "SparseGatedMLP",
     "SparseLinear",
     "SparseMLP",
+    "SparsePlainMLP",
     "sparse_part",
     "sparse_parts",
 ]

@@ -37,7 +37,7 @@ _STOCK = Way()
 
 
 class SparseMLP(SparseBlock):
-    """``down(act(gate(x)) * up(x))`` or ``down(act(up(x)))``, whose parts are children of the block."""
+    """Common part of :class:`SparseGatedMLP` and :class:`SparsePlainMLP`, whose parts are their children."""
 
     roles: LayerRoles
 
@@ -279,6 +279,14 @@ class SparseMLP(SparseBlock):
         if "forward" in vars(linear) or type(own.get("weight")) is not nn.Parameter or "bias" not in own:
             return None
         return linear
+
+
+class SparseGatedMLP(SparseMLP):
+    """``down(act(gate(x)) * up(x))``; the gate decides what is read of the other two."""
+
+
+class SparsePlainMLP(SparseMLP):
+    """``down(act(up(x)))``; the up projection decides which rows of the down projection are read."""
 
 
 def neuron_major(down: Tensor) -> Tensor | None:

@@ -431,7 +431,8 @@ class TestErrors:
 def test_a_language_part_of_no_known_shape_names_the_parts_that_have_one() -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 88, "num_hidden_layers": 1, "num_attention_heads": 4}
     config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(
-        ViTConfig(**sizes, image_size=28, patch_size=14), BertConfig(**sizes, vocab_size=64, hidden_act="xielu")
+        ViTConfig(**sizes, image_size=28, patch_size=14),
+        BertConfig(**sizes, vocab_size=64, hidden_act="xielu"),
     )
     model = VisionEncoderDecoderModel(config)
     with pytest.raises(PatchError, match=r"in the part 'decoder' .* 'encoder' \(1 MLP blocks\)"):

@@ -190,7 +190,7 @@ def test_a_hook_on_all_modules_sees_those_of_a_block_when_decoding(tiny_model) -
     finally:
         handle.remove()
     assert skips.count == 0
-    assert sorted(seen) == ["Linear", "Linear", "Linear", "ReLU", "SparseMLP"]
+    assert sorted(seen) == ["Linear", "Linear", "Linear", "ReLU", "SparseGatedMLP"]
 
 
 def test_a_linear_layer_without_a_bias_entry_is_called(tiny_model) -> None:
@@ -233,7 +233,7 @@ def test_hooks_on_a_block_survive_patch_and_unpatch(tiny_model, input_ids) -> No
     model(input_ids)
     handle.remove()
     model(input_ids)
-    assert calls == ["SparseMLP", "LlamaMLP"]
+    assert calls == ["SparseGatedMLP", "LlamaMLP"]
 
 
 class TestMix:

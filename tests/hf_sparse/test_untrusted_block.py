@@ -125,7 +125,7 @@ def test_a_block_is_refused_by_name_or_the_model_computes_what_it_says(data: dic
     assert len(mlps) == 3
     for index, mlp in enumerate(mlps):
         torch.testing.assert_close(mlp.activation(p), says(block, index, p))
-        patched = type(mlp.module).__name__ == "SparseMLP"
+        patched = type(mlp.module).__name__ == "SparseGatedMLP"
         is_drelu = activation_of(block)["name"] == "drelu"
         assert getattr(mlp.module, "relu_up", False) == (is_drelu and patched)
     # The way back writes the activation field and nothing else.
