@@ -19,8 +19,14 @@ def is_neuron_major(weight: Tensor) -> bool:
     """Whether ``weight [D, F]``, or of experts ``[E, D, F]``, lies in memory neuron by neuron."""
     if weight.ndim not in (2, 3):
         return False
-    # The second question is also right for sizes 0 and 1, but makes a view, which takes longer.
-    return weight.stride() == (1, weight.shape[0]) or weight.transpose(-1, -2).is_contiguous()
+    # Asked without a view: one that is made with gradient takes a lock of the weight while it waits for the
+    # interpreter's, and another thread that sets ``weight.data`` holds that and waits for the weight's.
+    shape, strides, step = weight.shape, weight.stride(), 1
+    for dim in (-2, -1, -3)[: weight.ndim]:
+        if shape[dim] != 1 and strides[dim] != step:
+            return not weight.numel()
+        step *= shape[dim]
+    return True
 
 
 @torch.no_grad()

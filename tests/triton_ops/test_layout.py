@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -81,3 +83,33 @@ def test_stacked_experts_are_stored_neuron_by_neuron():
 def test_other_numbers_of_dimensions_are_an_error():
     with pytest.raises(ValueError, match=r"weight has shape \(2, 3, 4, 5\)"):
         neuron_major_(torch.randn(2, 3, 4, 5))
+
+
+TWO_THREADS = """
+import threading, time
+import torch
+from triton_ops import is_neuron_major, neuron_major_
+from triton_ops.layout import stock_layout_
+
+weight = torch.nn.Parameter(torch.randn(64, 64))
+stop = threading.Event()
+
+def ask():
+    while not stop.is_set():
+        is_neuron_major(weight)
+
+thread = threading.Thread(target=ask)
+thread.start()
+end = time.monotonic() + 4
+while time.monotonic() < end:
+    neuron_major_(weight)
+    stock_layout_(weight)
+stop.set()
+thread.join()
+"""
+
+
+@pytest.mark.slow
+def test_asking_for_the_layout_in_another_thread_never_stops_both():
+    """A view made with gradient would: each thread then waits for what the other one holds."""
+    subprocess.run([sys.executable, "-c", TWO_THREADS], check=True, timeout=120)
