@@ -20,8 +20,8 @@ LAYERS: tuple[type[LayerRoles], ...] = (Gated, Plain, Fused)
 
 SHAPES: tuple[type[Roles], ...] = (*LAYERS, Experts, Kept)
 
-_FREE_NAME = "act_fn"
-"""The child that a patch adds for one of them."""
+_NAMES = ("act_fn", "activation_fn", "activation_function", "hf_sparse_activation")
+"""A child of one of these names is the activation, or becomes it where that is written into the forward."""
 
 _NOT_ACTIVATIONS = (nn.Dropout, nn.Identity)
 
@@ -57,8 +57,10 @@ def _recognise_experts(module: nn.Module) -> Experts | None:
 
 
 def _free(module: nn.Module) -> list[str]:
-    """Where a written activation would be put, if there can be one."""
-    return [] if _FREE_NAME in module._modules else [_FREE_NAME]
+    """Where a patch would put an activation that is written in; nowhere if a child may be the activation."""
+    if any(name in module._modules for name in _NAMES):
+        return []
+    return [next(name for name in _NAMES if not hasattr(module, name))]
 
 
 def linears(module: nn.Module) -> dict[str, tuple[int, int]]:
