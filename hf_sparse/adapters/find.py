@@ -39,7 +39,7 @@ def find_blocks(model: nn.Module) -> tuple[list[Block], list[Skipped]]:
     blocks: list[Block] = []
     skipped: list[Skipped] = []
     inside: tuple[str, ...] = ()
-    known: dict[Any, Kept | None] = {}
+    known: dict[Any, Roles | None] = {}
     for name, module in in_use(model):
         if f"{name}.".startswith(inside) or not _in_layers(name):
             continue
@@ -79,9 +79,9 @@ def _in_layers(name: str) -> bool:
     return any(part.isdigit() for part in place(name).split("."))
 
 
-def _roles(module: nn.Module, known: dict[Any, Kept | None]) -> Roles | None:
+def _roles(module: nn.Module, known: dict[Any, Roles | None]) -> Roles | None:
     # A patched block says itself which child plays which part.
-    return own_roles(module) or recognise(module) or recognise_kept(module, known)
+    return own_roles(module) or recognise(module, known) or recognise_kept(module, known)
 
 
 def _taken(name: str, roles: Roles) -> set[str]:

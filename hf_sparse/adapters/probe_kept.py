@@ -17,14 +17,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from hf_sparse.adapters.copies import active
-from hf_sparse.adapters.kept import Kept
-from hf_sparse.adapters.roles import linear_size
+from hf_sparse.adapters.kept import Kept, own_roles
+from hf_sparse.adapters.roles import Roles, linear_size
+from hf_sparse.adapters.shapes import recognise
 
 _TOKENS = 3
 _LARGEST = 1 << 20
@@ -43,12 +44,15 @@ _RETURNS: tuple[Callable[[Tensor], Any], ...] = (
 _STATES = ("residual", "hidden", "input", "state")
 
 
-def recognise_kept(module: nn.Module, known: dict[Any, Kept | None] | None = None) -> Kept | None:
+def recognise_kept(module: nn.Module, known: dict[Any, Roles | None] | None = None) -> Roles | None:
     """The roles of the parts of an MLP that ``module`` runs by its own forward; None if there is not one.
 
     ``known`` takes what was found, for modules that are like one before; while all of these exist.
     """
     candidates = list(_candidates(module))
+    owners = {act.rpartition(".")[0] for act, _, _ in candidates} - {""}
+    taken = {owner for owner in owners if _is_block(module, owner)}
+    candidates = [one for one in candidates if one[0].rpartition(".")[0] not in taken]
     if not candidates:
         return None
     known = {} if known is None else known
@@ -58,6 +62,12 @@ def recognise_kept(module: nn.Module, known: dict[Any, Kept | None] | None = Non
         found = {roles for roles in probed if roles is not None}
         known[key] = found.pop() if len(found) == 1 else None
     return known[key]
+
+
+def _is_block(module: nn.Module, name: str) -> bool:
+    """Whether the child ``name`` is an MLP by itself, whose activation is no other's."""
+    child = active(cast(nn.Module, module._modules[name]))
+    return own_roles(child) is not None or recognise(child) is not None
 
 
 def _likeness(module: nn.Module, names: set[str], name: str = "") -> Any:
