@@ -18,6 +18,7 @@ from transformers.activations import ACT2FN
 from hf_sparse import checkpoint_block
 from hf_sparse.activations.config import same_function
 from hf_sparse.adapters import Block
+from hf_sparse.adapters.block import replaced_around
 from hf_sparse.checkpoint_block import KEY, Record
 from hf_sparse.composite import Part, nested, own_blocks, parts_of, pass_on_refusal
 from hf_sparse.errors import PatchError
@@ -154,6 +155,12 @@ def _bring_in_line(model: PreTrainedModel, part: Part, record: Record) -> bool:
                 "says, and not that.",
                 stacklevel=2,
             )
+    for by in replaced_around(model, part.all_blocks):
+        warnings.warn(
+            f"the forward of a module around MLP blocks was replaced by {by}; what is saved computes what "
+            "the config says, whether that calls them or not.",
+            stacklevel=2,
+        )
     blocks = {name: one for block in part.all_blocks for name, one in block.parts.items()}
     if now != record:
         now.write(part.config, stock_name=stock_name(model, now, blocks, part.path))

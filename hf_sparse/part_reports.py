@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from hf_sparse import checkpoint_block
 from hf_sparse.adapters import Block, Skipped
+from hf_sparse.adapters.block import replaced_around
 from hf_sparse.checkpoint_block import Record
 from hf_sparse.composite import Part, find_part, inner_models, parts_of
 from hf_sparse.config import SparsityConfig
@@ -72,4 +73,13 @@ def report(
     if original is None and config is not None:  # transformers has no name for it, or blocks differ
         acts = {block.original_activation for block in blocks if block.is_patched}
         original = " or ".join(sorted({type(act).__name__ for act in acts}))
-    return PatchReport(type(base).__name__, config, blocks, skipped, original, name, field, of_several)
+    notes = around(base, blocks)
+    return PatchReport(type(base).__name__, config, blocks, skipped, original, name, field, of_several, notes)
+
+
+def around(base: PreTrainedModel, blocks: Sequence[Block]) -> list[str]:
+    """That modules around ``blocks`` run something else than their class, which may leave the blocks out."""
+    return [
+        f"the forward of a module around {count} MLP blocks was replaced by {by}; does it call them?"
+        for by, count in replaced_around(base, blocks).items()
+    ]

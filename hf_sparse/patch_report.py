@@ -29,6 +29,8 @@ class PatchReport:
     """The config field that names the activation of a patched model; None if no field does."""
     part: str | None = None
     """Which part of a model that is made of several; None of one that is not."""
+    notes: Sequence[str] = ()
+    """What else to know of the model as it is in this process."""
     others: Sequence[PatchReport] = ()
     """On the other parts, of a report on all."""
 
@@ -56,6 +58,7 @@ class PatchReport:
             lines.append(f"  in plain transformers: {loads}")
         for by, count in Counter(filter(None, (b.replaced_forward for b in self.blocks))).items():
             lines.append(f"  WARNING: the forward of {count} blocks was replaced by {by}")
+        lines += [f"  WARNING: {note}" for note in self.notes]
         for (name, reason), count in Counter((s.class_name, s.reason) for s in self.skipped).items():
             lines.append(f"  left as is: {count} x {name}: {reason}")
         return "\n".join(lines)

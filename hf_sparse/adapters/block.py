@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -112,6 +114,19 @@ class Block:
         of skipping, to rounding.
         """
         return self.roles.watch(self.module, site, fn)
+
+
+def replaced_around(model: nn.Module, blocks: Sequence[Block]) -> dict[str, int]:
+    """Functions that other tools run instead of modules around ``blocks``, and around how many of them.
+
+    Such a function may call the block or may not. That of ``model`` itself is not asked: it calls layers.
+    """
+    counts: Counter[str] = Counter()
+    for block in blocks:
+        names = block.name.split(".")
+        around = [".".join(names[:length]) for length in range(1, len(names))]
+        counts.update({by for name in around if (by := replaced_forward(model.get_submodule(name)))})
+    return dict(counts)
 
 
 def replaced_forward(module: nn.Module) -> str | None:

@@ -79,3 +79,22 @@ def test_a_class_that_computes_something_else_is_not_patched(monkeypatch) -> Non
     monkeypatch.setattr(LlamaMLP, "forward", swiglu)
     with pytest.raises(hf_sparse.PatchError, match="no MLP block of a known shape"):
         patched()
+
+
+def bypass(self, x, **kwargs):
+    """A decoder layer that has its MLP written in."""
+    return x + swiglu(self.mlp, x)
+
+
+def test_a_layer_that_may_leave_its_block_out_is_told(tmp_path) -> None:
+    model = patched()
+    for layer in model.model.layers[:2]:
+        layer.forward = types.MethodType(bypass, layer)
+    assert "WARNING: the forward of a module around 2 MLP blocks was replaced by" in str(
+        hf_sparse.inspect(model)
+    )
+    with pytest.warns(UserWarning, match=r"a module around MLP blocks was replaced by .*bypass"):
+        model.save_pretrained(tmp_path)
+    for layer in model.model.layers[:2]:
+        del layer.forward
+    assert "WARNING" not in str(hf_sparse.inspect(model))
