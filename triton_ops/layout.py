@@ -19,8 +19,12 @@ def is_neuron_major(weight: Tensor) -> bool:
     """Whether the 2-D ``weight [D, F]`` lies in memory neuron by neuron, with strides ``(1, D)``."""
     if weight.ndim != 2:
         return False
-    # The second question is also right for sizes 0 and 1, but makes a view, which takes longer.
-    return weight.stride() == (1, weight.shape[0]) or weight.t().is_contiguous()
+    (rows, columns), (down, across) = weight.shape, weight.stride()
+    if (down, across) == (1, rows) or 0 in (rows, columns):
+        return True
+    # No view is made to ask for: with gradient that locks the weight, and waits for ever for a thread that
+    # is just changing its layout.
+    return (rows == 1 or down == 1) and (columns == 1 or across == rows)
 
 
 @torch.no_grad()
