@@ -31,7 +31,7 @@ from hf_sparse.checks import bounded
 from hf_sparse.described import in_line
 from hf_sparse.model_card import write_model_card
 from hf_sparse.modules import ParameterLeaf
-from hf_sparse.patching import patch_from_config
+from hf_sparse.rebuilding import patch_from_config
 from hf_sparse.stock import UnpatchedActivation
 
 

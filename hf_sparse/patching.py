@@ -9,48 +9,19 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.activations import ACT2FN
 
-from hf_sparse import checkpoint_block
-from hf_sparse.activations import build_activation, row_of
+from hf_sparse.activations import row_of
 from hf_sparse.adapters import Block, Skipped, require_blocks
-from hf_sparse.adapters.experts import Experts
-from hf_sparse.adapters.kept import owners
 from hf_sparse.checkpoint_block import Record
-from hf_sparse.checks import shown
-from hf_sparse.composite import (
-    LANGUAGE,
-    Part,
-    find_part,
-    inner_models,
-    listed,
-    own_blocks,
-    parts_of,
-    pass_on_refusal,
-)
+from hf_sparse.composite import LANGUAGE, Part, find_part, listed, parts_of, pass_on_refusal
 from hf_sparse.config import SparsityConfig
 from hf_sparse.errors import PatchError
-from hf_sparse.modules import (
-    KeptChange,
-    SparseBlock,
-    SparseExperts,
-    SparseGatedMLP,
-    SparsePlainMLP,
-    sparse_part,
-    sparse_parts,
-)
+from hf_sparse.exchange import choose, exchange, new_modules, places
+from hf_sparse.modules import KeptChange, sparse_part, sparse_parts
 from hf_sparse.part_reports import blocks_of, inspected, patched_parts, report
 from hf_sparse.patch_report import PatchReport
 from hf_sparse.selection import Patterns, Selection
-from hf_sparse.stock import (
-    UnpatchedActivation,
-    put_back_around,
-    refuse_missing_block,
-    refuse_other_activation,
-    stock_activation,
-    stock_name,
-    unpatched,
-)
+from hf_sparse.stock import stock_activation, stock_name
 
 
 def patch(
@@ -99,14 +70,15 @@ def patch(
             f"{' and '.join(name for name, _ in whole.models)} are built from one config, so they have to be "
             "patched alike, and their MLP blocks differ, or the selected ones do."
         )
-    record, places = first.record, {k: v for plan in plans for k, v in _parts(plan.blocks, plan.new).items()}
-    name = stock_name(base, record, places, whole.path)
+    record = first.record
+    parts = {place: own for plan in plans for place, own in places(plan.blocks, plan.new).items()}
+    name = stock_name(base, record, parts, whole.path)
 
     # Everything that can fail has been done; from here on there are only assignments.
     record.write(whole.config, stock_name=name)
     pass_on_refusal(base.config)
     for plan in plans:
-        _exchange(base, plan.blocks, plan.new)
+        exchange(base, plan.blocks, plan.new)
     chosen = [block for plan in plans for block in plan.chosen]
     patched = [replace(block, module=base.get_submodule(block.name)) for block in chosen]
     skipped = [one for plan in plans for one in plan.skipped]
@@ -128,7 +100,7 @@ def unpatch(model: nn.Module, *, part: str | None = None) -> PatchReport:
     reports = []
     for one, record in patched_parts(base, part):
         blocks, skipped = blocks_of(one)
-        _exchange(base, blocks, _new_modules(blocks, [], record.config))
+        exchange(base, blocks, new_modules(blocks, [], record.config))
         record.erase(one.config)
         blocks = [replace(b, module=base.get_submodule(b.name)) for b in blocks]
         reports.append(report(base, one, None, blocks, skipped, record))
@@ -189,80 +161,10 @@ def set_mix(model: nn.Module, k: float, *, part: str | None = None) -> None:
         for copy in (copy for block in blocks for copy in (block, *block.spares)):
             if (sparse := sparse_part(copy.module)) is not None:
                 sparse.set_mix(record.config.activation.mix)
-        places = {name: own for block in blocks for name, own in block.parts.items()}
-        record.write(one.config, stock_name=stock_name(base, record, places, one.path))
+        parts = {name: own for block in blocks for name, own in block.parts.items()}
+        record.write(one.config, stock_name=stock_name(base, record, parts, one.path))
     if changes:
         pass_on_refusal(base.config)
-
-
-def patch_from_config(model: PreTrainedModel) -> None:
-    """Patch a model under construction from the block in its config; nothing if it has none.
-
-    Runs for inner models before the outer one, which finds their blocks patched. An inner model may hold only
-    some of the blocks: if the config tells them apart by their number, they are left to the outer model.
-    Parts with a config of their own have patched themselves.
-
-    Raises:
-        ValueError: the block is malformed, or does not fit the model or the rest of its config.
-
-    """
-    inner = [(name, one) for name, one in inner_models(model) if checkpoint_block.has(one.config)]
-    is_inner = model.base_model is model
-    for _, one in inner:
-        _patch_from_own_config(one, may_be_some=is_inner)
-    _patch_from_own_config(model, may_be_some=is_inner)
-    has_own = checkpoint_block.has(model.config)
-    # Placeholders of an inner model that was not patched stay: they raise.
-    if (inner or has_own) and not (is_inner and has_own):
-        put_back_around(model, [name for name, _ in inner])
-
-
-def _patch_from_own_config(model: PreTrainedModel, *, may_be_some: bool) -> None:
-    record = checkpoint_block.read(model.config)
-    if record is None:
-        refuse_missing_block(model.config)
-        return
-    with checkpoint_block.refusing():
-        record.agree(model.config)
-        blocks, _ = own_blocks(model)
-        todo = [block for block in blocks if not block.is_patched]
-        if record.field is None:
-            _let_go(todo)
-        if not record.config.uniform:
-            if may_be_some and len(blocks) != record.blocks:
-                if record.field is None:
-                    _hold_back(todo)
-                return
-            if record.blocks != len(blocks):
-                raise ValueError(
-                    f"blocks={record.blocks} is not the number of MLP blocks of this {type(model).__name__}, "
-                    f"which is {len(blocks)}; load it with all its layers."
-                )
-            if len(todo) < len(blocks):
-                return
-        if not blocks and not may_be_some:
-            require_blocks(model)
-            raise ValueError(f"{type(model).__name__} has no MLP block outside of its parts; take it out.")
-        if not todo:
-            return
-        chosen = _choose(model, todo, record.config)
-        made = {f"{block.name}.{block.roles.act}": block.activation for block in todo}
-        refuse_other_activation(model, record, made)
-        if record.field is not None and record.activation is not None:
-            _put_back(model, todo, record.activation)
-        _exchange(model, todo, _new_modules(todo, chosen, record.config))
-
-
-def _hold_back(blocks: Sequence[Block]) -> None:
-    """Let ``blocks`` raise when they are called, until the outer model patches them or lets them go."""
-    for block in blocks:
-        vars(block.module)["forward"] = unpatched
-
-
-def _let_go(blocks: Sequence[Block]) -> None:
-    for block in blocks:
-        if vars(block.module).get("forward") is unpatched:
-            del vars(block.module)["forward"]
 
 
 def prepare(model: nn.Module, *, certify: bool = False) -> None:
@@ -353,123 +255,10 @@ def _plan(
         )
     if selection is not None:
         config = selection.resolve(config, blocks)
-    chosen = _choose(model, blocks, config)
+    chosen = choose(model, blocks, config)
     own = (
         [block.place.removeprefix(f"{prefix}.") for block in blocks] if prefix else [b.place for b in blocks]
     )
     acts = {f"{name}.{block.roles.act}": block.activation for name, block in zip(own, blocks, strict=True)}
     record = Record.of(config, len(blocks), *stock_activation(base, part, model, acts))
-    return _Plan(blocks, chosen, skipped, record, _new_modules(blocks, chosen, config))
-
-
-def _choose(model: PreTrainedModel, blocks: list[Block], config: SparsityConfig) -> list[Block]:
-    """The blocks that ``config`` means.
-
-    Raises:
-        PatchError: an index is out of range, or a block cannot take the config.
-
-    """
-    indices = range(len(blocks)) if config.layers is None else config.layers
-    if max(indices) >= len(blocks):
-        raise PatchError(
-            f"layers={shown(config.layers)} names block {max(indices)}, but {type(model).__name__} has "
-            f"blocks 0 to {len(blocks) - 1}."
-        )
-    for name, part in config.parts.items():
-        if part.blocks not in (None, len(indices)):
-            raise PatchError(
-                f"{name} has values for {part.blocks} blocks, but {len(indices)} are to be patched; give one "
-                "value, or one per patched block."
-            )
-    chosen = [blocks[i] for i in indices]
-    for block in chosen:
-        for part in config.parts.values():
-            part.check(block)
-        if block.stays and config.others:
-            raise PatchError(
-                f"{config.others[0][0]} belongs into an MLP block of our own, but {block.name} stays a "
-                f"{block.stock_class.__name__} when it is patched; leave {config.others[0][0]} out."
-            )
-        if by := block.replaced_forward:
-            raise PatchError(
-                f"the forward of {block.name} was replaced by {by} (Liger's use_liger_kernel does so), which "
-                "would undo the patch; turn that off for the MLP."
-            )
-    return chosen
-
-
-def _new_modules(
-    blocks: Sequence[Block], chosen: Sequence[Block], config: SparsityConfig
-) -> dict[str, nn.Module | KeptChange]:
-    """By name, what comes in the place of ``blocks`` and their spares, or is put into them.
-
-    Of those ``chosen``, sparse blocks; of the others, stock ones.
-    """
-    new: dict[str, nn.Module | KeptChange] = {
-        copy.name: KeptChange.to_stock(copy) if copy.stays else _stock_block(copy)
-        for block in blocks
-        for copy in (block, *block.spares)
-    }
-    for index, block in enumerate(chosen):
-        for copy in (block, *block.spares):  # the other adapters' copies, for when they are switched to
-            new[copy.name] = _sparse_block(copy, config, index)
-    return new
-
-
-def _sparse_block(block: Block, config: SparsityConfig, index: int) -> SparseBlock | KeptChange:
-    activation = build_activation(config.activation, index, block.original_activation)
-    if block.stays:
-        return KeptChange.to_sparse(block, activation, config.activation.mix)
-    kind: type[SparseBlock] = SparseGatedMLP if block.form == "gated" else SparsePlainMLP
-    if isinstance(block.roles, Experts):
-        kind = SparseExperts
-    sparse = kind(_stock_block(block), block.roles, activation, relu_up=config.activation.relu_up)
-    sparse.set_mix(config.activation.mix)
-    for _, part in config.others:
-        part.build(sparse, index)
-    return sparse
-
-
-def _stock_block(block: Block) -> nn.Module:
-    return block.module.restore() if isinstance(block.module, SparseBlock) else block.module
-
-
-def _parts(blocks: Sequence[Block], new: Mapping[str, nn.Module | KeptChange]) -> dict[str, nn.Module]:
-    """By their places, the modules that tell a model in which ``blocks`` are exchanged from another one."""
-    parts: dict[str, nn.Module] = {}
-    for block in blocks:
-        one = new[block.name]
-        if isinstance(one, KeptChange):
-            parts[f"{block.place}.{block.roles.act}"] = one.activation
-        else:
-            parts[block.place] = one
-    return parts
-
-
-def _put_back(model: nn.Module, blocks: Sequence[Block], activation: str) -> None:
-    """Stock activations where the config named the new one, in ``blocks`` and in whatever else it feeds."""
-    for block in blocks:
-        for owner, name in owners(block.module, block.roles.act):
-            owner._modules[name] = ACT2FN[activation]
-    for module in model.modules():  # such as a mixer
-        for name, child in module._modules.items():
-            if isinstance(child, UnpatchedActivation):
-                module._modules[name] = ACT2FN[activation]
-        for name, value in vars(module).items():
-            if isinstance(value, str) and value == checkpoint_block.KEY:
-                vars(module)[name] = activation
-
-
-def _exchange(model: nn.Module, blocks: Sequence[Block], new: Mapping[str, nn.Module | KeptChange]) -> None:
-    """Put ``new[name]`` wherever a block or spare of that name is; it may be shared by several owners."""
-    exchanged: dict[int, nn.Module] = {}
-    for copy in (copy for block in blocks for copy in (block, *block.spares)):
-        one = new[copy.name]
-        if isinstance(one, KeptChange):
-            one.make()
-        else:
-            exchanged[id(copy.module)] = one
-    for owner in list(model.modules()):
-        for name, child in owner._modules.items():
-            if child is not None and id(child) in exchanged:
-                owner._modules[name] = exchanged[id(child)]
+    return _Plan(blocks, chosen, skipped, record, new_modules(blocks, chosen, config))

@@ -1,0 +1,133 @@
+"""Blocks for blocks: which are meant, what comes in their place, and putting it there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+
+from hf_sparse import checkpoint_block
+from hf_sparse.activations import build_activation
+from hf_sparse.adapters import Block
+from hf_sparse.adapters.experts import Experts
+from hf_sparse.adapters.kept import owners
+from hf_sparse.checks import shown
+from hf_sparse.config import SparsityConfig
+from hf_sparse.errors import PatchError
+from hf_sparse.modules import KeptChange, SparseBlock, SparseExperts, SparseGatedMLP, SparsePlainMLP
+from hf_sparse.stock import UnpatchedActivation
+
+
+def choose(model: PreTrainedModel, blocks: list[Block], config: SparsityConfig) -> list[Block]:
+    """The blocks that ``config`` means.
+
+    Raises:
+        PatchError: an index is out of range, or a block cannot take the config.
+
+    """
+    indices = range(len(blocks)) if config.layers is None else config.layers
+    if max(indices) >= len(blocks):
+        raise PatchError(
+            f"layers={shown(config.layers)} names block {max(indices)}, but {type(model).__name__} has "
+            f"blocks 0 to {len(blocks) - 1}."
+        )
+    for name, part in config.parts.items():
+        if part.blocks not in (None, len(indices)):
+            raise PatchError(
+                f"{name} has values for {part.blocks} blocks, but {len(indices)} are to be patched; give one "
+                "value, or one per patched block."
+            )
+    chosen = [blocks[i] for i in indices]
+    for block in chosen:
+        for part in config.parts.values():
+            part.check(block)
+        if block.stays and config.others:
+            raise PatchError(
+                f"{config.others[0][0]} belongs into an MLP block of our own, but {block.name} stays a "
+                f"{block.stock_class.__name__} when it is patched; leave {config.others[0][0]} out."
+            )
+        if by := block.replaced_forward:
+            raise PatchError(
+                f"the forward of {block.name} was replaced by {by} (Liger's use_liger_kernel does so), which "
+                "would undo the patch; turn that off for the MLP."
+            )
+    return chosen
+
+
+def new_modules(
+    blocks: Sequence[Block], chosen: Sequence[Block], config: SparsityConfig
+) -> dict[str, nn.Module | KeptChange]:
+    """By name, what comes in the place of ``blocks`` and their spares, or is put into them.
+
+    Of those ``chosen``, sparse blocks; of the others, stock ones.
+    """
+    new: dict[str, nn.Module | KeptChange] = {
+        copy.name: KeptChange.to_stock(copy) if copy.stays else _stock_block(copy)
+        for block in blocks
+        for copy in (block, *block.spares)
+    }
+    for index, block in enumerate(chosen):
+        for copy in (block, *block.spares):  # the other adapters' copies, for when they are switched to
+            new[copy.name] = _sparse_block(copy, config, index)
+    return new
+
+
+def _sparse_block(block: Block, config: SparsityConfig, index: int) -> SparseBlock | KeptChange:
+    activation = build_activation(config.activation, index, block.original_activation)
+    if block.stays:
+        return KeptChange.to_sparse(block, activation, config.activation.mix)
+    kind: type[SparseBlock] = SparseGatedMLP if block.form == "gated" else SparsePlainMLP
+    if isinstance(block.roles, Experts):
+        kind = SparseExperts
+    sparse = kind(_stock_block(block), block.roles, activation, relu_up=config.activation.relu_up)
+    sparse.set_mix(config.activation.mix)
+    for _, part in config.others:
+        part.build(sparse, index)
+    return sparse
+
+
+def _stock_block(block: Block) -> nn.Module:
+    return block.module.restore() if isinstance(block.module, SparseBlock) else block.module
+
+
+def places(blocks: Sequence[Block], new: Mapping[str, nn.Module | KeptChange]) -> dict[str, nn.Module]:
+    """By their places, the modules that tell a model in which ``blocks`` are exchanged from another one."""
+    parts: dict[str, nn.Module] = {}
+    for block in blocks:
+        one = new[block.name]
+        if isinstance(one, KeptChange):
+            parts[f"{block.place}.{block.roles.act}"] = one.activation
+        else:
+            parts[block.place] = one
+    return parts
+
+
+def put_back(model: nn.Module, blocks: Sequence[Block], activation: str) -> None:
+    """Stock activations where the config named the new one, in ``blocks`` and in whatever else it feeds."""
+    for block in blocks:
+        for owner, name in owners(block.module, block.roles.act):
+            owner._modules[name] = ACT2FN[activation]
+    for module in model.modules():  # such as a mixer
+        for name, child in module._modules.items():
+            if isinstance(child, UnpatchedActivation):
+                module._modules[name] = ACT2FN[activation]
+        for name, value in vars(module).items():
+            if isinstance(value, str) and value == checkpoint_block.KEY:
+                vars(module)[name] = activation
+
+
+def exchange(model: nn.Module, blocks: Sequence[Block], new: Mapping[str, nn.Module | KeptChange]) -> None:
+    """Put ``new[name]`` wherever a block or spare of that name is; it may be shared by several owners."""
+    exchanged: dict[int, nn.Module] = {}
+    for copy in (copy for block in blocks for copy in (block, *block.spares)):
+        one = new[copy.name]
+        if isinstance(one, KeptChange):
+            one.make()
+        else:
+            exchanged[id(copy.module)] = one
+    for owner in list(model.modules()):
+        for name, child in owner._modules.items():
+            if child is not None and id(child) in exchanged:
+                owner._modules[name] = exchanged[id(child)]
