@@ -29,6 +29,12 @@ def is_neuron_major(weight: Tensor) -> bool:
     return True
 
 
+def view_of(weight: Tensor) -> Tensor:
+    """A tensor on the memory of ``weight``, whose layout another thread may be changing: before or after that."""
+    with _changing:
+        return weight.detach()
+
+
 @torch.no_grad()
 def neuron_major_(weight: Tensor) -> Tensor:
     """Store ``weight [D, F]`` or ``[E, D, F]`` neuron by neuron, in place; the same tensor, shape and values.

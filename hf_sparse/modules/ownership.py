@@ -25,7 +25,7 @@ from torch import Tensor
 
 import triton_ops
 from hf_sparse.modules.surroundings import outside
-from triton_ops.layout import stock_layout_
+from triton_ops.layout import stock_layout_, view_of
 
 _lent: dict[int, weakref.ref[Tensor]] = {}
 """The weights that are stored neuron by neuron now, by ``id``."""
@@ -44,7 +44,7 @@ def lend(weight: Tensor) -> Tensor | None:
         _lent[key] = weakref.ref(weight, lambda _: _lent.pop(key, None))
         with outside():
             triton_ops.neuron_major_(weight)
-    return weight.detach()
+    return view_of(weight)
 
 
 def give_back(weight: Tensor) -> None:

@@ -14,6 +14,7 @@ from hf_sparse.modules.ownership import give_back, held_elsewhere, is_lent, lend
 from hf_sparse.modules.sparse_block import hooks_on_all_modules
 from hf_sparse.modules.surroundings import has_own_forward, overridden, transformed
 from triton_ops import DENSE
+from triton_ops.layout import view_of
 
 # What belongs to one module object and is not taken over from the stock layer.
 _NOT_SHARED = ("forward", "_old_forward", "_hf_hook")
@@ -86,7 +87,7 @@ class SparseLinear(GuardedModule, nn.Linear):
                 return backend, rows
         if plan.product != DENSE and triton_ops.is_neuron_major(weight):
             # A view: another thread may give the weight back meanwhile.
-            return plan.product, weight if compiling else weight.detach()
+            return plan.product, weight if compiling else view_of(weight)
         if plan.stalls and not compiling:
             give_back(weight)
         return DENSE, None

@@ -15,6 +15,7 @@ from hf_sparse.modules.ownership import give_back, held_elsewhere, is_lent, lend
 from hf_sparse.modules.sparse_block import SparseBlock, hooks_on_all_modules
 from hf_sparse.modules.surroundings import has_own_forward, overridden, transformed
 from triton_ops import DENSE, Certificate, Problem
+from triton_ops.layout import view_of
 from triton_ops.problem import Form
 
 
@@ -109,7 +110,7 @@ class SparseMLP(SparseBlock):
                 return Way("linear", backend, (rows, bias))
         if plan.product != DENSE and self._is_linear_down() and triton_ops.is_neuron_major(down):
             # A view: another thread may give the weight back meanwhile.
-            return Way("linear", plan.product, (down if compiling else down.detach(), bias))
+            return Way("linear", plan.product, (down if compiling else view_of(down), bias))
         if plan.stalls and not compiling:
             give_back(down)
         return _STOCK
