@@ -30,7 +30,7 @@ from hf_sparse.checkpoint_block import KEY, refusing
 from hf_sparse.checks import bounded
 from hf_sparse.described import in_line
 from hf_sparse.model_card import write_model_card
-from hf_sparse.modules import ParameterLeaf
+from hf_sparse.modules import ParameterLeaf, SparseBlock
 from hf_sparse.rebuilding import patch_from_config
 from hf_sparse.stock import UnpatchedActivation
 
@@ -136,11 +136,18 @@ def _post_init(call: Callable[[], Any], model: PreTrainedModel, *_: Any, **__: A
     return call()
 
 
-def _initialize_weights(call: Callable[[], Any], model: PreTrainedModel, *args: Any, **_: Any) -> Any:
+def _initialize_weights(
+    call: functools.partial[Any], model: PreTrainedModel, *args: Any, **kwargs: Any
+) -> Any:
     module = args[0] if args else None
     if isinstance(module, ParameterLeaf) and not getattr(module, "_is_hf_initialized", False):
         module.reset_parameters()
         vars(module)["_is_hf_initialized"] = True  # the model's own rules are for stock modules
+    if isinstance(module, SparseBlock):
+        # Rules go by the class of a module. The stock block holds the same parameters and layers.
+        result = call.func(model, module.stock, *args[1:], **kwargs)
+        vars(module)["_is_hf_initialized"] = True
+        return result
     return call()
 
 

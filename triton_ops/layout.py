@@ -30,7 +30,7 @@ def is_neuron_major(weight: Tensor) -> bool:
 
 
 def view_of(weight: Tensor) -> Tensor:
-    """A tensor on the memory of ``weight``, whose layout another thread may be changing: before or after that."""
+    """A tensor on the memory of ``weight``, before or after another thread changes its layout."""
     with _changing:
         return weight.detach()
 

@@ -1,14 +1,16 @@
 """Does a module compute what its structure suggests? Ask it, on a tiny copy.
 
 Names and shapes do not tell a gate from an up projection, nor show a clamp or a norm between them. So the
-forward of the module's class runs once on a stand-in whose linear layers are 3 x 5 matrices and whose
-activation is a marker, and the result is compared with the formula. What passes may be replaced; what does
-not is left alone. Takes well under a millisecond and touches no weight of the model.
+forward of the module's class runs on a stand-in whose linear layers are 3 x 5 matrices and whose activation
+is a marker, and the result is compared with the formula: for small and very large inputs, one token and
+several, one sequence and several, in two dtypes. What passes may be replaced; what does not is left alone.
+Takes about a millisecond and touches nothing of the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,18 +19,34 @@ from transformers.activations import ACT2FN
 from hf_sparse.adapters.roles import LayerRoles
 
 _HIDDEN, _INTERMEDIATE = 3, 5
+_CASES = (((1, 4), torch.float64), ((2, 1), torch.float64), ((3, 2), torch.float32))
 
 
 class _TinyLinear:
-    """A float64 linear layer outside of nn.Module, so that no init context (meta, ZeRO-3) can touch it."""
+    """A linear layer outside of nn.Module, so that no init context (meta, ZeRO-3) can touch it."""
 
-    def __init__(self, fan_in: int, fan_out: int, seed: int) -> None:
+    def __init__(self, fan_in: int, fan_out: int, seed: int, dtype: torch.dtype) -> None:
         generator = torch.Generator(device="cpu").manual_seed(seed)
-        self.weight = torch.randn(fan_out, fan_in, dtype=torch.float64, device="cpu", generator=generator)
-        self.bias = torch.randn(fan_out, dtype=torch.float64, device="cpu", generator=generator)
+        weight = torch.randn(fan_out, fan_in, dtype=torch.float64, device="cpu", generator=generator)
+        bias = torch.randn(fan_out, dtype=torch.float64, device="cpu", generator=generator)
+        self.weight, self.bias = weight.to(dtype), bias.to(dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         return x @ self.weight.t() + self.bias
+
+
+class _StandIn(nn.Module):
+    """Knows which of its attributes a forward has read."""
+
+    def __getattribute__(self, name: str) -> Any:
+        own: dict[str, Any] = object.__getattribute__(self, "__dict__")
+        if "read" in own:
+            own["read"].add(name)
+        return super().__getattribute__(name)
+
+
+class _SequentialStandIn(_StandIn, nn.Sequential):
+    """Of an ``nn.Sequential``, whose forward needs the class."""
 
 
 def marker(p: Tensor) -> Tensor:
@@ -37,34 +55,70 @@ def marker(p: Tensor) -> Tensor:
     return p * torch.sigmoid(1.7 * p) + 0.3 * p.cos()
 
 
-def inputs(tokens: int) -> Tensor:
-    """``[tokens, D]``; the last two are large and opposite, so that every limit shows."""
+def inputs(tokens: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """``[tokens, D]``; of several tokens the last two are large and opposite, so that every limit shows."""
     x = torch.linspace(-2, 2, tokens * _HIDDEN, dtype=torch.float64, device="cpu").reshape(tokens, _HIDDEN)
-    x[-1] *= 1e6
-    x[-2] = -x[-1]
-    return x
+    if tokens > 3:
+        x[-1] *= 1e6
+        x[-2] = -x[-1]
+    return x.to(dtype)
+
+
+def own_values(module: nn.Module) -> dict[str, Any]:
+    """The attributes of ``module`` for a stand-in, which can change none of them."""
+    kinds = (list, dict, set)
+    return {k: v.copy() if type(v) in kinds else v for k, v in vars(module).items()}
+
+
+def unchanging(values: Mapping[str, Any], read: set[str]) -> bool:
+    """Whether none of the attributes that were ``read`` is a setting or a record, which may change."""
+    kinds = (bool, int, float, list, dict, set, Tensor)
+    return not any(isinstance(values.get(name), kinds) for name in read - _OF_ANY_MODULE)
 
 
 def computes(module: nn.Module, roles: LayerRoles) -> bool:
-    """Whether ``type(module).forward`` in eval mode is the formula of ``roles`` (see :class:`LayerRoles`)."""
+    """Whether ``type(module).forward`` in eval mode is the formula of ``roles`` (see :class:`LayerRoles`).
+
+    And nothing else: a forward that reads a setting, a parameter or a buffer of the module itself may compute
+    it today and something else when that has changed.
+    """
+    if any(v is not None for v in (*module._parameters.values(), *module._buffers.values())):
+        return False
+    others = module._modules.keys() - set(roles.names)
+    if any(type(module._modules[name]) not in (nn.Dropout, nn.Identity, type(None)) for name in others):
+        return False
+    return all(_agrees(module, roles, leading, dtype) for leading, dtype in _CASES)
+
+
+def _agrees(module: nn.Module, roles: LayerRoles, leading: tuple[int, int], dtype: torch.dtype) -> bool:
     sizes = roles.linears(_HIDDEN, _INTERMEDIATE)
     act = marker if roles.written is None else ACT2FN[roles.written]
     parts: dict[str, Callable[[Tensor], Tensor]] = {roles.act: act}
-    parts.update((name, _TinyLinear(*size, seed)) for seed, (name, size) in enumerate(sizes.items()))
+    parts.update((name, _TinyLinear(*size, seed, dtype)) for seed, (name, size) in enumerate(sizes.items()))
     # No instance of the class: a forward that needs more of it than the children and attributes that a
     # sparse block takes over (other methods, super()) must not pass.
-    stand_in: nn.Module = object.__new__(nn.Sequential if type(module) is nn.Sequential else nn.Module)
-    stand_in.__dict__.update(module.__dict__)
-    stand_in.__dict__["training"] = False
+    stand_in = object.__new__(_SequentialStandIn if type(module) is nn.Sequential else _StandIn)
+    values = own_values(module)
+    read: set[str] = set()
+    stand_in.__dict__.update(values, training=False, read=read)
     stand_in.__dict__["_modules"] = {
         name: parts.get(name, nn.Identity() if isinstance(child, nn.Dropout) else child)
         for name, child in module._modules.items()
     }
-    x = inputs(4).unsqueeze(0)
+    x = inputs(leading[0] * leading[1], dtype).reshape(*leading, _HIDDEN)
+    given = x.clone()
     wanted = parts[roles.down](roles.hidden(parts.__getitem__, x))
     try:
         with torch.no_grad():
-            out = type(module).forward(stand_in, x)
+            out = type(module).forward(stand_in, given)
     except Exception:  # a forward with other arguments or inner sizes: simply not this formula
         return False
-    return isinstance(out, Tensor) and out.shape == x.shape and torch.allclose(out, wanted, rtol=1e-9)
+    same = isinstance(out, Tensor) and out.shape == x.shape and out.dtype == dtype and torch.equal(given, x)
+    if not same or not unchanging(values, read):
+        return False
+    if roles.written is not None and dtype == torch.float32:
+        return torch.equal(out, wanted)  # other words for a function have other bits
+    return torch.allclose(out, wanted, rtol=1e-9 if dtype == torch.float64 else 1e-4)
+
+
+_OF_ANY_MODULE = vars(nn.Module()).keys()

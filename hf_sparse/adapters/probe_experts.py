@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from hf_sparse.adapters.experts import Experts, Routed, project, shape
-from hf_sparse.adapters.probe import inputs, marker
+from hf_sparse.adapters.probe import inputs, marker, own_values
 
-_HIDDEN, _INTERMEDIATE, _TOKENS = 3, 5, 7
+_HIDDEN, _INTERMEDIATE = 3, 5
+_CASES = ((7, 2, torch.float64), (1, 2, torch.float64), (12, 3, torch.float32))
+"""Tokens, experts of each, dtype."""
 
 
 class _Marker(nn.Module):
@@ -37,27 +39,40 @@ class _Norm(nn.Module):
 
 def computes(module: nn.Module, roles: Experts) -> bool:
     """Whether ``type(module).forward`` in eval mode adds up weighted experts, each as ``roles`` says."""
+    if any(v is not None for v in module._buffers.values()):
+        return False
+    others = module._modules.keys() - set(roles.names)
+    if any(type(module._modules[name]) not in (nn.Dropout, nn.Identity, type(None)) for name in others):
+        return False
+    return all(_agrees(module, roles, tokens, slots, dtype) for tokens, slots, dtype in _CASES)
+
+
+def _agrees(module: nn.Module, roles: Experts, tokens: int, slots: int, dtype: torch.dtype) -> bool:
     kept = shape(module._parameters[roles.down])[0]  # type: ignore[arg-type]
-    count = min(kept, 3)
+    count = min(kept, 6)
     generator = torch.Generator(device="cpu").manual_seed(0)
-    stand_in = _stand_in(module, roles, count, generator)
-    x = inputs(_TOKENS)
-    index = torch.arange(_TOKENS * min(2, count), device="cpu").reshape(_TOKENS, -1) % count
+    stand_in = _stand_in(module, roles, count, dtype, generator)
+    x = inputs(tokens, dtype)
+    # Some token has one expert twice, where there are two slots.
+    index = torch.arange(tokens * slots, device="cpu").reshape(slots, tokens).t() * 5 // 3 % count
+    index[0] = index[0, 0]
     if roles.identity:
-        index[0, 0] = kept
-    weights = torch.rand(index.shape, generator=generator, dtype=torch.float64, device="cpu")
+        index[-1, -1] = kept
+    weights = torch.randn(index.shape, generator=generator, dtype=torch.float64, device="cpu").to(dtype)
+    call = Routed(x, index, 1.5 * weights)
+    given = Routed(*(one.clone() for one in call))
     forward = inspect.unwrap(type(module).forward)
     try:
         with torch.no_grad():
-            out = forward(stand_in, x, index, weights)
-            wanted = _sum(stand_in, roles, Routed(x, index, weights), kept)
+            out = forward(stand_in, *given)
+            wanted = _sum(stand_in, roles, call, kept)
             stand_in._modules[roles.act] = _Marker(silent=True)
             silent = roles.inside(stand_in, x, 0).h
     except Exception:  # a forward with other arguments or inner sizes: simply not this formula
         return False
+    same = isinstance(out, Tensor) and out.shape == x.shape and all(map(torch.equal, given, call))
     # Some add up in float32.
-    same = isinstance(out, Tensor) and out.shape == x.shape and torch.allclose(out, wanted, rtol=1e-5)
-    return same and not silent.any().item()
+    return same and torch.allclose(out, wanted.to(out.dtype), rtol=1e-4) and not silent.any().item()
 
 
 def _sum(stand_in: nn.Module, roles: Experts, call: Routed, kept: int) -> Tensor:
@@ -73,19 +88,21 @@ def _sum(stand_in: nn.Module, roles: Experts, call: Routed, kept: int) -> Tensor
     return out
 
 
-def _stand_in(module: nn.Module, roles: Experts, count: int, generator: torch.Generator) -> nn.Module:
+def _stand_in(
+    module: nn.Module, roles: Experts, count: int, dtype: torch.dtype, generator: torch.Generator
+) -> nn.Module:
     """The module with tiny parameters, a marker for its activation, and nothing of its class."""
     wide = (2 if roles.gated else 1) * _INTERMEDIATE
     sizes: dict[str, tuple[int, ...]] = {roles.first: (wide, _HIDDEN), roles.down: (_HIDDEN, _INTERMEDIATE)}
     tiny: dict[str, Tensor] = {}
     for name, size in sizes.items():
         stacked = (count, *(size[::-1] if roles.transposed else size))
-        tiny[name] = torch.randn(stacked, generator=generator, dtype=torch.float64, device="cpu")
+        tiny[name] = _random(stacked, dtype, generator)
         bias = f"{name}_bias"
         if module._parameters.get(bias) is not None:
-            tiny[bias] = torch.randn(count, size[0], generator=generator, dtype=torch.float64, device="cpu")
+            tiny[bias] = _random((count, size[0]), dtype, generator)
     stand_in: Any = object.__new__(nn.Module)
-    stand_in.__dict__.update(module.__dict__)
+    stand_in.__dict__.update(own_values(module))
     stand_in.__dict__.update(training=False, _parameters=tiny)
     act = _Marker() if roles.written is None else ACT2FN[roles.written]
     stand_in.__dict__["_modules"] = {**module._modules, roles.act: act}
@@ -95,3 +112,7 @@ def _stand_in(module: nn.Module, roles: Experts, count: int, generator: torch.Ge
     if own is not None:
         stand_in.__dict__["_apply_gate"] = lambda both: own(stand_in, both)
     return stand_in
+
+
+def _random(size: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    return torch.randn(size, generator=generator, dtype=torch.float64, device="cpu").to(dtype)

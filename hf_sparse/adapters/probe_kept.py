@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from hf_sparse.adapters.copies import active
 from hf_sparse.adapters.kept import Kept, own_roles
+from hf_sparse.adapters.probe import own_values
 from hf_sparse.adapters.roles import Roles, linear_size
 from hf_sparse.adapters.shapes import recognise
 
@@ -220,6 +221,11 @@ class _Probe:
         only_first = self._of({name: _bumped(out, rows=1) for name, out in given.items()})
         if not (_equal(only_first.p, p, after=1) and _equal(only_first.h, h, after=1)):
             return None
+        # A scan that runs backwards has later tokens in earlier ones.
+        flipped = {name: _bumped(out.flip(-2), rows=1).flip(-2) for name, out in given.items()}
+        only_last = self._of(flipped)
+        if not (_equal(only_last.p, p, before=-1) and _equal(only_last.h, h, before=-1)):
+            return None
         return self._named(deciding, factors, base)
 
     def _named(self, deciding: list[str], factors: list[str], base: _Run) -> Kept | None:
@@ -271,7 +277,8 @@ class _Probe:
         tensors = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
         if not _runs(module, name, (self.act, self.down)) or sum(_numel(t) for t in tensors) > _LARGEST:
             return _Opaque(self, module)
-        own = {k: v for k, v in vars(module).items() if k not in ("forward", "_old_forward", "_hf_hook")}
+        replaced = ("forward", "_old_forward", "_hf_hook")
+        own = {k: v for k, v in own_values(module).items() if k not in replaced}
         own.update((hooks, {}) for hooks in _HOOKS)
         own["training"] = False
         own["_parameters"] = {k: _made_up(v) for k, v in module._parameters.items()}
@@ -353,8 +360,10 @@ def _same(one: _Run, other: _Run) -> bool:
     return _equal(one.p, other.p) and _equal(one.h, other.h)
 
 
-def _equal(one: Tensor | None, other: Tensor | None, after: int = 0) -> bool:
-    return one is not None and other is not None and torch.equal(one[after:], other[after:])
+def _equal(
+    one: Tensor | None, other: Tensor | None, after: int | None = None, before: int | None = None
+) -> bool:
+    return one is not None and other is not None and torch.equal(one[after:before], other[after:before])
 
 
 def _range(count: int) -> Tensor:

@@ -165,6 +165,16 @@ class SparseBlock(GuardedModule):
             )
         return super().state_dict(*args, **kwargs)
 
+    def _nothing_else(self) -> bool:
+        """Whether no child but those with a role would do anything: whole-block operators call none."""
+        for name, child in self._modules.items():
+            if name in self.roles.names or child is None:
+                continue
+            inert = type(child) is nn.Identity or (type(child) is nn.Dropout and not child.training)
+            if not inert or child._forward_hooks or child._forward_pre_hooks or "forward" in vars(child):
+                return False
+        return True
+
     def kernel(self) -> tuple[str, float] | None:
         """What the kernels call the activation; None if it must be called as a module."""
         act = self.activation

@@ -24,6 +24,9 @@ from hf_sparse.modules.surroundings import overridden, transformed
 from triton_ops import DENSE, Problem
 from triton_ops.problem import Form
 
+_SAME = (None, "eager", "grouped_mm", "batched_mm", "deepgemm", "sonicmoe")
+"""The implementations that compute the forward of the class; others may compute anything."""
+
 
 class Way(NamedTuple):
     """How the experts run one call that skips."""
@@ -106,7 +109,9 @@ class SparseExperts(SparseBlock):
                 self.disclose()  # the weights belong to whoever trains them
             return None
         slots = call.experts.numel()
-        if self.kernel() is None or not self._readable(call.x) or not slots:
+        if self.kernel() is None or not self._nothing_else() or not self._readable(call.x) or not slots:
+            return None
+        if getattr(getattr(self, "config", None), "_experts_implementation", None) not in _SAME:
             return None
         lendable = compiling or self._may_lend()  # asked before a variable here holds a weight
         form = self._form()

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import triton_ops
 from hf_sparse.modules.guarded import GuardedModule
@@ -63,10 +64,15 @@ class SparseLinear(GuardedModule, nn.Linear):
         backend, weight = self._way(input)
         if weight is None:
             return nn.Linear.forward(self._unguarded(), input)
+        if backend == DENSE:
+            return F.linear(input, weight, self._parameters["bias"])
         return triton_ops.sparse_linear(input, weight, self._parameters["bias"], backend=backend)
 
     def _way(self, h: Tensor) -> tuple[str, Tensor | None]:
-        """Backend and weight for the operator in this call; no weight where it is that of ``nn.Linear``."""
+        """Backend and weight in this call; no weight where the forward of ``nn.Linear`` has to run.
+
+        A view of the weight: another thread may change its layout meanwhile.
+        """
         compiling = torch.compiler.is_compiling()
         if not compiling and (transformed() or overridden()):
             return DENSE, None
@@ -86,11 +92,10 @@ class SparseLinear(GuardedModule, nn.Linear):
             if backend != DENSE and (rows := weight if compiling else lend(weight)) is not None:
                 return backend, rows
         if plan.product != DENSE and triton_ops.is_neuron_major(weight):
-            # A view: another thread may give the weight back meanwhile.
             return plan.product, weight if compiling else view_of(weight)
         if plan.stalls and not compiling:
             give_back(weight)
-        return DENSE, None
+        return DENSE, None if compiling else view_of(weight)
 
     def prepare(self) -> None:
         """Store the weight neuron-major; else the first call that skips does so."""

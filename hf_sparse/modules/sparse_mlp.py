@@ -56,11 +56,18 @@ class SparseMLP(SparseBlock):
     def _down_weight(self) -> Tensor | None:
         return cast("Tensor | None", self._child(self.roles.down)._parameters.get("weight"))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x [..., D] -> [..., D]``, any floating dtype."""
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """``x [..., D] -> [..., D]``, any floating dtype; by whatever name the stock block calls it."""
         if "forward" in self.__dict__:
             self._forward_ran = True
-        return self._run(x, self._way(x))
+        if len(args) == 1 and not kwargs:
+            return self._run(args[0], self._way(args[0]))
+        if self.roles.itself or self.relu_up:
+            (x,) = (*args, *kwargs.values())
+            return self._run(x, self._way(x))
+        if not torch.compiler.is_compiling():
+            self.disclose()
+        return cast(Tensor, self._stock_function(self._unguarded(), *args, **kwargs))
 
     def dense(self, x: Tensor) -> Tensor:
         """The block with every neuron, as the stock class computes it, to rounding.
@@ -78,7 +85,7 @@ class SparseMLP(SparseBlock):
         (an adapter), and in a plain block where there are too many tokens for the whole to pay.
         """
         compiling = torch.compiler.is_compiling()
-        if not compiling and (transformed() or overridden()):
+        if not self._nothing_else() or (not compiling and (transformed() or overridden())):
             return _STOCK
         if self.training or torch.is_grad_enabled():
             if not compiling:
@@ -113,11 +120,13 @@ class SparseMLP(SparseBlock):
             return Way("linear", plan.product, (down if compiling else view_of(down), bias))
         if plan.stalls and not compiling:
             give_back(down)
+        if not compiling and triton_ops.is_neuron_major(down):
+            return Way(weights=(view_of(down),))  # likewise
         return _STOCK
 
     def _run(self, x: Tensor, way: Way) -> Tensor:
         if way.form is None:
-            return self._stock_forward(x)
+            return self._stock_forward(x, *way.weights)
         if way.form == "linear":
             down, bias = way.weights
             return triton_ops.sparse_linear(self.hidden(x), cast(Tensor, down), bias, backend=way.backend)
@@ -134,10 +143,21 @@ class SparseMLP(SparseBlock):
             backend=way.backend,
         )
 
-    def _stock_forward(self, x: Tensor) -> Tensor:
+    def _stock_forward(self, x: Tensor, down: Tensor | None = None) -> Tensor:
+        """The forward of the stock class; with ``down`` for the weight of the down projection."""
+        layer = self._child(self.roles.down)
+        if down is not None:
+            layer, own = object.__new__(type(layer)), vars(layer)
+            object.__setattr__(
+                layer, "__dict__", {**own, "_parameters": {**own["_parameters"], "weight": down}}
+            )
         if self.relu_up or self.roles.itself:  # the same calls, perhaps with one ReLU more
-            return cast(Tensor, self._child(self.roles.down)(self.hidden(x)))
-        return cast(Tensor, self._stock_function(self._unguarded(), x))
+            return cast(Tensor, layer(self.hidden(x)))
+        module = self._unguarded()
+        if down is not None:
+            modules = {**self._modules, self.roles.down: layer}
+            object.__setattr__(module, "__dict__", {**self.__dict__, "_modules": modules})
+        return cast(Tensor, self._stock_function(module, x))
 
     def hidden(self, x: Tensor) -> Tensor:
         """What reaches the down projection, by calls of the modules: ``x [..., D] -> [..., F]``.
