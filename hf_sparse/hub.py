@@ -184,7 +184,7 @@ def _explained(repo_id: str) -> Iterator[None]:
                 "token=."
             )
         else:
-            error.append_to_message(f"\nThis was while pushing to {repo_id!r}; nothing was committed.")
+            error.append_to_message(f"\nThis was a push to {repo_id!r}, which has all of it or nothing.")
         raise
     except (RuntimeError, LocalEntryNotFoundError, _HTTP_ERROR) as error:
         reason = error.__cause__ or error

@@ -134,7 +134,7 @@ def _use(
     else:
         without = f"Without the package, transformers {plain}."
         if older := rows.get("transformers 4 alone"):
-            without += f" Transformers 4 does not: it is {older}."
+            without += f" Transformers 4 loads it: {older}."
     return (
         "## How to load it\n\n"
         + _fenced("\n".join(with_it), "python")

@@ -163,6 +163,6 @@ def _found_id(value: object) -> str | None:
 
 def _loaded_from(model: PreTrainedModel) -> str | None:
     # Only what came from the Hub has a commit; a name alone may be a folder on another machine.
-    config = model.config
-    name: str = model.name_or_path
-    return name if getattr(config, "_commit_hash", None) and name and not Path(name).exists() else None
+    name = str(model.name_or_path or "")
+    from_hub = getattr(model.config, "_commit_hash", None) and is_id(name) and not Path(name).exists()
+    return name if from_hub else None

@@ -65,8 +65,12 @@ def write_model_card(model: nn.Module, folder: str | os.PathLike[str]) -> Path |
 
 
 def fingerprint(report: PatchReport) -> str:
-    """Tells patches apart: the same for models that were patched alike."""
-    said = [(one.part, one.config.to_dict()) for one in report.patched if one.config is not None]
+    """Tells patches apart: the same for models of the same MLP blocks that are patched alike."""
+    said = [
+        (one.part, one.config.to_dict(), [(block.name, block.intermediate_size) for block in one.blocks])
+        for one in report.patched
+        if one.config is not None
+    ]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
 
