@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import CommitInfo, HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
@@ -24,7 +23,6 @@ from hf_sparse.metrics import SparsityReport
 from hf_sparse.model_card import write_model_card
 from hf_sparse.patching import inspect, transformers_model
 from hf_sparse.tuning import TuneReport
-from triton_ops.processor import processor_name
 
 _WEIGHTS = [
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
@@ -105,7 +103,7 @@ def push_to_hub(
         report=report,
         before=before,
         evaluated_on=evaluated_on,
-        speed=f"{speed}\nmeasured on {_machine(base)}" if isinstance(speed, TuneReport) else speed,
+        speed=speed,
         recipe=recipe,
         base_model=base_model,
         datasets=datasets,
@@ -193,9 +191,3 @@ def _explained(repo_id: str) -> Iterator[None]:
             "commit, so the repository has all of them or none, and the model here is as it was: call "
             "push_to_hub again."
         ) from error
-
-
-def _machine(model: nn.Module) -> str:
-    if next(model.parameters()).device.type == "cuda":
-        return torch.cuda.get_device_name()
-    return f"{processor_name()}, {torch.get_num_threads()} threads"

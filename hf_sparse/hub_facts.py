@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -18,6 +19,8 @@ from hf_sparse.card_marks import MARK
 from hf_sparse.checks import shown
 from hf_sparse.metrics import SparsityReport
 from hf_sparse.patch_report import PatchReport
+from hf_sparse.tuning import TuneReport
+from triton_ops.processor import processor_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +46,7 @@ class Facts:
         report: SparsityReport | None,
         before: SparsityReport | None,
         evaluated_on: str | None,
-        speed: object | None,
+        speed: str | TuneReport | None,
         recipe: Mapping[str, Any] | str | os.PathLike[str] | None,
         base_model: str | None,
         datasets: str | Sequence[str] | None,
@@ -77,9 +80,7 @@ class Facts:
         if base_model is None:
             base_model = _found_id(values.get("model")) or _loaded_from(model)
         elif not is_id(base_model):
-            raise ValueError(
-                f"base_model={shown(base_model)} is not the id of a model on the Hub, owner/name."
-            )
+            raise ValueError(f"base_model={shown(base_model)} is not the Hub id of a model, owner/name.")
         if datasets is None:
             datasets = found if (found := _found_id(values.get("dataset"))) else ()
         datasets = (datasets,) if isinstance(datasets, str) else tuple(datasets)
@@ -93,7 +94,7 @@ class Facts:
             report=report,
             before=before,
             evaluated_on=None if evaluated_on is None else _plain("evaluated_on", evaluated_on),
-            speed=None if speed is None else _plain("speed", str(speed), lines=True),
+            speed=None if speed is None else _plain("speed", _speed(speed, model), lines=True),
             recipe=text,
             base_model=base_model,
             datasets=datasets,
@@ -145,6 +146,15 @@ def _recipe(
     if not isinstance(values, dict):
         raise ValueError(f"recipe={shown(str(recipe))} is no YAML file of fields and values.")
     return _plain("recipe", text, lines=True), values
+
+
+def _speed(speed: str | TuneReport, model: nn.Module) -> str:
+    if not isinstance(speed, TuneReport):
+        return str(speed)
+    # A report of tune does not leave the process, so it was this machine.
+    on_gpu = next(model.parameters()).device.type == "cuda"
+    cpu = f"{processor_name()}, {torch.get_num_threads()} threads"
+    return f"{speed}\nmeasured on {torch.cuda.get_device_name() if on_gpu else cpu}"
 
 
 def _plain(field: str, text: str, *, lines: bool = False) -> str:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import hf_sparse
 from hf_sparse.assets import TINY_MODEL
 from support.loopback_hub import LoopbackHub
 
@@ -327,3 +331,31 @@ def test_the_hubs_own_error_for_a_wrong_token_names_the_repository_and_the_mend(
     assert "You don't have the rights" in reading
     for said in (wrong, reading):
         assert "Pushing to 'someone/model' needs a token that may write there: `hf auth login`" in said
+
+
+def test_the_command_pushes_what_measure_wrote(tmp_path) -> None:
+    folder, report = tmp_path / "relu", tmp_path / "after.json"
+    model, tokenizer = (auto.from_pretrained(TINY_MODEL) for auto in (AutoModelForCausalLM, AutoTokenizer))
+    hf_sparse.patch(model, "relu")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    measured = hf_sparse.measure(model, ["Return the text of it. " * 9], tokenizer=tokenizer)
+    measured.to_json(report)
+    with LoopbackHub() as hub:
+        command = [sys.executable, "-m", "hf_sparse.cli", "push", str(folder), "me/relu"]
+        options = ["--report", str(report), "--evaluated-on", "x/y", "--private", "--datasets", "a/b", "c/d"]
+        env = {**os.environ, **hub.environment(tmp_path / "home")}
+        done = subprocess.run([*command, *options], env=env, capture_output=True, text=True, check=True)
+        assert f"pushed: {hub.endpoint}/me/relu/commit/" in done.stdout
+        files = hub.repositories["me/relu"]
+        assert hub.private == {"me/relu": "private"}
+        wrong = {**env, "HF_TOKEN": "hf_wrong"}
+        refused = subprocess.run(command, env=wrong, capture_output=True, text=True, check=False)
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.datasets == ["a/b", "c/d"]
+    assert card.data.base_model is None  # a folder is no id
+    assert card.data.eval_results[0].metric_value == pytest.approx(measured.perplexity, rel=1e-6)
+    assert "tokenizer.json" in files
+    assert refused.returncode == 2
+    assert "hf-sparse: error:" in refused.stderr
+    assert "needs a token that may write there" in refused.stderr
