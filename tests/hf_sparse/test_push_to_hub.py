@@ -75,6 +75,11 @@ torch.save([ids, gemma(ids).logits], f"{out}/gemma3.pt")
 tokens = tokenizer(texts[0], return_tensors="pt")["input_ids"]
 hf_sparse.patch(model, "relu")
 torch.save([tokens, model(tokens).logits], f"{out}/relu.pt")
+again = AutoModelForCausalLM.from_pretrained("me/twice")
+hf_sparse.push_to_hub(again, "me/next")
+hf_sparse.push_to_hub(again, "me/twice")
+again.save_pretrained(f"{out}/saved")
+hf_sparse.push_to_hub(AutoModelForCausalLM.from_pretrained(f"{out}/saved"), "me/local")
 print(json.dumps(said))
 """
 LOAD = """
@@ -235,6 +240,12 @@ def test_pushing_the_same_twice_changes_nothing(shelf) -> None:
     first, second = shelf.said["commits"]
     assert first == second
     assert shelf.files("twice")["README.md"].count(b"## Measured") == 1
+
+
+def test_the_base_model_is_what_was_loaded_from_the_hub_and_no_folder(shelf) -> None:
+    assert shelf.card("next").data.base_model == "me/twice"
+    assert shelf.card("twice").data.base_model == "someone/dense"  # and not itself
+    assert shelf.card("local").data.base_model is None
 
 
 def test_of_a_readme_on_the_hub_what_is_not_ours_stays(shelf) -> None:
