@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import yaml
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
@@ -172,7 +173,8 @@ def _found_id(value: object) -> str | None:
 
 
 def _loaded_from(model: PreTrainedModel) -> str | None:
-    # Only what came from the Hub has a commit; a name alone may be a folder on another machine.
+    # A name alone may be a folder on another machine; what came from the Hub has left its config in the cache.
     name = str(model.name_or_path or "")
-    from_hub = getattr(model.config, "_commit_hash", None) and is_id(name) and not Path(name).exists()
-    return name if from_hub else None
+    if not is_id(name) or Path(name).exists():
+        return None
+    return name if isinstance(try_to_load_from_cache(name, "config.json"), str) else None
