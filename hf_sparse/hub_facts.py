@@ -173,7 +173,7 @@ def _found_id(value: object) -> str | None:
 
 
 def _loaded_from(model: PreTrainedModel) -> str | None:
-    # A name alone may be a folder on another machine; what came from the Hub has left its config in the cache.
+    # A name alone may be a folder elsewhere; what came from the Hub has left its config in the cache.
     name = str(model.name_or_path or "")
     if not is_id(name) or Path(name).exists():
         return None
