@@ -5,6 +5,7 @@ from hf_sparse.activations import ActivationConfig
 from hf_sparse.config import SparsityConfig
 from hf_sparse.errors import PatchError
 from hf_sparse.hooks import install, uninstall
+from hf_sparse.hub import push_to_hub
 from hf_sparse.metrics import SparsityReport, measure
 from hf_sparse.patch_report import PatchReport
 from hf_sparse.patching import inspect, patch, prepare, set_mix, unpatch
@@ -25,6 +26,7 @@ __all__ = [
     "measure",
     "patch",
     "prepare",
+    "push_to_hub",
     "set_mix",
     "tune",
     "uninstall",

@@ -1,4 +1,4 @@
-"""The command ``hf-sparse``: patch, finetune, measure, tune, generate, quickstart; thin over functions."""
+"""The command ``hf-sparse``: patch, finetune, measure, tune, generate, push, quickstart; thin."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_sparse import cli_push
 from hf_sparse._version import __version__
 from hf_sparse.activations.config import ACTIVATIONS
 from hf_sparse.config import SparsityConfig
@@ -63,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_measure(commands)
     _add_tune(commands)
     _add_generate(commands)
+    _add_push(commands)
     _add_quickstart(commands)
     return parser
 
@@ -300,6 +302,16 @@ def _generate(arguments: argparse.Namespace, _: list[str]) -> int:
     count = ids.shape[1] - length
     print(f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s", file=sys.stderr)
     return 0
+
+
+# ---- push
+
+
+def _add_push(commands: Any) -> None:
+    text = "Push a patched model to the Hub, with a model card of what it is and what was measured."
+    example = "hf-sparse push ./llama-relu me/llama-relu --report after.json --before dense.json"
+    parser = _add(commands, "push", lambda arguments, _: cli_push.run(arguments, _load), text, example)
+    cli_push.add_options(parser, _MODEL_HELP)
 
 
 # ---- quickstart

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-import re
 from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 
+from hf_sparse.card_marks import PATCH, PUSHED
+from hf_sparse.card_metadata import without_metadata
 from hf_sparse.checkpoint_block import has
 from hf_sparse.composite import nested
 from hf_sparse.patch_report import PatchReport
 from hf_sparse.patching import inspect, transformers_model
 from triton_ops.storage import write_atomically
 
-_BEGIN, _END = "<!-- hf_sparse: begin, written anew with each save -->", "<!-- hf_sparse: end -->"
-_SECTION = re.compile(rf"\n*{re.escape(_BEGIN)}(?:(?!{re.escape(_BEGIN)}).)*?{re.escape(_END)}\n?", re.DOTALL)
 _NEW = """---
 library_name: transformers
 tags:
@@ -30,7 +31,8 @@ def write_model_card(model: nn.Module, folder: str | os.PathLike[str]) -> Path |
 
     What is written stands between two marks. A README that is there keeps every other byte; where there is
     none, one is made. For a model that is not patched the section is taken out, and a README that is nothing
-    else is removed.
+    else is removed. What :func:`hf_sparse.push_to_hub` wrote stays for the patch that it was written for; of
+    another one its measurements would be wrong, so it is taken out.
 
     Returns:
         the README, None if there is none.
@@ -43,27 +45,48 @@ def write_model_card(model: nn.Module, folder: str | os.PathLike[str]) -> Path |
     found = path.is_file()
     # Whatever its encoding and line ends: what is not ours goes through unchanged.
     old = path.read_bytes().decode("utf-8", "surrogateescape") if found else _NEW
-    rest = _SECTION.sub("\n", old, count=1)
     configs = nested(transformers_model(model).config).values()
-    if any(map(has, configs)) and (report := inspect(model)).patched:
-        new = f"{rest.rstrip()}\n\n{_section(report)}"
+    report = inspect(model) if any(map(has, configs)) else None
+    new = old
+    if PUSHED.found(old) is not None and (report is None or PUSHED.says_of(old) != fingerprint(report)):
+        new = _without_pushed(old)
+    if report is not None and report.patched:
+        new = PATCH.put(new, PATCH.marked(_section(report)))
         if new != old:
             write_atomically(path, new.encode("utf-8", "surrogateescape"))  # all processes may be at it
         return path
-    if rest != old:
-        if rest.strip() == _NEW.strip():
+    new = PATCH.without(new)
+    if new != old:
+        if new.strip() == _NEW.strip():
             path.unlink()
             return None
-        write_atomically(path, rest.encode("utf-8", "surrogateescape"))
+        write_atomically(path, new.encode("utf-8", "surrogateescape"))
     return path if found else None
+
+
+def fingerprint(report: PatchReport) -> str:
+    """Tells patches apart: the same for models of the same MLP blocks that are patched alike."""
+    said = [
+        (one.part, one.config.to_dict(), [(block.name, block.intermediate_size) for block in one.blocks])
+        for one in report.patched
+        if one.config is not None
+    ]
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _without_pushed(readme: str) -> str:
+    rest = PUSHED.without(readme)
+    try:
+        return without_metadata(rest)
+    except ValueError:  # metadata that cannot be read hold no result that counts
+        return rest
 
 
 def _section(report: PatchReport) -> str:
     # What another tool does to the model in this process is no part of the checkpoint.
     text = "\n".join(str(replace(part, others=())) for part in report.patched)
     summary = "\n".join(line for line in text.splitlines() if not line.startswith("  WARNING"))
-    return f"""{_BEGIN}
-## Sparse activations
+    return f"""## Sparse activations
 
 The MLP blocks of this model were changed with the Python package `hf_sparse`:
 
@@ -73,12 +96,12 @@ The MLP blocks of this model were changed with the Python package `hf_sparse`:
 
 | runtime | this model |
 |---|---|
-{chr(10).join(f"| {where} | {what} |" for where, what in _runtimes(report))}
-{_END}
+{chr(10).join(f"| {where} | {what} |" for where, what in runtimes(report))}
 """
 
 
-def _runtimes(report: PatchReport) -> list[tuple[str, str]]:
+def runtimes(report: PatchReport) -> list[tuple[str, str]]:
+    """What computes a patched model how: rows of (runtime, what it makes of it)."""
     patched = report.patched
     original = " and ".join(sorted({one.original_activation or "the original activation" for one in patched}))
     ignores = f"**wrong without an error**: computes `{original}`"

@@ -52,7 +52,7 @@ class PatchReport:
         for (name, form, hidden, intermediate), count in shapes.items():
             lines.append(f"  {count} x {name} ({form}), {hidden} -> {intermediate} -> {hidden}")
         if self.config is not None:
-            lines.append(f"  activation: {self.original_activation} -> {_activation(self.config)}")
+            lines.append(f"  activation: {self.original_activation} -> {in_words(self.config)}")
             lines += [f"  {name}: {part}" for name, part in self.config.others]
             loads = f"as {self.stock_name!r}" if self.stock_name else "refused; it needs `import hf_sparse`"
             lines.append(f"  in plain transformers: {loads}")
@@ -64,7 +64,8 @@ class PatchReport:
         return "\n".join(lines)
 
 
-def _activation(config: SparsityConfig) -> str:
+def in_words(config: SparsityConfig) -> str:
+    """The activation that a config puts in, with its numbers."""
     details = []
     for field, value in config.activation.to_dict().items():
         if isinstance(value, list):

@@ -164,6 +164,42 @@ class SparsityReport:
             Path(path).write_text(text + "\n", encoding="utf-8")
         return text
 
+    @classmethod
+    def from_json(cls, path: str | os.PathLike[str]) -> SparsityReport:
+        """The report in a file that :meth:`to_json` wrote.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it is no such file.
+
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            layers = tuple(
+                LayerSparsity(
+                    name=str(one["name"]), **{k: _count(one[k]) for k in ("neurons", "tokens", "zeros")}
+                )
+                for one in data["layers"]
+            )
+            window, loss = data["sequence_length"], data["loss"]
+            report = cls(
+                layers=layers,
+                loss=math.nan if loss is None else float(loss),
+                tokens=_count(data["tokens"]),
+                predicted_tokens=_count(data["predicted_tokens"]),
+                sequence_length=None if window is None else _count(window),
+            )
+            possible = any(one.tokens for one in layers) and all(
+                one.zeros <= one.tokens * one.neurons for one in layers
+            )
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ValueError(
+                f"{path} is no report of a measurement: {type(error).__name__}: {error}"
+            ) from None
+        if not possible:
+            raise ValueError(f"{path} is no report of a measurement: its numbers contradict each other.")
+        return report
+
     def plot(self, path: str | os.PathLike[str], *, before: SparsityReport | None = None) -> Path:
         """Draw sparsity by layer into an image file; its ending (png, svg, pdf) chooses the format.
 
@@ -179,6 +215,12 @@ class SparsityReport:
         from hf_sparse.metrics.plot import draw
 
         return draw(self, Path(path), before)
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is no count")
+    return value
 
 
 def _finite(value: float) -> float | None:

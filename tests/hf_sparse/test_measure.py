@@ -342,3 +342,16 @@ def test_errors_name_the_mend(llama, data, options, message):
 def test_no_blocks_is_an_error():
     with pytest.raises(hf_sparse.PatchError, match="no MLP block of a known shape in Linear"):
         measure(torch.nn.Linear(3, 3), ["text"])
+
+
+def test_a_report_comes_back_from_its_file_and_nothing_else_does(tiny_model, tmp_path) -> None:
+    report = hf_sparse.measure(tiny_model("opt"), [{"input_ids": torch.arange(3, 20)[None]}])
+    path = tmp_path / "r.json"
+    report.to_json(path)
+    assert hf_sparse.SparsityReport.from_json(path) == report
+    data = report.to_dict()
+    layers = [{**data["layers"][0], "zeros": 10**9}]
+    for wrong in ([], {}, {**data, "tokens": -1}, {**data, "layers": layers}, {**data, "layers": []}):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match=r"r\.json is no report of a measurement"):
+            hf_sparse.SparsityReport.from_json(path)

@@ -1,7 +1,8 @@
 """A Hub on loopback: repositories in memory, and the requests that the Hugging Face libraries make of one.
 
-Enough to create a repository, push to it, and load models and data sets from it, whole or streamed. Point
-``HF_ENDPOINT`` of a fresh process at :attr:`LoopbackHub.endpoint`; the libraries read it when imported.
+Enough to create a repository, push to it, also to a branch, and load models and data sets from it, whole or
+streamed; to refuse a token, and to lose a connection. Point ``HF_ENDPOINT`` of a fresh process at
+:attr:`LoopbackHub.endpoint`; the libraries read it when imported.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socket import SHUT_RDWR
 from threading import Thread
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlparse
@@ -23,14 +25,21 @@ from urllib.parse import parse_qs, unquote, urlparse
 class LoopbackHub:
     """The server; use it as a context manager.
 
-    ``repositories`` maps ``"name"`` of a model or ``"datasets/name"`` of a data set to its files;
-    ``requests`` lists ``"METHOD path"``.
+    ``repositories`` maps ``"name"`` of a model or ``"datasets/name"`` of a data set to its files, those of
+    a branch being ``"name@branch"``; ``requests`` lists ``"METHOD path"``. ``private`` has what a repository
+    was to be when it was made. Connections whose path has a key of ``cut`` in it are lost in the middle of
+    the request, as often as it says. Tokens other than ``TOKEN`` are refused, as is writing with
+    ``READ_TOKEN``.
     """
+
+    TOKEN, READ_TOKEN = "hf_loopback", "hf_loopback_read"
 
     def __init__(self) -> None:
         self.repositories: dict[str, dict[str, bytes]] = {}
         self.objects: dict[str, bytes] = {}  # large files by SHA-256, as uploaded
         self.requests: list[str] = []
+        self.private: dict[str, str | None] = {}
+        self.cut: dict[str, int] = {}
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
 
@@ -49,6 +58,14 @@ class LoopbackHub:
             digest.update(name.encode() + hashlib.sha256(content).digest())
         return digest.hexdigest()
 
+    def at(self, repository: str, revision: str) -> str | None:
+        """The key of :attr:`repositories` for a branch or a commit that it is at; None if there is none."""
+        names = [name for name in self.repositories if name.partition("@")[0] == repository]
+        branch = repository if revision == "main" else f"{repository}@{revision}"
+        if branch in names:
+            return branch
+        return next((name for name in names if self.commit_of(name) == revision), None)
+
     def run(self, script: str, *arguments: str, home: Path) -> str:
         """The output of a Python script that takes this server for the Hub; ``home`` is its cache."""
         run = subprocess.run(
@@ -66,7 +83,7 @@ class LoopbackHub:
         return {
             "HF_ENDPOINT": self.endpoint,
             "HF_HOME": str(home),
-            "HF_TOKEN": "hf_loopback",
+            "HF_TOKEN": self.TOKEN,
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
         }
@@ -86,23 +103,44 @@ class _Handler(BaseHTTPRequestHandler):
         self._read()
 
     def do_PUT(self) -> None:
+        path = self._path()
+        if self._lost(path):
+            return
         content = self._body()
         self.hub.objects[hashlib.sha256(content).hexdigest()] = content
         self._json({})
 
     def do_POST(self) -> None:
-        path, body = self._path(), self._body()
+        path = self._path()
+        if self._lost(path):
+            return
+        body = self._body()
+        if self._refused(writes="/paths-info/" not in path and path != "/api/validate-yaml"):
+            return
         if path == "/api/repos/create":
             asked = json.loads(body)
             name = "/".join(part for part in (asked.get("organization"), asked["name"]) if part)
             name = ("datasets/" if asked.get("type") == "dataset" else "") + name
-            self.hub.repositories.setdefault(name, {})
-            self._json({"url": f"{self.hub.endpoint}/{name}", "name": name, "id": name})
+            status = 200
+            if name in self.hub.repositories:
+                status = 409
+            else:
+                self.hub.repositories[name] = {}
+                self.hub.private[name] = asked.get("visibility")
+            made = {"url": f"{self.hub.endpoint}/{name}", "name": name, "id": name}
+            self._send(status, json.dumps(made).encode(), {})
         elif path == "/api/validate-yaml":
             self._json({"errors": [], "warnings": []})
         elif "/preupload/" in path:
             files = json.loads(body)["files"]
-            self._json({"files": [{**f, "uploadMode": self._mode(f), "shouldIgnore": False} for f in files]})
+            there = self._files(path)
+            self._json({"files": [self._preupload(f, there.get(f["path"])) for f in files]})
+        elif "/branch/" in path:
+            repository, rest = self._repository(path)
+            branch = f"{repository}@{rest.removeprefix('/branch/')}"
+            known = branch in self.hub.repositories
+            self.hub.repositories.setdefault(branch, dict(self.hub.repositories[repository]))
+            self._send(409 if known else 200, b"{}", {})
         elif path.endswith("/info/lfs/objects/batch"):
             self._lfs_batch(json.loads(body))
         elif path == "/verify":
@@ -110,15 +148,24 @@ class _Handler(BaseHTTPRequestHandler):
         elif "/commit/" in path:
             self._commit(path, body)
         elif "/paths-info/" in path:
-            repository, _ = self._repository(path)
-            files = self.hub.repositories[repository]
+            files = self._files(path)
             wanted = json.loads(body or b"{}").get("paths", [])
             self._json([_entry(name, files[name]) for name in wanted if name in files])
         else:
             self._missing("EntryNotFound")
 
-    def _mode(self, file: dict[str, Any]) -> str:
-        return "lfs" if file["path"].endswith((".safetensors", ".gz", ".parquet")) else "regular"
+    def _preupload(self, file: dict[str, Any], there: bytes | None) -> dict[str, Any]:
+        large = file["path"].endswith((".safetensors", ".gz", ".parquet"))
+        found = {**file, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
+        if there is not None:
+            kind, head = (hashlib.sha256, b"") if large else (hashlib.sha1, f"blob {len(there)}\0".encode())
+            found["oid"] = kind(head + there).hexdigest()  # as git, and git LFS, name it
+        return found
+
+    def _files(self, path: str) -> dict[str, bytes]:
+        """The files at the revision that a path of the API ends with, ``/kind/revision``."""
+        repository, rest = self._repository(path)
+        return self.hub.repositories[self.hub.at(repository, rest.split("/", 2)[2]) or repository]
 
     def _lfs_batch(self, asked: dict[str, Any]) -> None:
         objects = []
@@ -129,8 +176,12 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({"transfer": "basic", "objects": objects}, "application/vnd.git-lfs+json")
 
     def _commit(self, path: str, body: bytes) -> None:
-        repository, _ = self._repository(path)
-        files = self.hub.repositories[repository]
+        repository, rest = self._repository(path)
+        branch = self.hub.at(repository, rest.removeprefix("/commit/"))
+        if branch is None:
+            self._missing("RevisionNotFound")
+            return
+        files = dict(self.hub.repositories[branch])
         for line in body.splitlines():
             change = json.loads(line)
             value = change["value"]
@@ -138,11 +189,16 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif change["key"] == "lfsFile":
                 files[value["path"]] = self.hub.objects[value["oid"]]
-        commit = self.hub.commit_of(repository)
+            elif change["key"] == "deletedFile":
+                del files[value["path"]]
+        self.hub.repositories[branch] = files  # all of it at once
+        commit = self.hub.commit_of(branch)
         self._json({"commitUrl": f"{self.hub.endpoint}/{repository}/commit/{commit}", "commitOid": commit})
 
     def _read(self) -> None:
         path = self._path()
+        if self._refused(writes=False):
+            return
         if path == "/api/whoami-v2":
             self._json({"name": "me", "type": "user", "orgs": []})
             return
@@ -150,20 +206,24 @@ class _Handler(BaseHTTPRequestHandler):
         if repository not in self.hub.repositories:
             self._missing("RepoNotFound")
             return
-        files = self.hub.repositories[repository]
-        if rest.startswith("/resolve/"):
-            self._file(repository, rest.split("/", 3)[3])
-        elif rest.startswith("/tree/"):
-            folder = "/".join(rest.split("/")[3:])
+        kind, revision, name = [*rest.strip("/").split("/", 2), "", ""][:3]
+        branch = self.hub.at(repository, revision or "main")
+        if branch is None:
+            self._missing("RevisionNotFound")
+            return
+        files = self.hub.repositories[branch]
+        if kind == "resolve":
+            self._file(branch, name)
+        elif kind == "tree":
             recursive = parse_qs(urlparse(self.path).query).get("recursive", ["false"])[0].lower() == "true"
-            self._json(_tree(files, folder, recursive=recursive))
+            self._json(_tree(files, name, recursive=recursive))
         else:
-            commit = self.hub.commit_of(repository)
+            commit = self.hub.commit_of(branch)
             siblings = [{"rfilename": name} for name in files]
             self._json({"id": repository, "sha": commit, "siblings": siblings, "private": False, "tags": []})
 
-    def _file(self, repository: str, name: str) -> None:
-        files = self.hub.repositories[repository]
+    def _file(self, branch: str, name: str) -> None:
+        files = self.hub.repositories[branch]
         if name not in files:
             self._missing("EntryNotFound")
             return
@@ -174,13 +234,34 @@ class _Handler(BaseHTTPRequestHandler):
             begin, status = int(first), 206
             content = whole[begin : int(last) + 1 if last else None]
         headers = {
-            "X-Repo-Commit": self.hub.commit_of(repository),
+            "X-Repo-Commit": self.hub.commit_of(branch),
             "ETag": f'"{hashlib.sha256(whole).hexdigest()}"',
             "Accept-Ranges": "bytes",
         }
         if status == 206:
             headers["Content-Range"] = f"bytes {begin}-{begin + len(content) - 1}/{len(whole)}"
         self._send(status, content, headers)
+
+    def _refused(self, *, writes: bool) -> bool:
+        """Whether the token is a wrong one, which has been answered then."""
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if token == self.hub.TOKEN or (token in ("", self.hub.READ_TOKEN) and not writes):
+            return False
+        known = token == self.hub.READ_TOKEN
+        said = "You don't have the rights" if known else "Invalid username or password."
+        self._send(403 if known else 401, json.dumps({"error": said}).encode(), {"X-Error-Message": said})
+        return True
+
+    def _lost(self, path: str) -> bool:
+        """Whether this connection is one to lose, which has been done then, in the middle of the request."""
+        key = next((key for key, times in self.hub.cut.items() if times and key in path), None)
+        if key is None:
+            return False
+        self.hub.cut[key] -= 1
+        self.rfile.read(int(self.headers.get("Content-Length", 0)) // 2)
+        self.close_connection = True
+        self.connection.shutdown(SHUT_RDWR)
+        return True
 
     def _repository(self, path: str) -> tuple[str, str]:
         """``("name" or "datasets/name", the rest of the path)``; a name has two parts."""
