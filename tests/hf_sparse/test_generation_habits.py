@@ -7,17 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, StaticCache, pipeline, set_seed
+from transformers import PreTrainedModel, StaticCache, pipeline, set_seed
 from transformers.cache_utils import DynamicCache
 
 import hf_sparse
 from support.peek import layouts
 from support.skips import CountSkips
-from support.twins import IDS, KINDS, assert_close, logits, twins
+from support.twins import IDS, KINDS, assert_close, logits, tokenizer, twins
 
 SMALL = {"num_hidden_layers": 1}
 WAYS: dict[str, dict[str, Any]] = {
@@ -166,19 +163,6 @@ def test_caches_given_by_hand_and_cropped(kind, cache) -> None:
             found.append(model(IDS[:1, i : i + 1], past_key_values=past).logits)
     assert_close(torch.cat(found, dim=1), expected)
     assert skips.count >= 5 * 2
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = Tokenizer(WordLevel({f"w{i}": i for i in range(128)}, unk_token="w3"))
-    words.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        pad_token="w0",
-        bos_token="w1",
-        eos_token="w2",
-        unk_token="w3",
-        padding_side="left",
-    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

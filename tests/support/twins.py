@@ -6,8 +6,11 @@ import copy
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import hf_sparse
 from hf_sparse.adapters import find_blocks
@@ -58,3 +61,11 @@ def logits(model: nn.Module, backend: str = "dense", ids: Tensor = IDS, **inputs
 def assert_close(one: Any, other: Any, tolerance: float = 1e-4) -> None:
     """Equal but for the order in which the kernels add."""
     torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Of 128 words, ``w0`` to ``w127``; it pads on the left."""
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(128)}, unk_token="w3"))
+    words.pre_tokenizer = Whitespace()
+    special = {"pad_token": "w0", "bos_token": "w1", "eos_token": "w2", "unk_token": "w3"}
+    return PreTrainedTokenizerFast(tokenizer_object=words, padding_side="left", **special)
