@@ -30,6 +30,7 @@ from hf_sparse.composite import (
 )
 from hf_sparse.config import SparsityConfig
 from hf_sparse.errors import PatchError
+from hf_sparse.gguf import forget_gguf
 from hf_sparse.modules import (
     KeptChange,
     SparseBlock,
@@ -107,6 +108,7 @@ def patch(
     pass_on_refusal(base.config)
     for plan in plans:
         _exchange(base, plan.blocks, plan.new)
+    forget_gguf(base)
     chosen = [block for plan in plans for block in plan.chosen]
     patched = [replace(block, module=base.get_submodule(block.name)) for block in chosen]
     skipped = [one for plan in plans for one in plan.skipped]

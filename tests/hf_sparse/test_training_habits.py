@@ -1,4 +1,4 @@
-"""What users train with: checkpointing, Trainer, TRL and PEFT, as the stock model with ReLU put in by hand."""
+"""What users train with: checkpointing, Trainer, TRL, PEFT; as the stock model with ReLU put in by hand."""
 
 from __future__ import annotations
 
