@@ -122,15 +122,15 @@ def test_every_attention_implementation_with_left_padding(kind, attention) -> No
     assert torch.equal(alone.sequences[0], found.sequences[1, 3:])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_flex_attention(kind) -> None:
-    """It is compiled at once, so what was skipped is read off the layout."""
+    """Not compiled here, which takes long. What was skipped is read off the layout: no mode sees into it."""
     model, reference = twins(kind, attn_implementation="flex_attention")
     mask = torch.ones_like(IDS)
     mask[1, :3] = 0
-    expected = logits(reference, attention_mask=mask)
-    assert_close(logits(model, "torch", attention_mask=mask), expected)
+    with torch.compiler.set_stance("force_eager"):
+        expected = logits(reference, attention_mask=mask)
+        assert_close(logits(model, "torch", attention_mask=mask), expected)
     assert layouts(model) == {True}
 
 
