@@ -152,8 +152,6 @@ class TestLora:
         assert skips.count == 2
 
     def test_merged_in_place_and_taken_out_again(self, kind) -> None:
-        if kind == "mixtral":
-            pytest.skip("PEFT cannot take an adapter out of a parameter after the fact")
         model, reference = twins(kind)
         wrapped, other = (self.wrapped(kind, one, random=True) for one in (model, reference))
         expected = logits(other)
@@ -250,3 +248,23 @@ def test_trl_finetunes_with_its_sft_trainer(kind, adapter, tmp_path) -> None:
         saved = AutoModelForCausalLM.from_pretrained(tmp_path / "torch" / "saved", dtype=torch.float32)
         assert len(hf_sparse.inspect(saved).blocks) == 2
         assert_close(logits(saved, "torch"), found[1][1], 5e-3)
+
+
+def test_the_harness_of_language_models_scores_alike(kind) -> None:
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    asked = [(" ".join(f"w{3 + i + j}" for j in range(i + 2)), f" w{20 + i} w9") for i in range(5)]
+    requests = [Instance("loglikelihood", {}, one, i) for i, one in enumerate(asked)]
+    prompts = [(one, {"until": ["w2"], "max_gen_toks": 5, "do_sample": False}) for one, _ in asked]
+    written = [Instance("generate_until", {}, one, i) for i, one in enumerate(prompts)]
+    found = []
+    for one, backend in zip(twins(kind), ("torch", "dense"), strict=True):
+        harness = HFLM(pretrained=one, tokenizer=tokenizer(), batch_size=2, device="cpu", max_length=32)
+        with hf_sparse.backend(backend), CountSkips() as skips:
+            scores = harness.loglikelihood(requests, disable_tqdm=True)
+            found.append((scores, harness.generate_until(written, disable_tqdm=True)))
+        assert (skips.count > 0) == (backend == "torch")
+    assert [score for score, _ in found[0][0]] == pytest.approx([score for score, _ in found[1][0]], rel=1e-4)
+    assert found[0][1] == found[1][1]
