@@ -24,11 +24,16 @@ class _TinyLinear:
 
     def __init__(self, fan_in: int, fan_out: int, seed: int) -> None:
         generator = torch.Generator(device="cpu").manual_seed(seed)
-        self.weight = torch.randn(fan_out, fan_in, dtype=torch.float64, device="cpu", generator=generator)
-        self.bias = torch.randn(fan_out, dtype=torch.float64, device="cpu", generator=generator)
+        self.weight = noise(fan_out, fan_in, generator=generator)
+        self.bias = noise(fan_out, generator=generator)
 
     def __call__(self, x: Tensor) -> Tensor:
         return x @ self.weight.t() + self.bias
+
+
+def noise(*shape: int, generator: torch.Generator) -> Tensor:
+    """Normal values in float64; under ``zero.Init`` torch makes another dtype of what it is asked for."""
+    return torch.randn(*shape, dtype=torch.float64, device="cpu", generator=generator).double()
 
 
 def marker(p: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from hf_sparse.adapters.experts import Experts, Routed, project, shape
-from hf_sparse.adapters.probe import inputs, marker
+from hf_sparse.adapters.probe import inputs, marker, noise
 
 _HIDDEN, _INTERMEDIATE, _TOKENS = 3, 5, 7
 
@@ -80,10 +80,10 @@ def _stand_in(module: nn.Module, roles: Experts, count: int, generator: torch.Ge
     tiny: dict[str, Tensor] = {}
     for name, size in sizes.items():
         stacked = (count, *(size[::-1] if roles.transposed else size))
-        tiny[name] = torch.randn(stacked, generator=generator, dtype=torch.float64, device="cpu")
+        tiny[name] = noise(*stacked, generator=generator)
         bias = f"{name}_bias"
         if module._parameters.get(bias) is not None:
-            tiny[bias] = torch.randn(count, size[0], generator=generator, dtype=torch.float64, device="cpu")
+            tiny[bias] = noise(count, size[0], generator=generator)
     stand_in: Any = object.__new__(nn.Module)
     stand_in.__dict__.update(module.__dict__)
     stand_in.__dict__.update(training=False, _parameters=tiny)
