@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -119,6 +120,24 @@ class TestMeta:
         empty.tie_weights()
         filled = load_and_dispatch(empty, str(tmp_path / "model.safetensors"), device_map={"": "cpu"})
         assert skipped(filled, logits(reference)) == 2
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_built_where_torch_makes_another_dtype(self, kind, dtype, monkeypatch) -> None:
+        """As DeepSpeed's ``zero.Init`` does it: blocks are recognised nevertheless."""
+        config = twins(kind)[0].config
+
+        def casting(function: Any) -> Any:
+            def cast(*args: Any, **kwargs: Any) -> torch.Tensor:
+                made = function(*args, **kwargs)
+                return made.to(dtype) if made.is_floating_point() else made
+
+            return cast
+
+        with monkeypatch.context() as patched:
+            for name in ("tensor", "empty", "zeros", "ones", "full", "arange", "eye", "randn"):
+                patched.setattr(torch, name, casting(getattr(torch, name)))
+            model = AutoModelForCausalLM.from_config(config)
+        assert len(hf_sparse.inspect(model).blocks) == 2
 
     def test_to_meta_and_to_empty(self, kind) -> None:
         model, _ = twins(kind)

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import hf_sparse
-from support.runs import environment
+from support.runs import run_on_two
 from support.twins import IDS, KINDS, assert_close, logits, stock, twins
 
 
@@ -25,22 +19,7 @@ def test_split_models_compute_what_whole_ones_do(tmp_path) -> None:
         model, references[kind] = twins(kind, tie_word_embeddings=False)
         model.save_pretrained(tmp_path / kind / "sparse")
         stock(kind, tie_word_embeddings=False).save_pretrained(tmp_path / kind / "stock")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    path = str(Path(__file__).parents[1]) + os.pathsep + os.pathsep.join(sys.path)
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": path}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "support.tensor_parallel", str(tmp_path)],
-            env={**environment(), **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    errors = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors[0][-3000:]
+    run_on_two("support.tensor_parallel", tmp_path)
     for kind, reference in references.items():
         found = torch.load(tmp_path / kind / "found.pt")
         expected = logits(reference)
