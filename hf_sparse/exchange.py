@@ -50,8 +50,9 @@ def choose(model: PreTrainedModel, blocks: list[Block], config: SparsityConfig) 
             )
         if by := block.replaced_forward:
             raise PatchError(
-                f"the forward of {block.name} was replaced by {by} (Liger's use_liger_kernel does so), which "
-                "would undo the patch; turn that off for the MLP."
+                f"the forward of {block.name} was replaced by {by} (Liger's use_liger_kernel does so, and "
+                "tensor parallelism of experts), which would undo the patch; turn that off for the MLP, or "
+                "load a model that was patched before it was saved."
             )
     return chosen
 

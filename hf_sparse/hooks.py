@@ -5,6 +5,8 @@
 - ``PreTrainedModel.post_init`` ends every construction: all auto classes, ``from_config``, direct calls,
   meta skeletons before the weights load. When the config carries an ``"hf_sparse"`` block, the sparse blocks
   are put in place first; a config without one passes straight through.
+- ``HfQuantizer.preprocess_model`` puts quantised layers into such a skeleton. Some quantizers look for the
+  very class ``nn.Linear``, so a down projection of ours is one meanwhile.
 - ``_initialize_weights`` gives parameters that a checkpoint lacks their first values; those of ours have
   theirs from ``reset_parameters``.
 - ``save_pretrained`` first brings the config in line with the modules, and is followed by the README's
@@ -25,12 +27,13 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
+from transformers.quantizers import HfQuantizer
 
 from hf_sparse.checkpoint_block import KEY, refusing
 from hf_sparse.checks import bounded
 from hf_sparse.described import in_line
 from hf_sparse.model_card import write_model_card
-from hf_sparse.modules import ParameterLeaf, SparseBlock
+from hf_sparse.modules import ParameterLeaf, SparseBlock, stock_downs
 from hf_sparse.rebuilding import patch_from_config
 from hf_sparse.stock import UnpatchedActivation
 
@@ -136,6 +139,11 @@ def _post_init(call: Callable[[], Any], model: PreTrainedModel, *_: Any, **__: A
     return call()
 
 
+def _preprocess_model(call: Callable[[], Any], _: HfQuantizer, model: nn.Module, *__: Any, **___: Any) -> Any:
+    with stock_downs(model):
+        return call()
+
+
 def _initialize_weights(
     call: functools.partial[Any], model: PreTrainedModel, *args: Any, **kwargs: Any
 ) -> Any:
@@ -180,6 +188,7 @@ def _upload(
 _AROUND: dict[str, tuple[type, Callable[..., Any]]] = {
     "_dict_from_json_file": (PretrainedConfig, _dict_from_json_file),
     "post_init": (PreTrainedModel, _post_init),
+    "preprocess_model": (HfQuantizer, _preprocess_model),
     "_initialize_weights": (PreTrainedModel, _initialize_weights),
     "save_pretrained": (PreTrainedModel, _save_pretrained),
     "_upload_modified_files": (PreTrainedModel, _upload),

@@ -17,6 +17,7 @@ from hf_sparse.composite import LANGUAGE, Part, find_part, listed, parts_of, pas
 from hf_sparse.config import SparsityConfig
 from hf_sparse.errors import PatchError
 from hf_sparse.exchange import choose, exchange, new_modules, places
+from hf_sparse.gguf import forget_gguf
 from hf_sparse.modules import KeptChange, sparse_part, sparse_parts
 from hf_sparse.part_reports import blocks_of, inspected, patched_parts, report
 from hf_sparse.patch_report import PatchReport
@@ -79,6 +80,7 @@ def patch(
     pass_on_refusal(base.config)
     for plan in plans:
         exchange(base, plan.blocks, plan.new)
+    forget_gguf(base)
     chosen = [block for plan in plans for block in plan.chosen]
     patched = [replace(block, module=base.get_submodule(block.name)) for block in chosen]
     skipped = [one for plan in plans for one in plan.skipped]

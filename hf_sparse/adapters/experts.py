@@ -82,14 +82,19 @@ class Experts(Roles):
 
     def count(self, module: nn.Module) -> int:
         """How many experts of ``module`` have weights."""
-        return shape(getattr(module, self.down))[0]
+        return self._shape(module)[0]
 
     def takes_relu_up(self, module: nn.Module) -> bool:
         return self.gated and not self.own_gate and not self.plus
 
     def sizes(self, module: nn.Module) -> tuple[int, int]:
-        _, *sizes = shape(getattr(module, self.down))
+        _, *sizes = self._shape(module)
         return (sizes[1], sizes[0]) if self.transposed else (sizes[0], sizes[1])
+
+    def _shape(self, module: nn.Module) -> tuple[int, ...]:
+        """Of the down projections; as the patch found it while FSDP1 has them flattened."""
+        now = shape(getattr(module, self.down))
+        return now if len(now) == 3 else getattr(module, "down_shape", now)
 
     @property
     def is_plain_formula(self) -> bool:

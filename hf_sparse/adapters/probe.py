@@ -27,9 +27,8 @@ class _TinyLinear:
 
     def __init__(self, fan_in: int, fan_out: int, seed: int, dtype: torch.dtype) -> None:
         generator = torch.Generator(device="cpu").manual_seed(seed)
-        weight = torch.randn(fan_out, fan_in, dtype=torch.float64, device="cpu", generator=generator)
-        bias = torch.randn(fan_out, dtype=torch.float64, device="cpu", generator=generator)
-        self.weight, self.bias = weight.to(dtype), bias.to(dtype)
+        self.weight = noise(fan_out, fan_in, dtype=dtype, generator=generator)
+        self.bias = noise(fan_out, dtype=dtype, generator=generator)
 
     def __call__(self, x: Tensor) -> Tensor:
         return x @ self.weight.t() + self.bias
@@ -47,6 +46,12 @@ class _StandIn(nn.Module):
 
 class _SequentialStandIn(_StandIn, nn.Sequential):
     """Of an ``nn.Sequential``, whose forward needs the class."""
+
+
+def noise(*shape: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Normal values; under ``zero.Init`` torch makes another dtype of what it is asked for."""
+    made = torch.randn(*shape, dtype=torch.float64, device="cpu", generator=generator)
+    return made.to("cpu", dtype)
 
 
 def marker(p: Tensor) -> Tensor:

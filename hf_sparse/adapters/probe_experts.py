@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from hf_sparse.adapters.experts import Experts, Routed, project, shape
-from hf_sparse.adapters.probe import inputs, marker, own_values
+from hf_sparse.adapters.probe import inputs, marker, noise, own_values
 
 _HIDDEN, _INTERMEDIATE = 3, 5
 _CASES = ((7, 2, torch.float64), (1, 2, torch.float64), (12, 3, torch.float32))
@@ -58,7 +58,7 @@ def _agrees(module: nn.Module, roles: Experts, tokens: int, slots: int, dtype: t
     index[0] = index[0, 0]
     if roles.identity:
         index[-1, -1] = kept
-    weights = torch.randn(index.shape, generator=generator, dtype=torch.float64, device="cpu").to(dtype)
+    weights = noise(*index.shape, dtype=dtype, generator=generator)
     call = Routed(x, index, 1.5 * weights)
     given = Routed(*(one.clone() for one in call))
     forward = inspect.unwrap(type(module).forward)
@@ -97,10 +97,10 @@ def _stand_in(
     tiny: dict[str, Tensor] = {}
     for name, size in sizes.items():
         stacked = (count, *(size[::-1] if roles.transposed else size))
-        tiny[name] = _random(stacked, dtype, generator)
+        tiny[name] = noise(*stacked, dtype=dtype, generator=generator)
         bias = f"{name}_bias"
         if module._parameters.get(bias) is not None:
-            tiny[bias] = _random((count, size[0]), dtype, generator)
+            tiny[bias] = noise(count, size[0], dtype=dtype, generator=generator)
     stand_in: Any = object.__new__(nn.Module)
     stand_in.__dict__.update(own_values(module))
     stand_in.__dict__.update(training=False, _parameters=tiny)
@@ -112,7 +112,3 @@ def _stand_in(
     if own is not None:
         stand_in.__dict__["_apply_gate"] = lambda both: own(stand_in, both)
     return stand_in
-
-
-def _random(size: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    return torch.randn(size, generator=generator, dtype=torch.float64, device="cpu").to(dtype)

@@ -1,6 +1,6 @@
 """What replaces or joins an MLP block."""
 
-from hf_sparse.modules.kept_block import KeptBlock, KeptChange, sparse_part, sparse_parts
+from hf_sparse.modules.kept_block import KeptBlock, KeptChange, sparse_part, sparse_parts, stock_downs
 from hf_sparse.modules.leaf import ParameterLeaf
 from hf_sparse.modules.sparse_block import SparseBlock
 from hf_sparse.modules.sparse_experts import SparseExperts
@@ -19,4 +19,5 @@ __all__ = [
     "SparsePlainMLP",
     "sparse_part",
     "sparse_parts",
+    "stock_downs",
 ]

@@ -8,6 +8,7 @@ it is patched: the layer may be quantised, wrapped or exchanged later, and is ri
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import nn
@@ -139,6 +140,28 @@ def sparse_part(module: nn.Module) -> SparseBlock | KeptBlock | None:
 def sparse_parts(model: nn.Module) -> list[SparseBlock | KeptBlock]:
     """The same of all patched blocks in ``model``."""
     return [part for module in model.modules() if (part := sparse_part(module)) is not None]
+
+
+@contextmanager
+def stock_downs(model: nn.Module) -> Iterator[None]:
+    """While in here, down projections of modules that stay are stock layers, for tools that look for these.
+
+    Those that are the same afterwards are sparse again; what took the place of one stays.
+    """
+    taken: list[tuple[nn.Module, str, SparseLinear, nn.Linear]] = []
+    for module in model.modules():
+        if MARK in vars(module):
+            for owner, name in down_places(module, vars(module)[MARK].roles):
+                if type(one := owner._modules[name]) is SparseLinear:
+                    owner._modules[name] = stock = one.restore()
+                    taken.append((owner, name, one, stock))
+    try:
+        yield
+    finally:
+        for owner, name, one, stock in taken:
+            if owner._modules.get(name) is stock:
+                owner._modules[name] = sparse = SparseLinear(stock, gives_zeros=one.gives_zeros)
+                sparse.density = one.density
 
 
 def down_places(module: nn.Module, roles: Kept) -> Iterator[tuple[nn.Module, str]]:

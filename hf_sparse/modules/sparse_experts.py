@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 import triton_ops
 from hf_sparse.activations.config import same_function
-from hf_sparse.adapters.experts import Experts, Routed, project, routing
+from hf_sparse.adapters.experts import Experts, Routed, project, routing, shape
 from hf_sparse.adapters.roles import Linear, Roles, Site, Watcher
 from hf_sparse.modules.ownership import give_back, held_elsewhere, is_lent, lend, shares_nothing
 from hf_sparse.modules.sparse_block import SparseBlock
@@ -42,11 +42,14 @@ class SparseExperts(SparseBlock):
     """In the place of a module of stacked experts; it holds their parameters."""
 
     roles: Experts
+    down_shape: tuple[int, ...]
+    """Of the down projections, when the block was patched."""
 
     def __init__(
         self, stock: nn.Module, roles: Roles, activation: nn.Module, *, relu_up: bool = False
     ) -> None:
         super().__init__(stock, roles, activation, relu_up=relu_up)
+        self.down_shape = shape(getattr(stock, self.roles.down))
         self._watchers: OrderedDict[int, tuple[Site, Watcher]] = OrderedDict()
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -359,7 +359,7 @@ def test_a_weight_that_is_gone_is_forgotten() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("family", ["llama", "opt", "mixtral"])
 def test_training_on_two_processes_is_that_of_one(family, tmp_path) -> None:
     """Logits between updates, skipping, against one process that runs dense."""
     environments = [

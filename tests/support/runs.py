@@ -6,7 +6,9 @@ import gzip
 import json
 import os
 import random
+import socket
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,3 +45,28 @@ def run(command: list[str], *, ok: bool = True) -> str:
     )
     assert (done.returncode == 0) == ok, done.stdout
     return done.stdout
+
+
+def run_on_two(module: str, *arguments: object) -> None:
+    """Run ``python -m module`` to the end as the two processes of a group (gloo)."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    path = str(Path(__file__).parents[1]) + os.pathsep + os.pathsep.join(sys.path)
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": path}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", module, *map(str, arguments)],
+            env={**environment(), **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        errors = [process.communicate(timeout=300)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], errors[0][-3000:]
