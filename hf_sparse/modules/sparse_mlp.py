@@ -120,7 +120,7 @@ class SparseMLP(SparseBlock):
             return Way("linear", plan.product, (down if compiling else view_of(down), bias))
         if plan.stalls and not compiling:
             give_back(down)
-        if not compiling and triton_ops.is_neuron_major(down):
+        if not compiling and self._is_linear_down() and triton_ops.is_neuron_major(down):
             return Way(weights=(view_of(down),))  # likewise
         return _STOCK
 
