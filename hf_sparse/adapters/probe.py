@@ -75,17 +75,11 @@ def own_values(module: nn.Module) -> dict[str, Any]:
     return {k: v.copy() if type(v) in kinds else v for k, v in vars(module).items()}
 
 
-def unchanging(values: Mapping[str, Any], read: set[str]) -> bool:
-    """Whether none of the attributes that were ``read`` is a setting or a record, which may change."""
-    kinds = (bool, int, float, list, dict, set, Tensor)
-    return not any(isinstance(values.get(name), kinds) for name in read - _OF_ANY_MODULE)
-
-
 def computes(module: nn.Module, roles: LayerRoles) -> bool:
     """Whether ``type(module).forward`` in eval mode is the formula of ``roles`` (see :class:`LayerRoles`).
 
-    And nothing else: a forward that reads a setting, a parameter or a buffer of the module itself may compute
-    it today and something else when that has changed.
+    And nothing else: a forward that has a use for a setting, a parameter or a buffer of the module itself may
+    compute it today and something else when that has changed. A dropout rate is of no use in eval mode.
     """
     if any(v is not None for v in (*module._parameters.values(), *module._buffers.values())):
         return False
@@ -100,30 +94,46 @@ def _agrees(module: nn.Module, roles: LayerRoles, leading: tuple[int, int], dtyp
     act = marker if roles.written is None else ACT2FN[roles.written]
     parts: dict[str, Callable[[Tensor], Tensor]] = {roles.act: act}
     parts.update((name, _TinyLinear(*size, seed, dtype)) for seed, (name, size) in enumerate(sizes.items()))
+    x = inputs(leading[0] * leading[1], dtype).reshape(*leading, _HIDDEN)
+    wanted = parts[roles.down](roles.hidden(parts.__getitem__, x))
+    values = own_values(module)
+    read: set[str] = set()
+    out = _run(module, {**values, "read": read}, parts, x)
+    if out is None or out.shape != x.shape or out.dtype != dtype:
+        return False
+    for name in read - _OF_ANY_MODULE:
+        value = values.get(name)
+        if isinstance(value, list | dict | set | Tensor):
+            return False  # a record, which it may keep
+        if isinstance(value, int | float):
+            other = not value if isinstance(value, bool) else value + type(value)(1) / 2
+            changed = _run(module, {**values, name: other}, parts, x)
+            if changed is None or not torch.equal(changed, out):
+                return False
+    if roles.written is not None and dtype == torch.float32:
+        return torch.equal(out, wanted)  # other words for a function have other bits
+    return torch.allclose(out, wanted, rtol=1e-9 if dtype == torch.float64 else 1e-4)
+
+
+def _run(
+    module: nn.Module, values: dict[str, Any], parts: Mapping[str, Callable[[Tensor], Tensor]], x: Tensor
+) -> Tensor | None:
+    """What the forward of the class makes of ``x`` with other attributes and children; None if it cannot."""
     # No instance of the class: a forward that needs more of it than the children and attributes that a
     # sparse block takes over (other methods, super()) must not pass.
     stand_in = object.__new__(_SequentialStandIn if type(module) is nn.Sequential else _StandIn)
-    values = own_values(module)
-    read: set[str] = set()
-    stand_in.__dict__.update(values, training=False, read=read)
+    stand_in.__dict__.update(values, training=False)
     stand_in.__dict__["_modules"] = {
         name: parts.get(name, nn.Identity() if isinstance(child, nn.Dropout) else child)
         for name, child in module._modules.items()
     }
-    x = inputs(leading[0] * leading[1], dtype).reshape(*leading, _HIDDEN)
     given = x.clone()
-    wanted = parts[roles.down](roles.hidden(parts.__getitem__, x))
     try:
         with torch.no_grad():
             out = type(module).forward(stand_in, given)
     except Exception:  # a forward with other arguments or inner sizes: simply not this formula
-        return False
-    same = isinstance(out, Tensor) and out.shape == x.shape and out.dtype == dtype and torch.equal(given, x)
-    if not same or not unchanging(values, read):
-        return False
-    if roles.written is not None and dtype == torch.float32:
-        return torch.equal(out, wanted)  # other words for a function have other bits
-    return torch.allclose(out, wanted, rtol=1e-9 if dtype == torch.float64 else 1e-4)
+        return None
+    return out if isinstance(out, Tensor) and torch.equal(given, x) else None
 
 
 _OF_ANY_MODULE = vars(nn.Module()).keys()

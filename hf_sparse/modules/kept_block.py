@@ -101,7 +101,7 @@ class KeptChange:
         downs: list[tuple[nn.Module, str, nn.Module]] = [
             (owner, name, one.restore())
             for owner, name in down_places(block.module, roles)
-            if type(one := owner._modules[name]) is SparseLinear
+            if isinstance(one := owner._modules[name], SparseLinear)
         ]
         return cls(block.module, roles, block.original_activation, downs, None)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import triton_ops
+from hf_sparse.errors import PatchError
 from hf_sparse.modules.guarded import GuardedModule
 from hf_sparse.modules.hooked import carry_device_hook
 from hf_sparse.modules.ownership import give_back, held_elsewhere, is_lent, lend, shares_nothing
@@ -45,7 +46,17 @@ class SparseLinear(GuardedModule, nn.Linear):
         carry_device_hook(stock, self)
 
     def restore(self) -> nn.Linear:
-        """The stock layer, with what this one has now."""
+        """The stock layer, with what this one has now.
+
+        Raises:
+            PatchError: a tool computes its parameters now (``torch.nn.utils.parametrize``).
+
+        """
+        if type(self) is not SparseLinear:
+            raise PatchError(
+                f"the parameters of a down projection {self.in_features} -> {self.out_features} are "
+                "parametrised, or sharded by themselves; remove that first."
+            )
         self.disclose()
         (stock,) = self._stock
         own = (*_NOT_SHARED, "_stock", "gives_zeros", "density")

@@ -213,3 +213,15 @@ def test_experts_run_by_what_a_user_has_registered_do_not_skip() -> None:
     with torch.no_grad(), hf_sparse.backend("dense"):
         expected = model(ids).logits
     assert torch.equal(skipping(model, ids), expected)
+
+
+def test_a_parametrised_down_projection_is_not_taken_out() -> None:
+    model = tiny("opt")
+    hf_sparse.patch(model, "relu")
+    down = model.model.decoder.layers[1].fc2
+    nn.utils.parametrize.register_parametrization(down, "weight", nn.Identity())
+    with pytest.raises(hf_sparse.PatchError, match="down projection 88 -> 32 are parametrised"):
+        hf_sparse.unpatch(model)
+    nn.utils.parametrize.remove_parametrizations(down, "weight")
+    hf_sparse.unpatch(model)
+    assert type(model.model.decoder.layers[1].fc2) is nn.Linear
