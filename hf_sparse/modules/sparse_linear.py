@@ -14,7 +14,7 @@ from hf_sparse.modules.guarded import GuardedModule
 from hf_sparse.modules.hooked import carry_device_hook
 from hf_sparse.modules.ownership import give_back, held_elsewhere, is_lent, lend, shares_nothing
 from hf_sparse.modules.sparse_block import hooks_on_all_modules
-from hf_sparse.modules.surroundings import has_own_forward, overridden, transformed
+from hf_sparse.modules.surroundings import has_own_forward, is_plain, overridden, transformed
 from triton_ops import DENSE
 from triton_ops.layout import view_of
 
@@ -146,7 +146,7 @@ class SparseLinear(GuardedModule, nn.Linear):
         own = self._parameters
         if type(self) is not SparseLinear:  # parametrised, or sharded by itself
             return None
-        if "forward" in vars(self) or type(own.get("weight")) is not nn.Parameter or "bias" not in own:
+        if "forward" in vars(self) or not is_plain(own.get("weight")) or "bias" not in own:
             return None
         return own["weight"] if has_own_forward(self._stock[0]) else None
 

@@ -13,7 +13,7 @@ from hf_sparse.adapters.roles import LayerRoles, Roles
 from hf_sparse.modules.certified import Certified
 from hf_sparse.modules.ownership import give_back, held_elsewhere, is_lent, lend, shares_nothing
 from hf_sparse.modules.sparse_block import SparseBlock, hooks_on_all_modules
-from hf_sparse.modules.surroundings import has_own_forward, overridden, transformed
+from hf_sparse.modules.surroundings import has_own_forward, is_plain, overridden, transformed
 from triton_ops import DENSE, Certificate, Problem
 from triton_ops.layout import view_of
 from triton_ops.problem import Form
@@ -297,7 +297,7 @@ class SparseMLP(SparseBlock):
         if linear._forward_hooks or linear._forward_pre_hooks:
             return None
         own = linear._parameters
-        if "forward" in vars(linear) or type(own.get("weight")) is not nn.Parameter or "bias" not in own:
+        if "forward" in vars(linear) or not is_plain(own.get("weight")) or "bias" not in own:
             return None
         return linear
 

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils._device import DeviceContext
@@ -39,6 +40,14 @@ def overridden() -> bool:
     return torch._C._len_torch_function_stack() > 0 and any(
         not isinstance(mode, DeviceContext) for mode in torch.overrides._get_current_function_mode_stack()
     )
+
+
+def is_plain(weight: object) -> bool:
+    """Whether ``weight`` is a parameter and nothing more: not quantised, nor a part of one that is split.
+
+    ``torch.export`` has fake tensors in their places, unless it is strict.
+    """
+    return type(weight) is nn.Parameter or (torch.compiler.is_compiling() and type(weight) is FakeTensor)
 
 
 def has_own_forward(module: nn.Module) -> bool:

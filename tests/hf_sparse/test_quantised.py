@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 from transformers.quantizers.base import HfQuantizer
@@ -85,6 +86,29 @@ def test_quantised_and_patched_in_any_order(kind, way, tmp_path) -> None:
     assert skips(again, expected) == count
     hf_sparse.unpatch(again)
     assert downs(again, kind) == classes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lora_on_a_quantised_base(kind, tmp_path) -> None:
+    options = {"quantization_config": QUANTISED["bitsandbytes nf4"](), "device_map": "cpu"}
+    twins(kind, **SIZES[kind])[0].save_pretrained(tmp_path / "sparse")
+    stock(kind, **SIZES[kind]).save_pretrained(tmp_path / "stock")
+    layers = {"llama": ["gate_proj", "down_proj"], "mixtral": [], "opt": ["fc1", "fc2"]}
+    found = []
+    for name in ("sparse", "stock"):
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / name, **options)
+        base = prepare_model_for_kbit_training(base if name == "sparse" else by_hand(base))
+        torch.manual_seed(1)
+        adapter = LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj", *layers[kind]])
+        model = get_peft_model(base, adapter)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        for _ in range(2):
+            model.train()(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        del optimizer
+        found.append(logits(model.eval(), "torch"))
+    assert_close(found[0], found[1], 1e-3)
 
 
 def downs(model: PreTrainedModel, kind: str) -> list[tuple[str, str]]:
