@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
-import hf_sparse
+import triton_ops
 from hf_sparse.activations.relu_family import FATReLU
 from hf_sparse.adapters.experts import Routed
 from hf_sparse.adapters.shapes import recognise
@@ -86,51 +86,55 @@ def main() -> None:
 
 def measure(args: argparse.Namespace, dtype: torch.dtype) -> list[dict[str, Any]]:
     stock = build(args, dtype)
-    own = copy.deepcopy(stock)  # its down projections are stored otherwise
-    roles = recognise(own)
-    assert roles is not None
     rows = []
     for tokens in args.tokens:
         work = calls(args, dtype, tokens)
         for sparsity in args.sparsity:
-            stock.config._experts_implementation = own.config._experts_implementation = "eager"
-            act = FATReLU(threshold(stock, work[0], sparsity / 100))
-            stock.act_fn = act
-            skipping = SparseExperts(own, roles, FATReLU(act.threshold))
-            with hf_sparse.backend("auto"):
-                runs = {
-                    way: harness.Run([dense(stock, call, way) for call in work], args.device)
-                    for way in ways()
-                }
-                runs["skipping"] = harness.Run(
-                    [run(skipping, call) for call in work], args.device, graph=False
-                )
-                gate(stock, work[0], runs)
-                times, _ = harness.interleaved(runs, args.repeats)
-                best = min(ways(), key=lambda way: times[way].median_ms)
-                again = {best: runs[best], "skipping": runs["skipping"]}
-                times, ratios = harness.interleaved(again, args.repeats)
-            rows.append(
-                {
-                    "tokens": tokens,
-                    "sparsity": round(silent(stock, work, act), 4),
-                    "dense": best,
-                    "dense_ms": times[best],
-                    "skipping_ms": times["skipping"],
-                    "speedup": ratios["skipping"],
-                    "hidden": args.shape.hidden,
-                    "neurons": args.shape.neurons,
-                    "experts": args.experts,
-                    "top_k": args.top_k,
-                    "dtype": str(dtype).removeprefix("torch."),
-                }
-            )
-            own = skipping.restore()
+            rows.append(compare(args, stock, work, sparsity / 100))
+            print(harness.table([cells(rows[-1])]), flush=True)
     return rows
 
 
-def ways() -> tuple[str, ...]:
-    return IMPLEMENTATIONS
+def compare(
+    args: argparse.Namespace, stock: OlmoeExperts, work: list[Routed], sparsity: float
+) -> dict[str, Any]:
+    """One row. What it makes is gone afterwards: weights that somebody else holds are not skipped."""
+    stock.config._experts_implementation = "eager"
+    stock.act_fn = act = FATReLU(threshold(stock, work[0], sparsity))
+    skipping = sparse(stock)
+    runs = {way: timed([dense(stock, call, way) for call in work], args) for way in IMPLEMENTATIONS}
+    runs["skipping"] = timed([run(skipping, call) for call in work], args)
+    gate(stock, work[0], runs)
+    if not triton_ops.is_neuron_major(skipping._parameters[skipping.roles.down]):
+        raise SystemExit("nothing was skipped, no timing")
+    times, _ = harness.interleaved(runs, args.repeats)
+    best = min(IMPLEMENTATIONS, key=lambda way: times[way].median_ms)
+    times, ratios = harness.interleaved({name: runs[name] for name in (best, "skipping")}, args.repeats)
+    return {
+        "tokens": len(work[0].x),
+        "sparsity": round(silent(stock, work, act), 4),
+        "dense": best,
+        "dense_ms": times[best],
+        "skipping_ms": times["skipping"],
+        "speedup": ratios["skipping"],
+        "hidden": args.shape.hidden,
+        "neurons": args.shape.neurons,
+        "experts": args.experts,
+        "top_k": args.top_k,
+        "dtype": str(work[0].x.dtype).removeprefix("torch."),
+    }
+
+
+def timed(work: list[Any], args: argparse.Namespace) -> harness.Run:
+    return harness.Run(work, args.device, graph=False)
+
+
+def sparse(stock: OlmoeExperts) -> SparseExperts:
+    """A patched copy, whose weights are stored otherwise."""
+    own = copy.deepcopy(stock)
+    roles = recognise(own)
+    assert roles is not None
+    return SparseExperts(own, roles, stock.act_fn)
 
 
 def dense(experts: OlmoeExperts, call: Routed, way: str) -> Any:

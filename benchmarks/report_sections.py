@@ -145,6 +145,8 @@ $ python benchmarks/mlp_decode.py --plot       # one token; four shapes, 0 to 99
 $ python benchmarks/mlp_batch.py --plot        # 1 to 512 tokens, independent and correlated
 $ python benchmarks/mlp_certified.py --plot    # certified skip; --weights takes the weights of a model of yours
 $ python benchmarks/generate.py --certify      # generate() of a randomly initialised Llama-3.2-1B; --batch
+$ python benchmarks/experts.py                 # a layer of stacked experts
+$ python benchmarks/loading.py                 # what a patch costs before the first token
 $ python benchmarks/busy_neighbour.py          # decoding with and without another process on the cores
 ```
 
@@ -295,6 +297,47 @@ def busy(result: Result) -> str:
 {table(["", "stock", "skipping", "skipping against stock"], lines)}"""
 
 
+def experts(result: Result) -> str:
+    lines = [
+        [
+            DTYPES[row["dtype"]],
+            str(row["tokens"]),
+            percent(row["sparsity"]),
+            f"{row['dense_ms']['median_ms']:.1f} (`{row['dense']}`)",
+            f"{row['skipping_ms']['median_ms']:.1f}",
+            f"{times(row['speedup']['median'])} ({times(row['speedup']['low'])} to {times(row['speedup']['high'])})",
+        ]
+        for row in result.rows
+    ]
+    first = result.rows[0]
+    about = f"""
+        A layer of {first["experts"]} experts of {first["hidden"]} × {first["neurons"]}, of which each token goes to
+        {first["top_k"]}, as in OLMoE; random weights. Dense is the fastest of transformers' implementations (in brackets) of
+        the same function; skipping reads the up and down weights of active neurons of routed experts only. Milliseconds."""
+    head = ["dtype", "tokens", "silent", "dense", "skipping", "skipping against dense (quartiles)"]
+    return f"""\
+{result.conditions} [All rows](../benchmarks/results/experts.json).
+
+{paragraph(about)}
+
+{table(head, lines)}"""
+
+
+def loading(result: Result) -> str:
+    patch, dense, patched = result.rows
+    more = patched["time"]["median_ms"] - dense["time"]["median_ms"]
+    about = f"""
+        Loading {patched["model"]} takes {dense["time"]["median_ms"]:.0f} ms as it is and
+        {patched["time"]["median_ms"]:.0f} ms patched: {more:.0f} ms more, once, for finding its blocks, which is
+        {percent(more / dense["time"]["median_ms"])} of so small a model's time, and grows with the number of layers, not
+        with their size. Peak memory is {dense["peak_mib"]:.0f} and {patched["peak_mib"]:.0f} MiB. Patching a model of the
+        shape of {NAMES[patch["shape"]]} takes {patch["time"]["median_ms"]:.0f} ms."""
+    return f"""\
+{result.conditions} [All rows](../benchmarks/results/loading.json).
+
+{paragraph(about)}"""
+
+
 def finetuned(result: Result) -> str:
     names = {
         "dense": "dense baseline",
@@ -326,7 +369,9 @@ SECTIONS = (
         ("mlp_dense.json", "mlp_dense_shapes.json", "mlp_dense_dtypes.json"),
         dense,
     ),
+    Section("Mixtures of experts", ("experts.json",), experts),
     Section("`generate()`", ("generate.json",), generate),
     Section("A busy neighbour", ("busy_neighbour.json",), busy),
+    Section("Loading", ("loading.json",), loading),
     Section("Finetuned for sparsity", ("../../docs/results/c4-stories260k.json",), finetuned),
 )

@@ -161,3 +161,12 @@ def test_competitors_take_turns_and_the_ratio_is_of_one_turn(harness: Any) -> No
     assert order == ["dense", "sparse"] * 4
     assert times["dense"].median_ms == 2000
     assert (ratios["sparse"].low, ratios["sparse"].median, ratios["sparse"].high) == (2, 2, 2)
+
+
+def test_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_SPARSE_BACKEND", "torch")  # such small ones run dense by themselves
+    sizes = ("--shape", "64x128", "--experts", "8", "--top-k", "2", "--tokens", "1", "5")
+    rows = run("experts", tmp_path / "r.json", *sizes, "--dtypes", "float32", "--sparsity", "90")["results"]
+    assert [row["tokens"] for row in rows] == [1, 5]
+    assert all(row["sparsity"] == pytest.approx(0.9, abs=0.05) for row in rows)
+    assert all(row["speedup"]["median"] > 0 for row in rows)
