@@ -64,7 +64,7 @@ def inputs(tokens: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """``[tokens, D]``; of several tokens the last two are large and opposite, so that every limit shows."""
     x = torch.linspace(-2, 2, tokens * _HIDDEN, dtype=torch.float64, device="cpu").reshape(tokens, _HIDDEN)
     if tokens > 3:
-        x[-1] *= 1e6
+        x[-1] *= 1e11 if dtype == torch.float64 else 1e6
         x[-2] = -x[-1]
     return x.to(dtype)
 
