@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 from torch import nn
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from hf_sparse.activations.config import ORIGINAL
@@ -110,6 +110,8 @@ def _use(
     where = f'"{repo_id}"' + (f', revision="{revision}"' if revision else "")
     imports, lines = [loader] if own else [], [f"model = {loader}.from_pretrained({where})"]
     if tokenizer is not None:
+        from transformers import ProcessorMixin  # it brings the tokenizers
+
         is_processor = isinstance(tokenizer, ProcessorMixin)
         name, kind = ("processor", "AutoProcessor") if is_processor else ("tokenizer", "AutoTokenizer")
         imports.append(kind)

@@ -88,8 +88,13 @@ def test_a_parametrised_down_projection_is_called_as_it_is(input_ids) -> None:
         found = logits(model, input_ids, "torch")
     assert skips.count == 2
     torch.testing.assert_close(found, logits(expected, input_ids, "dense"), atol=1e-4, rtol=1e-4)
+    with pytest.raises(hf_sparse.PatchError, match="are parametrised"):
+        hf_sparse.unpatch(model)
+    assert torch.equal(logits(model, input_ids, "torch"), found)
+    torch.nn.utils.parametrize.remove_parametrizations(layer.fc2, "weight")
     hf_sparse.unpatch(model)
     hf_sparse.unpatch(expected)
+    assert type(layer.fc2) is nn.Linear
     found = logits(model, input_ids, "torch")
     torch.testing.assert_close(found, logits(expected, input_ids, "dense"), atol=1e-4, rtol=1e-4)
 
