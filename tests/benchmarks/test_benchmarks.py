@@ -166,11 +166,21 @@ def test_competitors_take_turns_and_the_ratio_is_of_one_turn(harness: Any) -> No
 
 
 def test_experts(tmp_path: Path) -> None:
-    sizes = ("--shape", "64x128", "--experts", "8", "--top-k", "2", "--tokens", "1", "5")
+    sizes = (
+        "--shape",
+        "64x128",
+        "--experts",
+        "8",
+        "--top-k",
+        "2",
+        "--tokens",
+        "1",
+        "5",
+        "--dtypes",
+        "float32",
+    )
     with hf_sparse.backend("torch"):  # such small ones run dense by themselves
-        rows = run("experts", tmp_path / "r.json", *sizes, "--dtypes", "float32", "--sparsity", "90")[
-            "results"
-        ]
+        rows = run("experts", tmp_path / "r.json", *sizes, "--sparsity", "90")["results"]
     assert [row["tokens"] for row in rows] == [1, 5]
     assert all(row["sparsity"] == pytest.approx(0.9, abs=0.05) for row in rows)
     assert all(row["speedup"]["median"] > 0 for row in rows)

@@ -105,6 +105,7 @@ CHANGES = (
     st.sampled_from(CONFIGS),
     st.lists(st.tuples(st.sampled_from(CHANGES), st.integers(0, LAYERS - 1)), min_size=1, max_size=4),
 )
+@pytest.mark.slow
 def test_what_is_saved_is_what_runs_or_is_refused(
     config: SparsityConfig, changes: list[tuple[Callable[[PreTrainedModel, int], None], int]]
 ) -> None:

@@ -196,6 +196,7 @@ def test_generate_samples_by_seed(capsys):
         (["quickstart", "--output", __file__], "is there and not empty"),
     ],
 )
+@pytest.mark.slow
 def test_mistakes_are_one_line_and_status_2(arguments, message, capsys):
     assert main(arguments) == 2
     captured = capsys.readouterr()

@@ -216,6 +216,7 @@ def test_a_device_mode_does_not_end_skipping() -> None:
     assert layouts(model) == {True}
 
 
+@pytest.mark.slow
 def test_several_threads_that_look_at_once() -> None:
     model, errors, stop = patched(), [], threading.Event()
 

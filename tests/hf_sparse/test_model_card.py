@@ -114,6 +114,7 @@ model.push_to_hub("me/saved")
 """
 
 
+@pytest.mark.slow
 def test_it_is_in_what_goes_to_the_hub(tiny_model, tmp_path) -> None:
     tiny_model("llama").save_pretrained(tmp_path / "stock")
     with LoopbackHub() as hub:

@@ -73,6 +73,7 @@ def losses(trainer: Trainer) -> list[float]:
     return [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
 
 
+@pytest.mark.slow
 def test_the_trainer_with_checkpoints_and_the_best_of_them(kind, tmp_path) -> None:
     """Checkpoints are of patched models; the best one is read back; a run goes on from one."""
     model, reference = twins(kind)

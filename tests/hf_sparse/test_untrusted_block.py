@@ -109,6 +109,7 @@ def says(block: dict, index: int, p: torch.Tensor) -> torch.Tensor:
 
 @given(attacked())
 @settings(max_examples=80, deadline=None)
+@pytest.mark.slow
 def test_a_block_is_refused_by_name_or_the_model_computes_what_it_says(data: dict) -> None:
     try:
         model = built(copy.deepcopy(data))

@@ -100,6 +100,7 @@ def test_any_number_of_processes_sees_the_same_global_batches(texts, tokenizer):
 
 @pytest.mark.parametrize("shuffle_buffer", [1, 7, 1000])
 @pytest.mark.parametrize("stop", [1, 5, 11])
+@pytest.mark.slow
 def test_a_stream_continues_to_the_token_after_its_state_went_through_json(
     any_format, tokenizer, stop, shuffle_buffer
 ):
@@ -255,6 +256,7 @@ def rows_with_nulls(folder, nulls: set[int], count: int = 60) -> list[str]:
 
 
 @pytest.mark.parametrize("nulls", [{0}, {59}, {4, 5, 6, 31}, set(range(0, 60, 2))])
+@pytest.mark.slow
 def test_null_texts_are_left_out_and_a_run_continues_to_the_token(tmp_path, tokenizer, nulls):
     kept = rows_with_nulls(tmp_path, nulls)
     recipe = recipe_for(tmp_path, data_streams=1, global_batch=2, shuffle_buffer=3, epochs=2, holdout=0.1)
@@ -300,6 +302,7 @@ def test_another_text_column_can_be_chosen(tmp_path):
     ("unit", "expected"),
     [("paragraph", ["a\nb", "c"]), ("line", ["a", "b", "", "c"]), ("document", ["a\nb\n\nc"])],
 )
+@pytest.mark.slow
 def test_txt_units(tmp_path, unit, expected):
     (tmp_path / "a.txt").write_text("a\nb\n\nc")
     assert [t for t, _ in open_documents(recipe_for(tmp_path, txt_unit=unit)).read("train", None)] == expected

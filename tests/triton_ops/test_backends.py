@@ -108,6 +108,7 @@ def test_nothing_but_the_registrations_names_a_backend(path) -> None:
     assert found == []
 
 
+@pytest.mark.slow
 def test_what_imports_triton_is_not_imported_before_it_is_used() -> None:
     code = "import sys, triton_ops; print(*(m for m in sys.modules if m.startswith('triton_ops.gpu.')))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

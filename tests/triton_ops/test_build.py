@@ -159,6 +159,7 @@ print(os.waitpid(child, 0)[1])
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_a_call_while_the_interpreter_ends():
     code = """
 import atexit, torch, triton_ops
