@@ -64,18 +64,16 @@ def new_modules(
 
     Of those ``chosen``, sparse blocks; of the others, stock ones.
     """
-    new: dict[str, nn.Module | KeptChange] = {
-        copy.name: KeptChange.to_stock(copy) if copy.stays else _stock_block(copy)
-        for block in blocks
-        for copy in (block, *block.spares)
-    }
-    for index, block in enumerate(chosen):
+    indices = {block.name: index for index, block in enumerate(chosen)}
+    new: dict[str, nn.Module | KeptChange] = {}
+    for block in blocks:
+        index = indices.get(block.name)
         for copy in (block, *block.spares):  # the other adapters' copies, for when they are switched to
-            new[copy.name] = _sparse_block(copy, config, index)
+            new[copy.name] = _stock(copy) if index is None else _sparse(copy, config, index)
     return new
 
 
-def _sparse_block(block: Block, config: SparsityConfig, index: int) -> SparseBlock | KeptChange:
+def _sparse(block: Block, config: SparsityConfig, index: int) -> SparseBlock | KeptChange:
     activation = build_activation(config.activation, index, block.original_activation)
     if block.stays:
         return KeptChange.to_sparse(block, activation, config.activation.mix)
@@ -87,6 +85,10 @@ def _sparse_block(block: Block, config: SparsityConfig, index: int) -> SparseBlo
     for _, part in config.others:
         part.build(sparse, index)
     return sparse
+
+
+def _stock(block: Block) -> nn.Module | KeptChange:
+    return KeptChange.to_stock(block) if block.stays else _stock_block(block)
 
 
 def _stock_block(block: Block) -> nn.Module:

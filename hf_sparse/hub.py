@@ -21,6 +21,7 @@ from hf_sparse.hub_card import full_card
 from hf_sparse.hub_facts import Facts
 from hf_sparse.metrics import SparsityReport
 from hf_sparse.model_card import write_model_card
+from hf_sparse.patch_report import PatchReport
 from hf_sparse.patching import inspect, transformers_model
 from hf_sparse.tuning import TuneReport
 
@@ -90,13 +91,12 @@ def push_to_hub(
         ConnectionError: the connection was lost.
 
     """
-    base = _require_patched(model)
+    base, patched = _require_patched(model)
     validate_repo_id(repo_id)
     if create_pr and revision not in (None, "main"):
         raise ValueError(f"create_pr=True makes a branch of its own; leave out revision={revision!r}.")
     if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
         raise ValueError(f"tokenizer={tokenizer!r} has no save_pretrained; give the object, not its name.")
-    patched = inspect(base)
     facts = Facts.read(
         base,
         patched,
@@ -144,19 +144,20 @@ def push_to_hub(
             )
 
 
-def _require_patched(model: nn.Module) -> PreTrainedModel:
+def _require_patched(model: nn.Module) -> tuple[PreTrainedModel, PatchReport]:
     base = transformers_model(model)
     if base is not model or getattr(base, "_hf_peft_config_loaded", False):
         raise PatchError(
             "this model has an adapter of PEFT, and push_to_hub pushes whole models. Merge it first "
             "(model = model.merge_and_unload()), or push the adapter alone with model.push_to_hub(...)."
         )
-    if not inspect(base).patched:
+    report = inspect(base)
+    if not report.patched:
         raise PatchError(
             f"this {type(base).__name__} is not patched, so there is nothing that a card of hf_sparse could "
             "say. hf_sparse.patch(model, ...) patches it; model.push_to_hub(...) pushes it as it is."
         )
-    return base
+    return base, report
 
 
 def _readme(repo_id: str, revision: str | None, token: str | bool | None) -> bytes | None:

@@ -16,7 +16,7 @@ from hf_sparse.activations.config import ORIGINAL, same_function
 from hf_sparse.activations.known import STOCK_ACTIVATIONS
 from hf_sparse.adapters.copies import place
 from hf_sparse.adapters.kept import MARK, KeptState
-from hf_sparse.adapters.roles import linear_size
+from hf_sparse.adapters.roles import linear_size, shape
 from hf_sparse.checkpoint_block import KEY, Record, is_plain, names_activation, read
 from hf_sparse.composite import Part, Path, nested
 from hf_sparse.errors import PatchError
@@ -281,7 +281,7 @@ def _tensors(module: nn.Module) -> dict[str, Any]:
     size = None if isinstance(module, SparseBlock) else linear_size(module)
     if size is not None:
         return dict.fromkeys(held, size)
-    return {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in held.items()}
+    return {name: shape(tensor) for name, tensor in held.items()}
 
 
 def _patched_activations(modules: Mapping[str, nn.Module], but: Mapping[str, nn.Module]) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ runs as an MLP of its own on its tokens, as :func:`triton_ops.gated_mlp` or ``pl
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,10 +65,11 @@ def routed_mlp(
         RuntimeError: the backend cannot run here.
 
     """
+    mlp = MLP(first, up, down, first_bias, up_bias, down_bias, activation, threshold)
     tensors = x, experts, weights, first, up, down, first_bias, up_bias, down_bias
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if wanted or is_for_torch(x.device.type):
-        _check(*tensors, activation, threshold)
+        _check(x, experts, weights, mlp)
         return reference.routed_mlp(*tensors, activation=activation, threshold=threshold)
     return torch.ops.hf_sparse.routed_mlp.default(*tensors, activation, threshold, backend)
 
@@ -82,67 +84,30 @@ def by_expert(experts: Tensor, count: int) -> Iterator[tuple[int, Tensor]]:
             yield expert, places
 
 
-def _routed_mlp(
-    x: Tensor,
-    experts: Tensor,
-    weights: Tensor,
-    first: Tensor,
-    up: Tensor | None,
-    down: Tensor,
-    first_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    activation: str,
-    threshold: float,
-    backend: str,
-) -> Tensor:
-    tensors = x, experts, weights, first, up, down, first_bias, up_bias, down_bias
-    _check(*tensors, activation, threshold)
+def _routed_mlp(x: Tensor, experts: Tensor, weights: Tensor, *args: Any) -> Tensor:
+    *stacked, backend = args
+    mlp = MLP(*stacked)
+    _check(x, experts, weights, mlp)
     exact = torch.promote_types(x.dtype, torch.float32)
     out = torch.zeros(x.shape, dtype=exact, device=x.device)
     flat = weights.flatten().to(exact).unsqueeze(-1)
-    for expert, places in by_expert(experts, len(down)):
+    for expert, places in by_expert(experts, len(mlp.down)):
         tokens = places // experts.shape[-1]
-        mlp = MLP(
-            first[expert],
-            _own(up, expert),
-            down[expert],
-            _own(first_bias, expert),
-            _own(up_bias, expert),
-            _own(down_bias, expert),
-            activation,
-            threshold,
-        )
-        y = run(x[tokens], mlp, backend)
-        out.index_add_(0, tokens, y.to(exact) * flat[places])
+        own: Any = [part[expert] if isinstance(part, Tensor) else part for part in mlp]
+        out.index_add_(0, tokens, run(x[tokens], MLP(*own), backend).to(exact) * flat[places])
     return out.to(x.dtype)
 
 
-def _own(stacked: Tensor | None, expert: int) -> Tensor | None:
-    return None if stacked is None else stacked[expert]
-
-
-def _check(
-    x: Tensor,
-    experts: Tensor,
-    weights: Tensor,
-    first: Tensor,
-    up: Tensor | None,
-    down: Tensor,
-    first_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    activation: str,
-    threshold: float,
-) -> None:
-    """Shapes of the whole; each expert is checked as the MLP that it is."""
-    gated, name = up is not None, "up" if up is None else "gate"
-    check(activation, threshold, gated=gated)
-    if x.ndim != 2 or first.ndim != 3:
+def _check(x: Tensor, experts: Tensor, weights: Tensor, mlp: MLP) -> None:
+    """Shapes of the whole, ``mlp`` with stacked weights; each expert is checked as the MLP that it is."""
+    gated = mlp.up is not None
+    name = "gate" if gated else "up"
+    check(mlp.activation, mlp.threshold, gated=gated)
+    if x.ndim != 2 or mlp.first.ndim != 3:
         raise ValueError(
-            f"x has shape {list(x.shape)} and {name} {list(first.shape)}; expected [T, D] and [E, F, D]."
+            f"x has shape {list(x.shape)} and {name} {list(mlp.first.shape)}; expected [T, D] and [E, F, D]."
         )
-    count, neurons, hidden = first.shape
+    count, neurons, hidden = mlp.first.shape
     if experts.dtype != torch.int64 or experts.ndim != 2 or len(experts) != len(x):
         raise ValueError(
             f"experts is {experts.dtype} {list(experts.shape)}; expected int64 [T, k] with T = {len(x)}."
@@ -152,12 +117,12 @@ def _check(
             f"weights is {weights.dtype} {list(weights.shape)}; expected floating numbers, "
             f"{list(experts.shape)}."
         )
-    check_tensor(name, first, (count, neurons, x.shape[-1]), x, "[E, F, D]")
-    check_tensor("up", up, (count, neurons, hidden), x, "[E, F, D]")
-    check_tensor("down", down, (count, hidden, neurons), x, "[E, D, F]")
-    check_tensor(f"{name}_bias", first_bias, (count, neurons), x, "[E, F]")
-    check_tensor("up_bias", up_bias if gated else None, (count, neurons), x, "[E, F]")
-    check_tensor("down_bias", down_bias, (count, hidden), x, "[E, D]")
+    check_tensor(name, mlp.first, (count, neurons, x.shape[-1]), x, "[E, F, D]")
+    check_tensor("up", mlp.up, (count, neurons, hidden), x, "[E, F, D]")
+    check_tensor("down", mlp.down, (count, hidden, neurons), x, "[E, D, F]")
+    check_tensor(f"{name}_bias", mlp.first_bias, (count, neurons), x, "[E, F]")
+    check_tensor("up_bias", mlp.up_bias if gated else None, (count, neurons), x, "[E, F]")
+    check_tensor("down_bias", mlp.down_bias, (count, hidden), x, "[E, D]")
 
 
 for _device in ("CPU", "CUDA"):
@@ -165,6 +130,6 @@ for _device in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("hf_sparse::routed_mlp", lib=LIB)
-def _(x: Tensor, *args: object) -> Tensor:
-    _check(x, *args[:-1])  # type: ignore[arg-type]
+def _(x: Tensor, experts: Tensor, weights: Tensor, *args: Any) -> Tensor:
+    _check(x, experts, weights, MLP(*args[:-1]))
     return x.new_empty(x.shape)

@@ -5,6 +5,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 
+def mixed(original: nn.Module, activation: nn.Module, k: float) -> nn.Module:
+    """``activation``, which may be mixed already, with the share ``k``; itself if that is 1."""
+    new = activation.new if isinstance(activation, MixedActivation) else activation
+    return new if k == 1 else MixedActivation(original, new, k)
+
+
 class MixedActivation(nn.Module):
     """``(1 - k) * original(p) + k * new(p)`` for 0 < k < 1 (activation mixing, arXiv 2605.25612)."""
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hf_sparse.adapters.roles import WRITTEN, Linear, Roles, Site, Watcher
+from hf_sparse.adapters.roles import WRITTEN, Linear, Roles, Site, Watcher, shape
 from triton_ops.routed import by_expert
 
 
@@ -197,11 +197,6 @@ def routing(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
 @cache
 def _signature(forward: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(forward)
-
-
-def shape(parameter: Tensor) -> tuple[int, ...]:
-    """The shape that a parameter has when nobody shards it: under ZeRO-3 ``shape`` is ``(0,)``."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def candidates(module: nn.Module, act: str) -> Iterator[Experts]:

@@ -9,14 +9,14 @@ Takes about a millisecond and touches nothing of the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from hf_sparse.adapters.roles import LayerRoles
+from hf_sparse.adapters.roles import LayerRoles, linear_size, shape
 
 _HIDDEN, _INTERMEDIATE = 3, 5
 _CASES = (((1, 4), torch.float64), ((2, 1), torch.float64), ((3, 2), torch.float32))
@@ -69,6 +69,26 @@ def inputs(tokens: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return x.to(dtype)
 
 
+def likeness(module: nn.Module) -> tuple[Any, ...]:
+    """Equal for modules whose own attributes and tensors look alike to a probe; while these exist."""
+    settings = [
+        (k, v if isinstance(v, bool | int | float | str | None) else id(v))
+        for k, v in vars(module).items()
+        if k not in _OF_ANY_MODULE
+    ]
+    tensors = (*module._parameters.items(), *module._buffers.items())
+    sizes = [(k, None if v is None else shape(v)) for k, v in tensors]
+    return type(module), type(module).forward, linear_size(module), tuple(settings), tuple(sizes)
+
+
+def has_more(module: nn.Module, names: Collection[str]) -> bool:
+    """Whether ``module`` has buffers, or other children than ``names`` that may do something in eval mode."""
+    others = [child for name, child in module._modules.items() if name not in names]
+    return any(v is not None for v in module._buffers.values()) or any(
+        type(child) not in (nn.Dropout, nn.Identity, type(None)) for child in others
+    )
+
+
 def own_values(module: nn.Module) -> dict[str, Any]:
     """The attributes of ``module`` for a stand-in, which can change none of them."""
     kinds = (list, dict, set)
@@ -81,10 +101,7 @@ def computes(module: nn.Module, roles: LayerRoles) -> bool:
     And nothing else: a forward that has a use for a setting, a parameter or a buffer of the module itself may
     compute it today and something else when that has changed. A dropout rate is of no use in eval mode.
     """
-    if any(v is not None for v in (*module._parameters.values(), *module._buffers.values())):
-        return False
-    others = module._modules.keys() - set(roles.names)
-    if any(type(module._modules[name]) not in (nn.Dropout, nn.Identity, type(None)) for name in others):
+    if has_more(module, roles.names) or any(v is not None for v in module._parameters.values()):
         return False
     return all(_agrees(module, roles, leading, dtype) for leading, dtype in _CASES)
 

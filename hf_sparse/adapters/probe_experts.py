@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from hf_sparse.adapters.experts import Experts, Routed, project, shape
-from hf_sparse.adapters.probe import inputs, marker, noise, own_values
+from hf_sparse.adapters.experts import Experts, Routed, project
+from hf_sparse.adapters.probe import has_more, inputs, marker, noise, own_values
+from hf_sparse.adapters.roles import shape
 
 _HIDDEN, _INTERMEDIATE = 3, 5
 _CASES = ((7, 2, torch.float64), (1, 2, torch.float64), (12, 3, torch.float32))
@@ -39,10 +40,7 @@ class _Norm(nn.Module):
 
 def computes(module: nn.Module, roles: Experts) -> bool:
     """Whether ``type(module).forward`` in eval mode adds up weighted experts, each as ``roles`` says."""
-    if any(v is not None for v in module._buffers.values()):
-        return False
-    others = module._modules.keys() - set(roles.names)
-    if any(type(module._modules[name]) not in (nn.Dropout, nn.Identity, type(None)) for name in others):
+    if has_more(module, roles.names):
         return False
     return all(_agrees(module, roles, tokens, slots, dtype) for tokens, slots, dtype in _CASES)
 

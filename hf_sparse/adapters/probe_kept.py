@@ -13,6 +13,7 @@ down projection tells what these depend on:
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,17 +25,15 @@ from torch import Tensor, nn
 
 from hf_sparse.adapters.copies import active
 from hf_sparse.adapters.kept import Kept, own_roles
-from hf_sparse.adapters.probe import own_values
-from hf_sparse.adapters.roles import Roles, linear_size
-from hf_sparse.adapters.shapes import recognise
+from hf_sparse.adapters.probe import likeness, own_values
+from hf_sparse.adapters.roles import Roles, linear_size, shape
+from hf_sparse.adapters.shapes import activations, linears, recognise
 
 _TOKENS = 3
 _LARGEST = 1 << 20
 """Elements of the parameters of a child that still runs: norms do, embeddings do not."""
-_STEPS = (nn.Dropout, nn.Identity)
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 _HOOKS = [name for name in vars(nn.Module()) if "_hooks" in name]
-_OF_ANY_MODULE = vars(nn.Module()).keys()
 _RETURNS: tuple[Callable[[Tensor], Any], ...] = (
     lambda x: x,
     lambda x: (x, None),
@@ -74,22 +73,13 @@ def _is_block(module: nn.Module, name: str) -> bool:
 def _likeness(module: nn.Module, names: set[str], name: str = "") -> Any:
     """Equal for modules whose stand-ins are: all that the forward of a part that runs may look at."""
     module = active(module)
-    own = [
-        (k, v if isinstance(v, bool | int | float | str | None) else id(v))
-        for k, v in vars(module).items()
-        if k not in _OF_ANY_MODULE
-    ]
-    tensors = [
-        (k, None if v is None else tuple(getattr(v, "ds_shape", v.shape)))
-        for k, v in (*module._parameters.items(), *module._buffers.items())
-    ]
     children: list[Any] = []
     if _runs(module, name, names):
         children = [
             (k, None if v is None else _likeness(v, names, _join(name, k)))
             for k, v in module._modules.items()
         ]
-    return type(module), linear_size(module), tuple(own), tuple(tensors), tuple(children)
+    return *likeness(module), tuple(children)
 
 
 def _runs(module: nn.Module, name: str, names: Iterable[str]) -> bool:
@@ -102,30 +92,14 @@ def _runs(module: nn.Module, name: str, names: Iterable[str]) -> bool:
 def _candidates(module: nn.Module) -> Iterator[tuple[str, str, int]]:
     """Names of an activation and a down projection that ``module`` and no module in it has both of."""
     inner = [("", module), *((name, active(child)) for name, child in module.named_children())]
-    linears = {prefix: _linears(one) for prefix, one in inner}
+    layers = {prefix: linears(one) for prefix, one in inner}
     for prefix, one in inner:
-        acts = [name for name, child in one.named_children() if _is_function(child)]
-        sizes = set(linears[prefix].values())
-        for act, (other, theirs) in product(acts, linears.items()):
+        sizes = set(layers[prefix].values())
+        for act, (other, theirs) in product(activations(one), layers.items()):
             for down, (neurons, hidden) in theirs.items():
                 apart = not prefix or prefix != other
                 if apart and sizes & {(hidden, neurons), (hidden, 2 * neurons)}:
                     yield _join(prefix, act), _join(other, down), neurons
-
-
-def _linears(module: nn.Module) -> dict[str, tuple[int, int]]:
-    sizes = {name: linear_size(child) for name, child in module.named_children()}
-    return {name: size for name, size in sizes.items() if size is not None}
-
-
-def _is_function(module: nn.Module) -> bool:
-    """Whether it has neither parameters nor children, as an activation."""
-    return (
-        not isinstance(module, _STEPS)
-        and not module._parameters
-        and not module._modules
-        and linear_size(module) is None
-    )
 
 
 def _join(prefix: str, name: str) -> str:
@@ -372,14 +346,13 @@ def _range(count: int) -> Tensor:
 
 
 def _numel(tensor: Tensor) -> int:
-    return int(torch.Size(getattr(tensor, "ds_shape", tensor.shape)).numel())
+    return math.prod(shape(tensor))
 
 
 def _made_up(tensor: Tensor | None) -> Any:
     """Values of no model, for the tensors of what runs may be on the meta device, or sharded."""
     if tensor is None:
         return None
-    shape = getattr(tensor, "ds_shape", tensor.shape)
     if not tensor.is_floating_point():
-        return torch.zeros(shape, dtype=tensor.dtype, device="cpu")
-    return torch.linspace(0.6, 1.4, _numel(tensor), dtype=torch.float64).reshape(shape)
+        return torch.zeros(shape(tensor), dtype=tensor.dtype, device="cpu")
+    return torch.linspace(0.6, 1.4, _numel(tensor), dtype=torch.float64).reshape(shape(tensor))

@@ -177,3 +177,8 @@ def linear_size(module: nn.Module) -> tuple[int, int] | None:
         if isinstance(size[0], int) and isinstance(size[1], int):
             return size[0], size[1]
     return None
+
+
+def shape(parameter: Tensor) -> tuple[int, ...]:
+    """The shape that a parameter has when nobody shards it: under ZeRO-3 ``shape`` is ``(0,)``."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))

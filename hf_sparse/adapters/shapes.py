@@ -8,13 +8,13 @@ from typing import Any
 from torch import nn
 
 from hf_sparse.adapters import experts, probe_experts
-from hf_sparse.adapters.experts import Experts, shape
+from hf_sparse.adapters.experts import Experts
 from hf_sparse.adapters.fused import Fused
 from hf_sparse.adapters.gated import Gated
 from hf_sparse.adapters.kept import Kept
 from hf_sparse.adapters.plain import Plain
-from hf_sparse.adapters.probe import computes
-from hf_sparse.adapters.roles import WRITTEN, LayerRoles, Roles, Sizes, linear_size
+from hf_sparse.adapters.probe import computes, likeness
+from hf_sparse.adapters.roles import WRITTEN, LayerRoles, Roles, Sizes, linear_size, shape
 
 LAYERS: tuple[type[LayerRoles], ...] = (Gated, Plain, Fused)
 """Every known shape of layers; a new one is a file like theirs and an entry here."""
@@ -24,7 +24,6 @@ SHAPES: tuple[type[Roles], ...] = (*LAYERS, Experts, Kept)
 _NAMES = ("act_fn", "activation_fn", "activation_function", "hf_sparse_activation")
 """A child of one of these names is the activation, or becomes it where that is written into the forward."""
 
-_OF_ANY_MODULE = vars(nn.Module()).keys()
 _NOT_ACTIVATIONS = (nn.Dropout, nn.Identity)
 
 
@@ -33,30 +32,17 @@ def recognise(module: nn.Module, known: dict[Any, Roles | None] | None = None) -
 
     ``known`` takes what was found, for modules that are like one before; while all of these exist.
     """
-    if any(p is not None and len(shape(p)) == 3 for p in module._parameters.values()):
-        return _recognise_experts(module)
-    sizes = linears(module)
-    if not 2 <= len(sizes) <= 3:
+    stacked = any(p is not None and len(shape(p)) == 3 for p in module._parameters.values())
+    sizes = {} if stacked else linears(module)
+    if not stacked and not 2 <= len(sizes) <= 3:
         return None
     known = {} if known is None else known
-    key = _likeness(module)
+    parts = module._modules.items()
+    children = [(name, None if child is None else likeness(child)[:3]) for name, child in parts]
+    key = *likeness(module), tuple(children), tuple(activations(module))
     if key not in known:
-        known[key] = _recognise_layers(module, sizes)
+        known[key] = _recognise_experts(module) if stacked else _recognise_layers(module, sizes)
     return known[key]
-
-
-def _likeness(module: nn.Module) -> Any:
-    """Equal for modules of which a probe would see the same."""
-    own = [
-        (k, v if isinstance(v, bool | int | float | str | None) else id(v))
-        for k, v in vars(module).items()
-        if k not in _OF_ANY_MODULE
-    ]
-    children = [
-        (name, None if child is None else (type(child), linear_size(child), bool(child._parameters)))
-        for name, child in module._modules.items()
-    ]
-    return type(module), type(module).forward, tuple(own), tuple(children), tuple(module._parameters)
 
 
 def _recognise_layers(module: nn.Module, sizes: Sizes) -> Roles | None:
@@ -103,6 +89,5 @@ def activations(module: nn.Module) -> list[str]:
         for name, child in module.named_children()
         if not isinstance(child, _NOT_ACTIVATIONS)
         and linear_size(child) is None
-        and next(child.parameters(), None) is None
-        and next(child.children(), None) is None
+        and all(part is None for part in (*child._parameters.values(), *child._modules.values()))
     ]

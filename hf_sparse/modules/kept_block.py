@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hf_sparse.activations import MixedActivation, row_of
+from hf_sparse.activations import row_of
+from hf_sparse.activations.mixed import mixed
 from hf_sparse.adapters import Block
 from hf_sparse.adapters.copies import copies
 from hf_sparse.adapters.kept import MARK, Kept, KeptState, owners
@@ -48,10 +49,10 @@ class KeptBlock:
 
     def set_mix(self, k: float) -> None:
         """Set the share of the new activation, 0 <= k <= 1."""
-        mixed = _mixed(self._state.original, self.activation, k)
-        _put(self._module, self._roles, mixed)
+        activation = mixed(self._state.original, self.activation, k)
+        _put(self._module, self._roles, activation)
         for linear in self._linears():
-            linear.gives_zeros = row_of(mixed) is not None
+            linear.gives_zeros = row_of(activation) is not None
 
     def prepare(self, *, certify: bool) -> None:
         """Store the down projection neuron-major. There is nothing to certify in it."""
@@ -109,16 +110,15 @@ class KeptChange:
     def to_sparse(cls, block: Block, activation: nn.Module, mix: float) -> KeptChange:
         """To ``activation``, mixed in at ``mix``."""
         stock = cls.to_stock(block)
-        mixed = _mixed(stock.activation, activation, mix)
-        downs: list[tuple[nn.Module, str, nn.Module]] = []
+        activation = mixed(stock.activation, activation, mix)
+        restored = {(id(owner), name): one for owner, name, one in stock.downs}
+        downs = list(stock.downs)
         for owner, name in down_places(block.module, stock.roles):
-            child = owner._modules[name]
-            linear = child.restore() if type(child) is SparseLinear else child
+            linear = restored.get((id(owner), name), owner._modules[name])
             if type(linear) is nn.Linear and ("forward" not in vars(linear) or hasattr(linear, "_hf_hook")):
-                downs.append((owner, name, SparseLinear(linear, gives_zeros=row_of(mixed) is not None)))
-            elif linear is not child and linear is not None:
-                downs.append((owner, name, linear))
-        return cls(block.module, stock.roles, mixed, downs, _state(block, stock))
+                downs.append((owner, name, SparseLinear(linear, gives_zeros=row_of(activation) is not None)))
+        state = KeptState(stock.roles, stock.activation, type(block.module).forward)
+        return cls(block.module, stock.roles, activation, downs, state)
 
     def make(self) -> None:
         """Put it there: assignments only."""
@@ -176,15 +176,6 @@ def _under_adapters(owner: nn.Module, name: str) -> tuple[nn.Module, str]:
     if child is not None and child._modules.get("base_layer") is not None:
         return _under_adapters(child, "base_layer")
     return owner, name
-
-
-def _state(block: Block, stock: KeptChange) -> KeptState:
-    return KeptState(stock.roles, stock.activation, type(block.module).forward)
-
-
-def _mixed(original: nn.Module, activation: nn.Module, k: float) -> nn.Module:
-    new = activation.new if isinstance(activation, MixedActivation) else activation
-    return new if k == 1 else MixedActivation(original, new, k)
 
 
 def _put(module: nn.Module, roles: Kept, activation: nn.Module) -> None:

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import triton_ops
 from hf_sparse.modules.surroundings import outside
@@ -87,6 +87,17 @@ def held_elsewhere(holder: Mapping[Any, object] | Sequence[object], key: Any, ho
     variable of the caller refers to it.
     """
     return sys.getrefcount(holder[key]) > _REFERENCES_ALONE - 1 + holders
+
+
+def holds_alone(module: nn.Module, stock: tuple[nn.Module], name: str) -> bool:
+    """Whether only ``module`` and the one that it stands for hold its parameter ``name``, and its memory.
+
+    The two share the dictionary of parameters. To be asked as :func:`held_elsewhere`.
+    """
+    if held_elsewhere(stock, 0) or held_elsewhere(vars(module), "_parameters", holders=2):
+        return False
+    parameters: dict[str, Any] = module._parameters
+    return not held_elsewhere(parameters, name) and shares_nothing(parameters[name])
 
 
 def _uses(storage: torch.UntypedStorage) -> int | None:

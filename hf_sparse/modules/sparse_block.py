@@ -8,13 +8,14 @@ forward of the stock class itself, so an unchanged activation gives bit-identica
 from __future__ import annotations
 
 import warnings
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from hf_sparse.activations import MixedActivation, row_of
+from hf_sparse.activations.mixed import mixed
 from hf_sparse.adapters.block import replaced_forward
 from hf_sparse.adapters.roles import Roles
 from hf_sparse.errors import PatchError
@@ -22,10 +23,26 @@ from hf_sparse.modules.guarded import GuardedModule
 from hf_sparse.modules.hooked import carry_device_hook
 from hf_sparse.modules.leaf import ParameterLeaf
 from hf_sparse.modules.ownership import give_back
-from triton_ops import Problem
+from triton_ops import DENSE, Certificate, Problem
+from triton_ops.problem import Form
 
 # What belongs to one module object and is not taken over from the stock block.
 _NOT_SHARED = ("_modules", "forward", "_old_forward", "_hf_hook")
+
+
+class Way(NamedTuple):
+    """How a block runs one call."""
+
+    form: Form | None = None
+    """The operator, with ``"linear"`` after modules have computed h; None: the forward of the stock class."""
+    backend: str = DENSE
+    """What the operator has to use."""
+    weights: tuple[Tensor | None, ...] = ()
+    """What it gets after its input."""
+    activation: tuple[str, float] = ("", 0.0)
+    """Its name and threshold."""
+    certificate: tuple[Certificate, tuple[int, int]] | None = None
+    """And its stamp."""
 
 
 class SparseBlock(GuardedModule):
@@ -88,9 +105,7 @@ class SparseBlock(GuardedModule):
 
     def set_mix(self, k: float) -> None:
         """Set the share of the new activation, 0 <= k <= 1."""
-        act = self.activation
-        new = act.new if isinstance(act, MixedActivation) else act
-        self._modules[self.roles.act] = new if k == 1 else MixedActivation(self.original_activation, new, k)
+        self._modules[self.roles.act] = mixed(self.original_activation, self.activation, k)
 
     def restore(self) -> nn.Module:
         """The stock block with its own activation, and this block's other children as they are now.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,26 +16,16 @@ from torch.utils.hooks import RemovableHandle
 
 import triton_ops
 from hf_sparse.activations.config import same_function
-from hf_sparse.adapters.experts import Experts, Routed, project, routing, shape
-from hf_sparse.adapters.roles import Linear, Roles, Site, Watcher
-from hf_sparse.modules.ownership import give_back, held_elsewhere, is_lent, lend, shares_nothing
-from hf_sparse.modules.sparse_block import SparseBlock
+from hf_sparse.adapters.experts import Experts, Routed, project, routing
+from hf_sparse.adapters.roles import Roles, Site, Watcher, shape
+from hf_sparse.modules.ownership import give_back, holds_alone, is_lent, lend
+from hf_sparse.modules.sparse_block import SparseBlock, Way
 from hf_sparse.modules.surroundings import overridden, transformed
 from triton_ops import DENSE, Problem
 from triton_ops.problem import Form
 
 _SAME = (None, "eager", "grouped_mm", "batched_mm", "deepgemm", "sonicmoe")
 """The implementations that compute the forward of the class; others may compute anything."""
-
-
-class Way(NamedTuple):
-    """How the experts run one call that skips."""
-
-    form: Form
-    """What each is for the operators; ``"linear"`` after modules have computed h."""
-    backend: str
-    down: Linear
-    """``[E, D, F]``, neuron-major, and its bias ``[E, D]``."""
 
 
 class SparseExperts(SparseBlock):
@@ -62,23 +52,9 @@ class SparseExperts(SparseBlock):
             return cast(Tensor, self._stock_function(self._unguarded(), *args, **kwargs))
         if way is None or way.form == "linear" or self._watchers:
             return self._each(call, None if self._watchers else way)
-        kernel = self.kernel()
-        assert kernel is not None
-        first, *up = self.roles.weights(self._unguarded())[:-1]
-        second, second_bias = up[0] if up else (None, None)
-        down, bias = way.down
-        return triton_ops.routed_mlp(
-            *call,
-            first[0],
-            second,
-            down,
-            first[1],
-            second_bias,
-            bias,
-            activation=kernel[0],
-            threshold=kernel[1],
-            backend=way.backend,
-        )
+        name, threshold = way.activation
+        operator: Any = triton_ops.routed_mlp
+        return operator(*call, *way.weights, activation=name, threshold=threshold, backend=way.backend)
 
     def dense(self, *args: Any, **kwargs: Any) -> Tensor:
         """The experts with every neuron, as the stock class computes them."""
@@ -111,21 +87,24 @@ class SparseExperts(SparseBlock):
             if not compiling:
                 self.disclose()  # the weights belong to whoever trains them
             return None
-        slots = call.experts.numel()
-        if self.kernel() is None or not self._nothing_else() or not self._readable(call.x) or not slots:
+        slots, activation = call.experts.numel(), self.kernel()
+        if activation is None or not self._nothing_else() or not self._readable(call.x) or not slots:
             return None
         if getattr(getattr(self, "config", None), "_experts_implementation", None) not in _SAME:
             return None
         lendable = compiling or self._may_lend()  # asked before a variable here holds a weight
         form = self._form()
-        (first, _), *_, (down, bias) = self.roles.weights(self._unguarded())
-        plan = triton_ops.plan((down if form == "linear" else first)[0], form)
+        *first, (down, bias) = self.roles.weights(self._unguarded())
+        plan = triton_ops.plan((down if form == "linear" else first[0][0])[0], form)
         backend = plan.backend(max(1, slots // len(down)), self.density)
         if backend != DENSE and not self.roles.transposed and not compiling:
             lent = lend(down) if lendable else None
             backend, down = (DENSE, down) if lent is None else (backend, lent)
         if backend != DENSE and triton_ops.is_neuron_major(down):
-            return Way(form, backend, (down, bias))
+            if form == "linear":
+                return Way(form, backend, (down, bias))
+            (gate, gate_bias), (up, up_bias) = first if len(first) == 2 else (*first, (None, None))
+            return Way(form, backend, (gate, up, down, gate_bias, up_bias, bias), activation)
         if plan.stalls and not compiling:
             give_back(down)
         return None
@@ -151,7 +130,7 @@ class SparseExperts(SparseBlock):
                 if way is None:
                     y = project(module, roles.down, inside.h, expert, transposed=roles.transposed)
                 else:
-                    down, bias = way.down
+                    down, bias = cast(Tensor, way.weights[0]), way.weights[1]
                     own = None if bias is None else bias[expert]
                     y = triton_ops.sparse_linear(inside.h, down[expert], own, backend=way.backend)
                 if roles.norm is not None:
@@ -188,15 +167,12 @@ class SparseExperts(SparseBlock):
 
     def _may_lend(self) -> bool:
         """Whether the down projections may be stored neuron by neuron, or are; asked before fetching one."""
-        own, name = self._parameters, self.roles.down
-        weight = own.get(name)
+        name = self.roles.down
+        weight = self._parameters.get(name)
         if weight is None or self.roles.transposed or is_lent(weight):
             return weight is not None
         del weight
-        # The dictionary is that of the stock module, too, which nobody else should hold.
-        if held_elsewhere(self._stock, 0) or held_elsewhere(vars(self), "_parameters", holders=3):
-            return False
-        return not held_elsewhere(own, name) and shares_nothing(cast(Tensor, own[name]))
+        return holds_alone(self, self._stock, name)
 
     def _readable(self, like: Tensor) -> bool:
         """Whether all weights may be read directly, for an input such as ``like``."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,7 +10,7 @@ import triton_ops
 from hf_sparse.errors import PatchError
 from hf_sparse.modules.guarded import GuardedModule
 from hf_sparse.modules.hooked import carry_device_hook
-from hf_sparse.modules.ownership import give_back, held_elsewhere, is_lent, lend, shares_nothing
+from hf_sparse.modules.ownership import give_back, holds_alone, is_lent, lend
 from hf_sparse.modules.sparse_block import hooks_on_all_modules
 from hf_sparse.modules.surroundings import has_own_forward, is_plain, overridden, transformed
 from triton_ops import DENSE
@@ -133,11 +131,7 @@ class SparseLinear(GuardedModule, nn.Linear):
         if weight is None or is_lent(weight):
             return weight is not None
         del weight
-        # The stock layer is the second holder of the dict.
-        if held_elsewhere(self._stock, 0) or held_elsewhere(vars(self), "_parameters", holders=2):
-            return False
-        parameters: dict[str, Any] = self._parameters
-        return not held_elsewhere(parameters, "weight") and shares_nothing(parameters["weight"])
+        return holds_alone(self, self._stock, "weight")
 
     def _readable(self) -> Tensor | None:
         """The weight, if it may be read directly: as :meth:`SparseMLP.readable`."""

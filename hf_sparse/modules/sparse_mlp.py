@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,27 +12,11 @@ import triton_ops
 from hf_sparse.adapters.roles import LayerRoles, Roles
 from hf_sparse.modules.certified import Certified
 from hf_sparse.modules.ownership import give_back, held_elsewhere, is_lent, lend, shares_nothing
-from hf_sparse.modules.sparse_block import SparseBlock, hooks_on_all_modules
+from hf_sparse.modules.sparse_block import SparseBlock, Way, hooks_on_all_modules
 from hf_sparse.modules.surroundings import has_own_forward, is_plain, overridden, transformed
 from triton_ops import DENSE, Certificate, Problem
 from triton_ops.layout import view_of
 from triton_ops.problem import Form
-
-
-class Way(NamedTuple):
-    """How a block runs one call."""
-
-    form: Form | None = None
-    """The operator, with ``"linear"`` after modules have computed h; None: the forward of the stock class."""
-    backend: str = DENSE
-    """What the operator has to use."""
-    weights: tuple[Tensor | None, ...] = ()
-    """What it gets after its input."""
-    activation: tuple[str, float] = ("", 0.0)
-    """Its name and threshold."""
-    certificate: tuple[Certificate, tuple[int, int]] | None = None
-    """And its stamp."""
-
 
 _STOCK = Way()
 
@@ -85,11 +69,13 @@ class SparseMLP(SparseBlock):
         (an adapter), and in a plain block where there are too many tokens for the whole to pay.
         """
         compiling = torch.compiler.is_compiling()
-        if not self._nothing_else() or (not compiling and (transformed() or overridden())):
+        if not compiling and (transformed() or overridden()):
             return _STOCK
         if self.training or torch.is_grad_enabled():
             if not compiling:
                 self.disclose()  # the weights belong to whoever trains them
+            return _STOCK
+        if not self._nothing_else():
             return _STOCK
         tokens = x.numel() // x.shape[-1]
         # Asked before a variable here holds a weight.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import io
-import threading
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ import hf_sparse
 from hf_sparse.modules import SparseLinear
 from hf_sparse.modules.ownership import is_lent
 from support.models import tiny
-from support.peek import down_weight, layouts, sparse_blocks
+from support.peek import assert_same_while_others_look, down_weight, layouts, sparse_blocks
 from support.skips import CountSkips
 
 IDS = torch.arange(3, 35).view(2, 16)
@@ -218,21 +217,7 @@ def test_threads_that_look_while_others_decode() -> None:
     h = torch.randn(1, 88).relu()
     with torch.no_grad():
         expected = nn.functional.linear(h, one.weight, one.bias)
-        stop = threading.Event()
-
-        def look() -> None:
-            while not stop.is_set():
-                list(model.parameters())
-
-        thread = threading.Thread(target=look)
-        thread.start()
-        try:
-            with hf_sparse.backend("torch"):
-                for _ in range(300):
-                    torch.testing.assert_close(one(h), expected)
-        finally:
-            stop.set()
-            thread.join()
+        assert_same_while_others_look(model, lambda: one(h), expected)
 
 
 def test_what_replaces_linear_layers_in_torch_is_called(monkeypatch: pytest.MonkeyPatch) -> None:

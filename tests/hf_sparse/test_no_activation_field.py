@@ -152,6 +152,7 @@ CONFIGS = {
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("make", [xlstm, openai_gpt, qwen4, qwen4_with_images])
+@pytest.mark.slow
 def test_round_trip(make, name, tmp_path) -> None:
     model = make()
     dense = output(model)

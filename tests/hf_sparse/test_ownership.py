@@ -9,7 +9,6 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ import hf_sparse
 from hf_sparse.modules.ownership import is_lent, shares_nothing
 from support import sharded
 from support.models import tiny
-from support.peek import down_weight, layouts, sparse_blocks
+from support.peek import assert_same_while_others_look, down_weight, layouts, sparse_blocks
 from support.runs import environment
 
 IDS = torch.arange(3, 35).view(2, 16)
@@ -329,21 +328,7 @@ def test_threads_that_look_while_others_decode() -> None:
     x = torch.randn(1, 32)
     with torch.no_grad():
         expected = block.dense(x)
-        stop = threading.Event()
-
-        def look() -> None:
-            while not stop.is_set():
-                list(model.parameters())
-
-        thread = threading.Thread(target=look)
-        thread.start()
-        try:
-            with hf_sparse.backend("torch"):
-                for _ in range(300):
-                    torch.testing.assert_close(block(x), expected)
-        finally:
-            stop.set()
-            thread.join()
+        assert_same_while_others_look(model, lambda: block(x), expected)
 
 
 def test_a_weight_that_is_gone_is_forgotten() -> None:

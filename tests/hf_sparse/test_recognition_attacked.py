@@ -12,6 +12,7 @@ import hf_sparse
 from hf_sparse.adapters.shapes import recognise
 from support.every_type import model_types
 from support.models import tiny
+from support.peek import layouts, sparse_blocks
 
 
 class Plain(nn.Module):
@@ -225,3 +226,17 @@ def test_a_parametrised_down_projection_is_not_taken_out() -> None:
     nn.utils.parametrize.remove_parametrizations(down, "weight")
     hf_sparse.unpatch(model)
     assert type(model.model.decoder.layers[1].fc2) is nn.Linear
+
+
+def test_a_gradient_finds_the_stock_layout_also_where_a_dropout_is_watched() -> None:
+    kind = model_types()["t5"]
+    model = kind.build()
+    hf_sparse.patch(model, "relu")
+    inputs = kind.inputs(model)
+    with torch.no_grad(), hf_sparse.backend("torch"):
+        model(**inputs)
+    assert layouts(model) == {True}
+    for block in sparse_blocks(model):
+        vars(block)["_modules"]["dropout"].register_forward_hook(lambda *_: None)
+    model(**inputs)
+    assert layouts(model) == {False}

@@ -32,22 +32,12 @@ from transformers import (
     VideoLlavaForConditionalGeneration,
 )
 
+from support.models import SIZES
+
 IMAGE = 127
 """The token that stands for a piece of an image; there are four in :func:`inputs`."""
 
-TEXT: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 88,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "vocab_size": 128,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+TEXT: dict[str, Any] = SIZES
 VISION: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,

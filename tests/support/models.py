@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-_SIZES = {
+SIZES = {
     "hidden_size": 32,
     "intermediate_size": 88,
     "num_hidden_layers": 3,
@@ -54,7 +54,7 @@ _OWN: dict[str, dict[str, object]] = {
 
 def tiny(model_type: str, **changes: object) -> PreTrainedModel:
     """A randomly initialised model in eval mode whose logits are far from uniform."""
-    sizes: dict[str, object] = dict(_SIZES)
+    sizes: dict[str, object] = dict(SIZES)
     if model_type == "gpt2":
         sizes = {"n_embd": 32, "n_inner": 88, "n_layer": 3, "n_head": 4, "vocab_size": 128, "n_positions": 64}
     sizes |= _OWN.get(model_type, {})
@@ -67,4 +67,4 @@ def tiny(model_type: str, **changes: object) -> PreTrainedModel:
 
 def untrained_llama(**changes: object) -> LlamaForCausalLM:
     """A Llama as training finds it: initialised by transformers, in training mode."""
-    return LlamaForCausalLM(LlamaConfig(**(_SIZES | changes))).train()
+    return LlamaForCausalLM(LlamaConfig(**(SIZES | changes))).train()

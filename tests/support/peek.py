@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 
+import torch
 from torch import Tensor, nn
 
 import triton_ops
@@ -34,3 +36,22 @@ def layouts(model: nn.Module) -> set[bool]:
 def certified(model: nn.Module) -> list[bool]:
     """By block, whether it holds a certificate."""
     return [block._certified._held is not None for block in sparse_blocks(model)]
+
+
+def assert_same_while_others_look(model: nn.Module, call: Callable[[], Tensor], expected: Tensor) -> None:
+    """What ``call`` decodes is right, whatever layout it meets, while a thread reaches all parameters."""
+    stop = threading.Event()
+
+    def look() -> None:
+        while not stop.is_set():
+            list(model.parameters())
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        with triton_ops.backend("torch"):
+            for _ in range(300):
+                torch.testing.assert_close(call(), expected)
+    finally:
+        stop.set()
+        thread.join()
