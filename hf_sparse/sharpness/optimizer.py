@@ -25,8 +25,8 @@ class SAM(torch.optim.Optimizer):
         loss = optimizer.step(closure)
 
     For ``model``, ``steps`` and what is refused see :meth:`SharpnessConfig.build`; ``name`` and ``fields``
-    are those of :func:`hf_sparse.sharpness.read`. Groups and state are those of ``optimizer``. A ``GradScaler``
-    takes no closures: with one, use :attr:`perturbation` as a context manager.
+    are those of :func:`hf_sparse.sharpness.read`. Groups and state are those of ``optimizer``. A
+    ``GradScaler`` takes no closures: with one, use :attr:`perturbation` as a context manager.
 
     Raises:
         ValueError: names the field, its value and the mend.
