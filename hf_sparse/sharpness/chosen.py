@@ -27,8 +27,8 @@ def choose(
             in which no process can tell the norm of a gradient (DeepSpeed ZeRO, FSDP1).
 
     """
+    _refuse_foreign_shards(optimizer, model)
     parts = list(_named(optimizer, model))
-    refuse_foreign_shards(optimizer, model, [part.parameter for part in parts])
     names = [part.name for part in parts]
     for field, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns:
@@ -64,9 +64,7 @@ def replicas(model: nn.Module | None) -> nn.parallel.DistributedDataParallel | N
     )
 
 
-def refuse_foreign_shards(
-    optimizer: torch.optim.Optimizer, model: nn.Module | None, parameters: Sequence[nn.Parameter]
-) -> None:
+def _refuse_foreign_shards(optimizer: torch.optim.Optimizer, model: nn.Module | None) -> None:
     """Refuse DeepSpeed and FSDP1, whose parameters do not say what of them lies where.
 
     Raises:
@@ -74,6 +72,7 @@ def refuse_foreign_shards(
 
     """
     holders = [optimizer, getattr(optimizer, "optimizer", None), *_unwrapped(model)]
+    parameters = trained(optimizer)
     by_deepspeed = any("deepspeed" in type(one).__module__ for one in holders)
     if by_deepspeed or any(hasattr(p, "ds_id") for p in parameters):
         raise ValueError(

@@ -149,17 +149,17 @@ def test_accumulated_micro_batches_are_one_batch(way) -> None:
 
 
 def test_one_autocast_around_both_passes_does_not_hide_the_perturbation() -> None:
-    model = llama()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    perturbation = built("sam", model, optimizer, rho=1.0)
+    """It keeps the weights in low precision until its end, or until it is told."""
+    layer, x = nn.Linear(4, 4), torch.ones(2, 4)
+    perturbation = SamConfig(rho=8.0).build(torch.optim.SGD(layer.parameters(), lr=0.1), layer)
     with torch.autocast("cpu", torch.bfloat16):
-        first = loss(model, IDS)
-        first.backward()
+        first = layer(x).sum()
+        first.backward()  # of each weight and bias: 2
         with perturbation.perturbed():
-            inside = loss(model, IDS)
-        after = loss(model, IDS)
-    assert inside > first + 0.05
-    assert after == first
+            inside = layer(x).sum()
+        after = layer(x).sum()
+    assert inside.item() == pytest.approx(first.item() + 40 * 8 * 2 / math.sqrt(20 * 4), abs=1)
+    assert after.item() == first.item()
 
 
 def test_a_scaled_loss_perturbs_as_one_that_is_not() -> None:

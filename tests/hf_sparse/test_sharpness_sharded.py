@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -59,3 +60,9 @@ def test_masks_saved_by_two_sharded_processes_load_in_one(found, way) -> None:
 @pytest.mark.slow
 def test_random_masks_do_not_depend_on_the_sharding(found) -> None:
     torch.testing.assert_close(found[0]["random by columns"], random_mask(llama(88)))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="no deepspeed")
+def test_deepspeed_is_refused() -> None:
+    run_on_two("support.sharp_zero")
