@@ -45,6 +45,8 @@ class Progress:
     """Tokens trained on, over all processes."""
     pending: dict[str, list[Any]] = field(default_factory=dict)
     """Values per update since the last log record, by name: numbers, or tensors not yet looked at."""
+    methods: dict[str, Any] = field(default_factory=dict)
+    """State of the methods at work, as their ``state_dict`` gives it."""
     streams: dict[int, StreamState] = field(default_factory=dict)
     """Position of each data stream: of this process when saving, of all when loading."""
 
@@ -72,12 +74,12 @@ class Checkpoints:
             aside.mkdir(parents=True)
         accelerator.wait_for_everyone()
         accelerator.save_state(str(aside))
-        for stream, state in progress.streams.items():
-            _write_json(aside / _stream_file(stream), asdict(state))
+        for stream, place in progress.streams.items():
+            _write_json(aside / _stream_file(stream), asdict(place))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            counts = {"step": progress.step, "tokens": progress.tokens, "pending": progress.pending}
-            _write_json(aside / "state.json", {**counts, "recipe": recipe})
+            state = {name: getattr(progress, name) for name in ("step", "tokens", "pending", "methods")}
+            _write_json(aside / "state.json", {**state, "recipe": recipe})
             streams = range(recipe["data_streams"])
             if missing := [f for v in streams if not (aside / (f := _stream_file(v))).exists()]:
                 raise CheckpointError(
@@ -137,7 +139,8 @@ class Checkpoints:
             v: StreamState(**json.loads((path / _stream_file(v)).read_text(encoding="utf-8")))
             for v in range(state["recipe"]["data_streams"])
         }
-        return Progress(state["step"], state["tokens"], state["pending"], streams)
+        kept = {name: state[name] for name in ("step", "tokens", "pending", "methods")}
+        return Progress(**kept, streams=streams)
 
     def _all(self) -> list[Path]:
         """Complete checkpoints, newest first."""
@@ -145,7 +148,7 @@ class Checkpoints:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """``state.json`` of a checkpoint: step, tokens, pending, recipe."""
+    """``state.json`` of a checkpoint: step, tokens, pending, methods, recipe."""
     return json.loads((path / "state.json").read_text(encoding="utf-8"))
 
 

@@ -21,13 +21,14 @@ from arguments import parse_recipe
 from checkpoint import CheckpointError, Checkpoints, Progress, publish, read_state, write_whole
 from data import DataExhaustedError, TrainingData, evaluation_data, open_documents
 from evaluation import as_record, evaluate
-from loop import Run, build_optimizer, schedule_at, train
+from loop import Run, build_optimizer, train
 from recipe import Recipe
 from run_log import RunLog, read_log
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 import hf_sparse
+from hf_sparse.methods import ActingTogether, Training
 from hf_sparse.metrics import SparsityReport
 from hf_sparse.windows import context_length
 from triton_ops.table import table
@@ -50,9 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The model, before anything is changed.
     set_seed(recipe.seed)
     tokenizer = AutoTokenizer.from_pretrained(recipe.model, revision=recipe.revision or "main")
-    model = AutoModelForCausalLM.from_pretrained(
-        recipe.model, revision=recipe.revision or "main", dtype=torch.float32
-    )
+    model = load(recipe)
     check_length(recipe, model)
 
     # The text: what to evaluate on, and therefore not to train on.
@@ -69,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return evaluate(accelerator, of, held_out_sequences, batch_size=recipe.micro_batch)
 
     done = read_state(checkpoint)["step"] if checkpoint else None
+    dense_loss = recorded_loss(output / "log.jsonl") if checkpoint else None
     log = RunLog(output, main=accelerator.is_main_process, tensorboard=recipe.tensorboard, after_step=done)
     if not checkpoint:
         log.write("run", 0, describe(recipe, accelerator, model))
@@ -76,13 +76,24 @@ def main(argv: Sequence[str] | None = None) -> None:
             model.to(accelerator.device)
             with accelerator.autocast():
                 original = evaluation(model)
+            dense_loss = original.loss
             log.write("original", 0, as_record(original))
             say(f"original model: perplexity {original.perplexity:.2f}, sparsity {original.sparsity:.1%}")
 
     # The change: another activation, in place. The dense baseline stays as it is.
-    config = recipe.sparsity_config(mix=schedule_at(recipe, done or 1)["mix"])
-    if config is not None:
+    if (config := recipe.sparsity_config()) is not None:
         say(hf_sparse.patch(model, config))
+
+    # What acts during training.
+    setting = Training(
+        model,
+        recipe.max_steps,
+        mean=lambda value: accelerator.reduce(value, "mean"),
+        dense=lambda: load(recipe).to(accelerator.device).eval(),
+        dense_loss=dense_loss,
+    )
+    acting = ActingTogether(recipe.acting_methods(), setting)
+    acting.before_step((done or 0) + 1)
     if recipe.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     model, optimizer = accelerator.prepare(model, build_optimizer(recipe, model))
@@ -90,8 +101,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     set_seed(recipe.seed, device_specific=True)  # dropout differs between processes
     if checkpoint:
         progress = checkpoints.load(checkpoint)
+        acting.load_state_dict(progress.methods)
     else:
         first = evaluation(model)
+        acting.after_evaluation(0, first)
         log.write("eval", 0, as_record(first))
         say(f"before training: perplexity {first.perplexity:.2f}, sparsity {first.sparsity:.1%}")
 
@@ -105,16 +118,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         world_size=accelerator.num_processes,
         states=progress.streams,
     )
-    run = Run(recipe, accelerator, model, optimizer, data, checkpoints, log, lambda: evaluation(model))
+    run = Run(
+        recipe, accelerator, model, optimizer, acting, data, checkpoints, log, lambda: evaluation(model)
+    )
     train(run, progress)
 
     # The result.
+    acting.detach()
     save_final(accelerator, model, tokenizer, output)
     log.close()
     if accelerator.is_main_process:
         say(summary(output))
     accelerator.wait_for_everyone()
     accelerator.end_training()
+
+
+def load(recipe: Recipe) -> PreTrainedModel:
+    """The pretrained model, in float32, as it was published."""
+    revision = recipe.revision or "main"
+    return AutoModelForCausalLM.from_pretrained(recipe.model, revision=revision, dtype=torch.float32)
 
 
 def find_checkpoint(recipe: Recipe, checkpoints: Checkpoints) -> Path | None:
@@ -153,6 +175,11 @@ def check_length(recipe: Recipe, model: PreTrainedModel) -> None:
             f"sequence_length={recipe.sequence_length} is more than the {limit} positions of "
             f"{recipe.model!r}; use at most {limit}."
         )
+
+
+def recorded_loss(log: Path) -> float | None:
+    """The loss of the original model, as the log of an earlier part of the run has it."""
+    return next((record["loss"] for record in read_log(log) if record["kind"] == "original"), None)
 
 
 def is_sharded(accelerator: Accelerator) -> bool:

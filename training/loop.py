@@ -18,10 +18,9 @@ from run_log import RunLog
 from torch import Tensor, nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-import hf_sparse
+from hf_sparse.methods import Acting, Term
 from hf_sparse.metrics import SparsityReport
-from hf_sparse.objectives import L1Penalty
-from hf_sparse.schedules import learning_rate_share, linear_mix
+from hf_sparse.schedules import learning_rate_share
 
 
 @dataclass
@@ -32,6 +31,7 @@ class Run:
     accelerator: Accelerator
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    acting: Acting
     data: TrainingData
     checkpoints: Checkpoints
     log: RunLog
@@ -58,10 +58,8 @@ def train(run: Run, progress: Progress) -> Progress:
     """
     recipe, accelerator = run.recipe, run.accelerator
     tokens_per_update = recipe.global_batch * recipe.sequence_length
-    bare = accelerator.unwrap_model(run.model)
     speed = _Speed(progress.tokens)
     with ExitStack() as stack:
-        penalty = stack.enter_context(L1Penalty(bare)) if recipe.has_l1 else None
         batches = stack.enter_context(closing(iter(run.data)))
         bar = stack.enter_context(
             tqdm(
@@ -77,7 +75,7 @@ def train(run: Run, progress: Progress) -> Progress:
         while progress.step < recipe.max_steps:
             step = progress.step + 1
             batch = _next_batch(batches, step, recipe)
-            values = _update(run, penalty, batch, step)
+            values = update(run, batch, step)
             progress.step, progress.tokens = step, progress.tokens + tokens_per_update
             progress.streams = batch.states
             for name, value in values.items():
@@ -87,13 +85,15 @@ def train(run: Run, progress: Progress) -> Progress:
             last = step == recipe.max_steps
             if step % recipe.log_every == 0 or last:
                 means = _settle(progress)
-                extra = {**schedule_at(recipe, step), "tokens": progress.tokens}
+                now = {"learning_rate": learning_rate(recipe, step), **run.acting.values()}
+                extra = {**now, "tokens": progress.tokens}
                 run.log.write("train", step, {**means, **extra, "tokens_per_second": speed(progress.tokens)})
                 bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
                 progress.pending = {}
             if last or (recipe.eval_every and step % recipe.eval_every == 0):
                 with speed.paused():
                     found = run.evaluate()
+                run.acting.after_evaluation(step, found)
                 run.log.write("eval", step, as_record(found))
                 if accelerator.is_main_process:
                     bar.write(
@@ -103,12 +103,13 @@ def train(run: Run, progress: Progress) -> Progress:
             if last or step % recipe.save_every == 0:
                 with speed.paused():
                     _settle(progress)
+                    progress.methods = run.acting.state_dict()
                     run.checkpoints.save(progress, recipe.to_dict())
     return progress
 
 
-def schedule_at(recipe: Recipe, step: int) -> dict[str, float]:
-    """What the schedules prescribe for update ``step`` (from 1)."""
+def learning_rate(recipe: Recipe, step: int) -> float:
+    """That of update ``step`` (from 1)."""
     share = learning_rate_share(
         step,
         recipe.max_steps,
@@ -116,39 +117,43 @@ def schedule_at(recipe: Recipe, step: int) -> dict[str, float]:
         decay=recipe.decay,
         final=recipe.final_learning_rate,
     )
-    return {
-        "learning_rate": recipe.learning_rate * share,
-        "l1_coefficient": recipe.l1_schedule().at(step),
-        "mix": linear_mix(step, recipe.mix_until * recipe.max_steps),
-    }
+    return recipe.learning_rate * share
 
 
-def _update(run: Run, penalty: L1Penalty | None, batch: Batch, step: int) -> dict[str, Tensor]:
-    """One optimizer update; returns the mean loss, penalty and gradient norm over all processes."""
+def update(run: Run, batch: Batch, step: int) -> dict[str, Tensor]:
+    """One optimizer update; returns the mean loss, terms and gradient norm over all processes."""
     recipe, accelerator = run.recipe, run.accelerator
-    now = schedule_at(recipe, step)
     for group in run.optimizer.param_groups:
-        group["lr"] = now["learning_rate"]
-    if recipe.mix_until:
-        hf_sparse.set_mix(accelerator.unwrap_model(run.model), now["mix"])
+        group["lr"] = learning_rate(recipe, step)
+    run.acting.before_step(step)
+    values = gradients(run, batch, step)
+    norm = accelerator.clip_grad_norm_(run.model.parameters(), recipe.clip_norm or math.inf)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    run.acting.after_step(step)
+    return {**values, "gradient_norm": torch.as_tensor(norm)}
 
-    micro_batches = batch.input_ids.to(accelerator.device).split(recipe.micro_batch)
-    sums = torch.zeros(2, device=accelerator.device)
+
+def gradients(run: Run, batch: Batch, step: int) -> dict[str, Tensor]:
+    """Forward and backward over all micro-batches of an update; mean loss and terms over all processes."""
+    accelerator = run.accelerator
+    micro_batches = batch.input_ids.to(accelerator.device).split(run.recipe.micro_batch)
+    task = run.acting.task_weight(step)
+    sums: dict[str, Tensor] = {}
     for i, ids in enumerate(micro_batches):
         # Sequences count equally, in whatever pieces they come.
         weight = len(ids) / len(batch.input_ids)
         last = i == len(micro_batches) - 1
+        inputs = {"input_ids": ids, "labels": ids}
         with nullcontext() if last else accelerator.no_sync(run.model):
-            loss = run.model(input_ids=ids, labels=ids, use_cache=False).loss
-            l1 = penalty.value() if penalty else torch.zeros((), device=loss.device)
-            accelerator.backward((loss + now["l1_coefficient"] * l1) * weight)
-        sums += torch.stack([loss.detach().float(), l1.detach()]) * weight
-    norm = accelerator.clip_grad_norm_(run.model.parameters(), recipe.clip_norm or math.inf)
-    run.optimizer.step()
-    run.optimizer.zero_grad()
-    loss, l1 = accelerator.reduce(sums, "mean").unbind()
-    values = {"loss": loss, "gradient_norm": torch.as_tensor(norm)}
-    return {**values, "l1": l1} if penalty else values
+            output = run.model(**inputs, use_cache=False)
+            terms = {"loss": Term(output.loss, task), **run.acting.loss(step, inputs, output)}
+            total = sum((term.weight * term.value for term in terms.values() if term.weight), 0.0)
+            accelerator.backward(total * weight if torch.is_tensor(total) else 0.0 * output.loss)
+        for name, term in terms.items():
+            sums[name] = sums.get(name, 0) + term.value.detach().float() * weight
+    means = accelerator.reduce(torch.stack(list(sums.values())), "mean").unbind()
+    return dict(zip(sums, means, strict=True))
 
 
 def _next_batch(batches: Iterator[Batch], step: int, recipe: Recipe) -> Batch:
@@ -174,7 +179,7 @@ def _settle(progress: Progress) -> dict[str, float]:
         if not math.isfinite(mean):
             raise FloatingPointError(
                 f"{name} is {mean} at or before step {progress.step}: training has diverged. "
-                "Start again in a new output_dir with a lower learning_rate, l1_scale or clip_norm."
+                "Start again in a new output_dir with a lower learning_rate, clip_norm or penalty."
             )
     return means
 
