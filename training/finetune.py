@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 # The tokenizer runs in a background thread of every process; its own threads stay on.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -22,6 +23,7 @@ from checkpoint import CheckpointError, Checkpoints, Progress, publish, read_sta
 from data import DataExhaustedError, TrainingData, evaluation_data, open_documents
 from evaluation import as_record, evaluate
 from loop import Run, build_optimizer, train
+from lora import add_lora
 from recipe import Recipe
 from run_log import RunLog, read_log
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -43,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not (recipe.progress and accelerator.is_main_process):
         disable_progress_bar()
 
+    if recipe.lora and is_sharded(accelerator):
+        raise ValueError("lora cannot be sharded yet: train it under data parallelism, or set lora=none.")
+
     # Continue, or begin?
     checkpoints = Checkpoints(accelerator, output / "checkpoints", recipe.keep_checkpoints)
     checkpoint = find_checkpoint(recipe, checkpoints)
@@ -51,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The model, before anything is changed.
     set_seed(recipe.seed)
     tokenizer = AutoTokenizer.from_pretrained(recipe.model, revision=recipe.revision or "main")
-    model = load(recipe)
+    model: Any = load(recipe)  # with lora a PeftModel, prepared whatever accelerate makes of it
     check_length(recipe, model)
 
     # The text: what to evaluate on, and therefore not to train on.
@@ -83,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The change: another activation, in place. The dense baseline stays as it is.
     if (config := recipe.sparsity_config()) is not None:
         say(hf_sparse.patch(model, config))
+    if (lora := recipe.adapters()) is not None:
+        model = add_lora(model, lora)
 
     # What acts during training.
     setting = Training(
@@ -203,11 +210,14 @@ def describe(recipe: Recipe, accelerator: Accelerator, model: PreTrainedModel) -
 def save_final(
     accelerator: Accelerator, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, output: Path
 ) -> None:
-    """Write the trained model and its tokenizer to ``output/final``, whole or not at all."""
-    state = accelerator.get_state_dict(model)
+    """Write the trained model, adapters merged, and its tokenizer to ``output/final``, as a whole."""
+    bare = accelerator.unwrap_model(model)
+    if is_adapted := hasattr(bare, "merge_and_unload"):
+        bare = bare.merge_and_unload()
+    state = None if is_adapted else accelerator.get_state_dict(model)
     if accelerator.is_main_process:
         aside, final = write_whole(output / "final")
-        accelerator.unwrap_model(model).save_pretrained(aside, state_dict=state)
+        bare.save_pretrained(aside, state_dict=state)
         tokenizer.save_pretrained(aside)
         publish(aside, final)
     accelerator.wait_for_everyone()

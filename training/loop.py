@@ -39,11 +39,15 @@ class Run:
 
 
 def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only: not on norms, biases and other vectors."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+    """AdamW with weight decay on weight matrices only: not on norms, biases and other vectors."""
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (decayed if parameter.ndim >= 2 and "bias" not in name else plain).append(parameter)
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": recipe.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(recipe.beta1, recipe.beta2))
 

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from lora import Lora
+
 from hf_sparse.activations.config import ORIGINAL
 from hf_sparse.config import SparsityConfig
 from hf_sparse.fields import check_types, require
@@ -47,6 +49,10 @@ class Recipe:
     methods: dict[str, Any] = field(default_factory=dict)
     """What acts during training, by name, each with its fields: {l1: {boundaries: [1.0], targets: [0.1]}}.
     One field on the command line: --methods.l1.scale 0.3. docs/methods.md lists all."""
+
+    lora: dict[str, Any] | None = None
+    """Train low-rank adapters, norms and biases instead of all weights; merged into the model at the end.
+    Fields: r, alpha, dropout, targets, norms, biases. none trains everything."""
 
     # ---- data
     dataset: str = "allenai/c4"
@@ -159,6 +165,8 @@ class Recipe:
         object.__setattr__(self, "patch", _patch(self.patch))
         methods = self.acting_methods()
         object.__setattr__(self, "methods", {one.name: one.to_dict() for one in methods})
+        if (lora := self.adapters()) is not None:
+            object.__setattr__(self, "lora", asdict(lora))
         check_types(self)
         for name in [
             "sequence_length",
@@ -200,6 +208,10 @@ class Recipe:
     def acting_methods(self) -> list[Method]:
         """What acts during training, in its order."""
         return read_methods(self.methods)
+
+    def adapters(self) -> Lora | None:
+        """What ``lora`` says."""
+        return None if self.lora is None else Lora.read(self.lora)
 
     def sparsity_config(self) -> SparsityConfig | None:
         """What the model is patched with; None: it stays dense."""
