@@ -39,7 +39,7 @@ from triton_ops.table import table
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a recipe from its beginning, or from its last checkpoint, to its end."""
     recipe = parse_recipe(argv)
-    accelerator = Accelerator(mixed_precision="bf16" if recipe.precision == "bf16" else "no")
+    accelerator = Accelerator(mixed_precision="no" if recipe.precision == "fp32" else recipe.precision)
     output = Path(recipe.output_dir).expanduser()
     say = accelerator.print
     if not (recipe.progress and accelerator.is_main_process):
@@ -162,10 +162,10 @@ def find_checkpoint(recipe: Recipe, checkpoints: Checkpoints) -> Path | None:
         return None
     path = checkpoints.newest()
     if path and (changed := recipe.changed(read_state(path)["recipe"])):
-        raise CheckpointError(
-            f"{path} belongs to another run. Changed: {'; '.join(changed)}. Set them back, or start a new "
-            "run in another output_dir."
-        )
+        mend = "Set them back, or start a new run in another output_dir."
+        if any(change.startswith("max_steps:") for change in changed):
+            mend += " All schedules hang on max_steps; extra_steps goes on after it with what they end with."
+        raise CheckpointError(f"{path} belongs to another run. Changed: {'; '.join(changed)}. {mend}")
     return path
 
 

@@ -93,6 +93,9 @@ class Recipe:
     max_steps: int = 1000
     """Optimizer updates in the whole run."""
 
+    extra_steps: int = _free(0)
+    """Updates after max_steps, with what the schedules have come to: to go on with a run that is done."""
+
     global_batch: int = 32
     """Sequences per update, over all processes; a multiple of data_streams."""
 
@@ -123,8 +126,12 @@ class Recipe:
     clip_norm: float = 1.0
     """Gradients are scaled down to this norm over all parameters; 0 turns clipping off."""
 
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 computes in bfloat16 with float32 master weights and optimizer."""
+    max_skipped: int = _free(10)
+    """Updates whose loss or gradient is not finite are left out; so many in a row end the run."""
+
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """bf16 and fp16 (GPUs only; with a scaled loss) compute in half precision and keep weights and optimizer
+    in float32."""
 
     gradient_checkpointing: bool = _free(False)
     """Recompute activations in backward: less memory, about a third more time."""
@@ -180,11 +187,12 @@ class Recipe:
             "save_every",
             "keep_checkpoints",
             "log_every",
+            "max_skipped",
         ]:
             require(getattr(self, name) >= 1, name, getattr(self, name), "it must be at least 1")
         for name in ("warmup", "final_learning_rate", "holdout"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "it must be a fraction, 0 to 1")
-        for name in ("weight_decay", "clip_norm", "eval_every", "seed"):
+        for name in ("weight_decay", "clip_norm", "eval_every", "extra_steps", "seed"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "it must be at least 0")
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "it must be in [0, 1)")
@@ -202,8 +210,19 @@ class Recipe:
             self.global_batch,
             f"each stream gives equally many, so it must be a multiple of data_streams={self.data_streams}",
         )
+        require(
+            self.extra_steps == 0 or self.decay == "constant" or self.final_learning_rate > 0,
+            "extra_steps",
+            self.extra_steps,
+            f"with decay={self.decay!r} and final_learning_rate=0 there is nothing left to learn with",
+        )
         for method in methods:
             method.check(self.sparsity_config())
+
+    @property
+    def last_step(self) -> int:
+        """The update after which the run is done."""
+        return self.max_steps + self.extra_steps
 
     def acting_methods(self) -> list[Method]:
         """What acts during training, in its order."""
