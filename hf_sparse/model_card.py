@@ -136,7 +136,7 @@ def runtimes(report: PatchReport) -> list[tuple[str, str]]:
         ("vLLM", "refuses it for Llama-like models"),
         (
             "llama.cpp and what is built on it",
-            f"{ignores}; the converter ignores the config's activation for Llama-like models",
+            f"{ignores} in files of its own converter, for Llama-like models; hf_sparse.export writes others",
         ),
         (
             "Liger kernels (`use_liger_kernel`), kernels of the Hub (`use_kernels`)",
