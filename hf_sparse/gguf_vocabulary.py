@@ -43,8 +43,8 @@ def add_vocabulary(writer: Any, tokenizer: Any, size: int) -> None:
 
     if not getattr(tokenizer, "is_fast", False):
         _refuse(f"{type(tokenizer).__name__}, which is not a fast tokenizer")
-    if len(tokenizer) > size:
-        _refuse(f"{len(tokenizer)} tokens, where the model has {size}")
+    if (last := max(tokenizer.get_vocab().values())) >= size:
+        _refuse(f"{last + 1} tokens, where the model has {size}")
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     model, added = rules["model"], {one["id"]: one for one in rules["added_tokens"]}
     if model["type"] != "BPE" or model["dropout"]:
@@ -62,7 +62,7 @@ def add_vocabulary(writer: Any, tokenizer: Any, size: int) -> None:
     for number, one in added.items():
         texts[number] = one["content"]
         kinds[number] = TokenType.CONTROL if one["special"] else TokenType.USER_DEFINED
-    if tokenizer.unk_token_id is not None:
+    if model["byte_fallback"] and tokenizer.unk_token_id is not None:  # elsewhere it is often that of the end
         kinds[tokenizer.unk_token_id] = TokenType.UNKNOWN
     writer.add_token_list(texts)
     writer.add_token_types(kinds)

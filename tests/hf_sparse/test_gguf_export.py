@@ -143,7 +143,7 @@ def test_the_command(tmp_path, capsys) -> None:
 
 
 REFUSED = {
-    "silu in arcee's place": (lambda: made("qwen2", "original", {}), "not of Qwen2ForCausalLM"),
+    "another class": (lambda: made("qwen2", "original", {}), "not of Qwen2ForCausalLM"),
     "relu2": (
         lambda: made("llama", "relu2", {}),
         "with relu2: 'llama' computes silu, 'smallthinker' computes relu",
@@ -208,7 +208,9 @@ def byte_level(cut: pre_tokenizers.PreTokenizer, *, whole: bool) -> PreTrainedTo
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet, special_tokens=["<s>", "<end>"])
     tokenizer.train_from_iterator([Path(__file__).read_text(), *TEXTS], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<end>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="<end>", unk_token="<end>"
+    )
 
 
 def exported(tokenizer: PreTrainedTokenizerFast, folder: Path) -> LlamaCpp:
