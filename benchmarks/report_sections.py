@@ -339,9 +339,10 @@ def lora(result: Result) -> str:
         same adapter. Medians and quartiles of the ratios within a turn. An adapter on gate or up is called, and leaves the
         down projection to skip: the byte limit is then {times(3 / 2.1)} at 90 %, and {times(3 / 1.2)} of the merged block.
         Under an adapter on the down projection the block runs dense."""
-    loaded = result["provenance"]["load_before"]
+    load = result["provenance"]["load_before"]
+    shared = ", so that other processes shared the cores" if load > 1 else ""
     return f"""\
-{result.conditions} Load average before: {loaded}. [All rows](../benchmarks/results/lora.json).
+{result.conditions} Load average before: {load}{shared}. [All rows](../benchmarks/results/lora.json).
 
 {paragraph(about)}
 
