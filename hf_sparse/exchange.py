@@ -137,7 +137,9 @@ def put_back(model: nn.Module, blocks: Sequence[Block], activation: str) -> None
                 vars(module)[name] = activation
 
 
-def exchange(model: PreTrainedModel, blocks: Sequence[Block], new: Mapping[str, nn.Module | KeptChange]) -> None:
+def exchange(
+    model: PreTrainedModel, blocks: Sequence[Block], new: Mapping[str, nn.Module | KeptChange]
+) -> None:
     """Put ``new[name]`` wherever a block or spare of that name is; it may be shared by several owners."""
     exchanged: dict[int, nn.Module] = {}
     for copy in (copy for block in blocks for copy in (block, *block.spares)):

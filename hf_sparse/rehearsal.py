@@ -52,12 +52,16 @@ class Rehearsal:
 
         """
         if place not in self._blocks:
-            raise PatchError(f"the config of this {type(self.model).__name__} builds no MLP block at {place}.")
+            raise PatchError(
+                f"the config of this {type(self.model).__name__} builds no MLP block at {place}."
+            )
         return self._blocks[place]
 
     def run(self) -> None:
         """One forward, as far as it comes."""
-        lengths = {k: n for k, n in LENGTHS.items() if k == "input_ids" or self.model.config.is_encoder_decoder}
+        lengths = {
+            k: n for k, n in LENGTHS.items() if k == "input_ids" or self.model.config.is_encoder_decoder
+        }
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             inputs: dict[str, Tensor] = {
                 name: torch.zeros(SEQUENCES, length, dtype=torch.int64, device="meta")
@@ -79,6 +83,6 @@ class Rehearsal:
             forward = f"a forward of {SEQUENCES} x {LENGTHS['input_ids']} tokens"
             why = "did not come there" if self._failure is None else f"failed: {self._failure}"
             raise PatchError(
-                f"{what} cannot be had at {missing[0]} of {type(self.model).__name__}: {forward} {why}. Leave "
-                "it out, or these blocks (exclude=)."
+                f"{what} cannot be had at {missing[0]} of {type(self.model).__name__}: {forward} {why}. "
+                "Leave it out, or these blocks (exclude=)."
             )

@@ -42,8 +42,8 @@ class Tokens(NamedTuple):
         if len(rows) == 1 and rows[0] == self.batch * length:
             return positions.expand(self.batch, length).flatten().to(x.device)
         raise RuntimeError(
-            f"an MLP block was given {tuple(x.shape)}, which is not all of the {self.batch} x {length} tokens "
-            "of its model; a zeroth bias cannot be told for some of them."
+            f"an MLP block was given {tuple(x.shape)}, which is not all of the {self.batch} x {length} "
+            "tokens of its model in their order; their positions, for a zeroth bias, are not known."
         )
 
 
@@ -154,18 +154,19 @@ class Positions:
         if isinstance(mask, Tensor) and mask.dim() == 2:
             if not isinstance(before, Tensor) and before + length > mask.shape[1]:
                 raise ValueError(
-                    f"attention_mask has {mask.shape[1]} columns for {before} tokens in the cache and {length} "
-                    "new ones; it has to go over all of them."
+                    f"attention_mask has {mask.shape[1]} columns for {before} tokens in the cache and "
+                    f"{length} new ones; it has to go over all of them."
                 )
             # Tokens count from the first that the mask keeps.
             counted = (mask != 0).cumsum(-1) - 1
             return Tokens(counted.clamp(min=0).index_select(1, here.to(mask.device)), batch)
-        if isinstance(mask, Tensor) and mask.dim() == 4 and getattr(past, "is_compileable", False):
-            if "position_ids" not in self._names:  # as generate makes it for T5: each token sees those before it
-                seen = mask if mask.dtype == torch.bool else mask == 0
-                return Tokens(seen[:, 0].sum(-1) - 1, batch)
+        by_generate = "position_ids" not in self._names and getattr(past, "is_compileable", False)
+        if isinstance(mask, Tensor) and mask.dim() == 4 and by_generate:
+            # It makes such a mask for static caches, where T5 has no positions: a token sees those before it.
+            seen = mask if mask.dtype == torch.bool else mask == 0
+            return Tokens(seen[:, 0].sum(-1) - 1, batch)
         raise ValueError(
-            f"attention_mask={_shape(mask)} does not say which position tokens have, which a zeroth bias needs: "
+            f"attention_mask={_shape(mask)} does not say which position tokens have, for a zeroth bias: "
             "give position_ids, or a mask of shape (batch, tokens)."
         )
 

@@ -59,7 +59,8 @@ class SparseBlock(GuardedModule):
     roles: Roles
     relu_up: bool
     leaves: dict[str, Literal["x", "y"]]
-    """Children of ours that the block calls with its input (``"x"``) or its output, and goes on with theirs."""
+    """Children of ours that the block calls with its input (``"x"``) or output (``"y"``), to go on with
+    what they give."""
     density: float | None
     """Mean share of active neurons per token, as :func:`hf_sparse.tune` measured it; None if it did not."""
 

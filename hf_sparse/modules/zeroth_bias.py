@@ -1,9 +1,10 @@
-"""Zeroth biases: a bias vector for each position, added to the tokens that an MLP block is given, or gives."""
+"""Zeroth biases: a vector for each position, added to the tokens that an MLP block is given, or gives."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -76,16 +77,18 @@ class ZerothBiasConfig(Part):
     """
 
     placement: str = "input"
-    """``"input"``: added to what the projections of a block are given, as in the papers; ``"output"``: to what
-    the block gives, as in the code that their authors released."""
+    """``"input"``: added to what the projections of a block are given, as in the papers; ``"output"``: to
+    what the block gives, as in the code that their authors released."""
 
     positions: int | None = None
-    """Rows of the table, from position 0; tokens beyond get no bias. None means all positions of the model."""
+    """Rows of the table, from position 0; tokens beyond get no bias. None means all positions of the model.
+    """
 
     def __post_init__(self) -> None:
         if self.placement not in PLACEMENTS:
             raise ValueError(
-                f"{NAME}.placement={shown(self.placement)} is not known; choose one of {', '.join(PLACEMENTS)}."
+                f"{NAME}.placement={shown(self.placement)} is not known; choose one of "
+                f"{', '.join(PLACEMENTS)}."
             )
         rows = self.positions
         if rows is not None and not (type(rows) is int and 1 <= rows <= _MOST):
@@ -143,14 +146,14 @@ class ZerothBiasConfig(Part):
         heard: dict[int, Positions] = {}
         seen: set[str] = set()
 
-        def look(place: str, positions: Positions, x: Tensor) -> None:
+        def look(place: str, positions: Positions, x: Tensor, _: Tensor | None) -> None:
             positions.of(x)
             seen.add(place)
 
         for block in blocks:
             copy = rehearsal.block(block.place)
-            positions = listen(rehearsal.model, copy.name, heard)
-            copy.watch("x", lambda x, _, place=block.place, of=positions: look(place, of, x))
+            look_there = partial(look, block.place, listen(rehearsal.model, copy.name, heard))
+            copy.watch("x", look_there)
         rehearsal.run()
         rehearsal.require(seen, [block.place for block in blocks], f"a {NAME}")
 
