@@ -89,8 +89,7 @@ class Positions:
 
     def keep(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After the forward of a layer, which may be recomputed."""
-        now = self._local.now
-        if torch.compiler.is_compiling() or now is None:
+        if torch.compiler.is_compiling() or (now := self._local.now) is None:
             return
         for one in output if isinstance(output, tuple) else (output,):
             if isinstance(one, Tensor) and one.requires_grad:
