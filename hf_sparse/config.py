@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_sparse.activations.config import ACTIVATION_FIELDS, ActivationConfig
 from hf_sparse.checks import indices, known, mapping, shown
+from hf_sparse.modules.zeroth_bias import ZerothBiasConfig
 from hf_sparse.parts import Part
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from hf_sparse.adapters import Block
 
 FORMAT_VERSION = 1
 
-PARTS: dict[str, type[Part]] = {"activation": ActivationConfig}
+PARTS: dict[str, type[Part]] = {"activation": ActivationConfig, "zeroth_bias": ZerothBiasConfig}
 """What the blocks of a model can have, by the name of the field in a config."""
 
 
@@ -79,6 +85,15 @@ class SparsityConfig:
         """The same with other ``fields``."""
         given: dict[str, Any] = {**self.parts, "layers": self.layers, **fields}
         return SparsityConfig(**given)
+
+    def fitted(self, model: PreTrainedModel, blocks: Sequence[Block]) -> SparsityConfig:
+        """The same for ``blocks`` of ``model``, those to be patched, with what it leaves to the model.
+
+        Raises:
+            PatchError: the model cannot have one of the parts.
+
+        """
+        return self.changed(**{name: part.fitted(model, blocks) for name, part in self.parts.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, with ``format_version``. Fields of a part that have their default are absent."""

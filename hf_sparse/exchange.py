@@ -10,13 +10,17 @@ from transformers.activations import ACT2FN
 
 from hf_sparse import checkpoint_block
 from hf_sparse.activations import build_activation
+from hf_sparse.activations.config import same_function
 from hf_sparse.adapters import Block
+from hf_sparse.adapters.copies import active
 from hf_sparse.adapters.experts import Experts
 from hf_sparse.adapters.kept import owners
+from hf_sparse.adapters.roles import shape
 from hf_sparse.checks import shown
 from hf_sparse.config import SparsityConfig
 from hf_sparse.errors import PatchError
 from hf_sparse.modules import KeptChange, SparseBlock, SparseExperts, SparseGatedMLP, SparsePlainMLP
+from hf_sparse.modules.zeroth_bias import follow
 from hf_sparse.stock import UnpatchedActivation
 
 
@@ -82,9 +86,21 @@ def _sparse(block: Block, config: SparsityConfig, index: int) -> SparseBlock | K
         kind = SparseExperts
     sparse = kind(_stock_block(block), block.roles, activation, relu_up=config.activation.relu_up)
     sparse.set_mix(config.activation.mix)
-    for _, part in config.others:
+    for name, part in config.others:
         part.build(sparse, index)
+        _keep_trained(name, block.module, sparse)
     return sparse
+
+
+def _keep_trained(name: str, former: nn.Module, sparse: SparseBlock) -> None:
+    """Let ``sparse`` have the leaf ``name`` of the block that it replaces, if it says the same of it."""
+    old, new = former._modules.get(name), sparse._modules.get(name)
+    if old is None or new is None or not isinstance(former, SparseBlock):
+        return
+    one = active(old)
+    shapes = [{k: shape(p) for k, p in each.named_parameters()} for each in (one, new)]
+    if same_function(one, new) and shapes[0] == shapes[1]:
+        sparse._modules[name] = old
 
 
 def _stock(block: Block) -> nn.Module | KeptChange:
@@ -121,7 +137,9 @@ def put_back(model: nn.Module, blocks: Sequence[Block], activation: str) -> None
                 vars(module)[name] = activation
 
 
-def exchange(model: nn.Module, blocks: Sequence[Block], new: Mapping[str, nn.Module | KeptChange]) -> None:
+def exchange(
+    model: PreTrainedModel, blocks: Sequence[Block], new: Mapping[str, nn.Module | KeptChange]
+) -> None:
     """Put ``new[name]`` wherever a block or spare of that name is; it may be shared by several owners."""
     exchanged: dict[int, nn.Module] = {}
     for copy in (copy for block in blocks for copy in (block, *block.spares)):
@@ -134,3 +152,4 @@ def exchange(model: nn.Module, blocks: Sequence[Block], new: Mapping[str, nn.Mod
         for name, child in owner._modules.items():
             if child is not None and id(child) in exchanged:
                 owner._modules[name] = exchanged[id(child)]
+    follow(model)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from hf_sparse.errors import PatchError
 
@@ -52,6 +53,23 @@ class Part(ABC):
 
         Raises:
             PatchError: says why, and what to do.
+
+        """
+
+    def fitted(self: Self, model: PreTrainedModel, blocks: Sequence[Block]) -> Self:
+        """The part for ``blocks`` of ``model``, with what it leaves to the model filled in.
+
+        Raises:
+            PatchError: the model cannot have it; says why, and what to do.
+
+        """
+        return self
+
+    def rehearse(self, model: PreTrainedModel, blocks: Sequence[Block]) -> None:  # noqa: B027 - most need not
+        """Try a forward without weights, where the rest of the model matters; not asked while one is loaded.
+
+        Raises:
+            PatchError: this part would be wrong in ``model``.
 
         """
 

@@ -258,6 +258,9 @@ def _plan(
     if selection is not None:
         config = selection.resolve(config, blocks)
     chosen = choose(model, blocks, config)
+    config = config.fitted(base, chosen)
+    for part_of_config in config.parts.values():
+        part_of_config.rehearse(base, chosen)
     own = (
         [block.place.removeprefix(f"{prefix}.") for block in blocks] if prefix else [b.place for b in blocks]
     )

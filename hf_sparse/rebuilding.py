@@ -68,7 +68,7 @@ def _patch_from_own_config(model: PreTrainedModel, *, may_be_some: bool) -> None
         refuse_other_activation(model, record, made)
         if record.field is not None and record.activation is not None:
             put_back(model, todo, record.activation)
-        exchange(model, todo, new_modules(todo, chosen, record.config))
+        exchange(model, todo, new_modules(todo, chosen, record.config.fitted(model, chosen)))
 
 
 def _hold_back(blocks: Sequence[Block]) -> None:

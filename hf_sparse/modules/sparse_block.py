@@ -8,7 +8,7 @@ forward of the stock class itself, so an unchanged activation gives bit-identica
 from __future__ import annotations
 
 import warnings
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,9 @@ class SparseBlock(GuardedModule):
 
     roles: Roles
     relu_up: bool
+    leaves: dict[str, Literal["x", "y"]]
+    """Children of ours that the block calls with its input (``"x"``) or output (``"y"``), to go on with
+    what they give."""
     density: float | None
     """Mean share of active neurons per token, as :func:`hf_sparse.tune` measured it; None if it did not."""
 
@@ -70,6 +73,7 @@ class SparseBlock(GuardedModule):
         self._modules = {**stock._modules, roles.act: activation}
         self.roles = roles
         self.relu_up = relu_up
+        self.leaves = {}
         self._stock = (stock,)  # in a tuple, so that it is not registered as a child
         # The function that was recognised: other tools replace that of the class.
         self._stock_function = type(stock).forward
@@ -122,7 +126,8 @@ class SparseBlock(GuardedModule):
         self.disclose()
         (stock,) = self._stock
         for name, child in self._modules.items():
-            if name != self.roles.act and not isinstance(child, ParameterLeaf):
+            ours = name in self.leaves or isinstance(child, ParameterLeaf)
+            if name != self.roles.act and not ours:
                 stock._modules[name] = child
         stock.training = self.training
         carry_device_hook(self, stock)
@@ -183,12 +188,19 @@ class SparseBlock(GuardedModule):
     def _nothing_else(self) -> bool:
         """Whether no child but those with a role would do anything: whole-block operators call none."""
         for name, child in self._modules.items():
-            if name in self.roles.names or child is None:
+            if name in self.roles.names or name in self.leaves or child is None:
                 continue
             inert = type(child) is nn.Identity or (type(child) is nn.Dropout and not child.training)
             if not inert or child._forward_hooks or child._forward_pre_hooks or "forward" in vars(child):
                 return False
         return True
+
+    def _past_leaves(self, site: Literal["x", "y"], value: Tensor) -> Tensor:
+        """What the leaves at ``site`` make of what passes there."""
+        for name, where in self.leaves.items():
+            if where == site:
+                value = self._child(name)(value)
+        return value
 
     def kernel(self) -> tuple[str, float] | None:
         """What the kernels call the activation; None if it must be called as a module."""

@@ -44,6 +44,14 @@ class SparseMLP(SparseBlock):
         """``x [..., D] -> [..., D]``, any floating dtype; by whatever name the stock block calls it."""
         if "forward" in self.__dict__:
             self._forward_ran = True
+        if not self.leaves:
+            return self._forward(args, kwargs)
+        name = None if args else next(iter(kwargs))
+        x = self._past_leaves("x", args[0] if name is None else kwargs[name])
+        given = ((x, *args[1:]), kwargs) if name is None else ((), {**kwargs, name: x})
+        return self._past_leaves("y", self._forward(*given))
+
+    def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         if len(args) == 1 and not kwargs:
             return self._run(args[0], self._way(args[0]))
         if self.roles.itself or self.relu_up:
@@ -59,7 +67,8 @@ class SparseMLP(SparseBlock):
         Without gradient, where torch multiplies slowly with a weight in the layout for decoding, the down
         projection is :func:`triton_ops.sparse_linear`, which is made for that layout.
         """
-        return self._run(x, self._way(x, skip=False))
+        x = self._past_leaves("x", x)
+        return self._past_leaves("y", self._run(x, self._way(x, skip=False)))
 
     def _way(self, x: Tensor, *, skip: bool = True) -> Way:
         """How to run this call; all that decides it is asked here, once, and the layout is made to fit.

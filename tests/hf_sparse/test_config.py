@@ -23,7 +23,11 @@ def configs(draw: st.DrawFn) -> SparsityConfig:
     if name in TABLE and (own := TABLE[name].parameter):
         count = len(layers) if layers else draw(st.integers(1, 5))
         fields[own.name] = draw(finite | st.lists(finite, min_size=count, max_size=count))
-    return SparsityConfig(activation=ActivationConfig(name=name, **fields), layers=layers)
+    zeroth = st.fixed_dictionaries(
+        {}, optional={"placement": st.just("output"), "positions": st.integers(1, 9)}
+    )
+    others = {"zeroth_bias": draw(st.none() | zeroth)}
+    return SparsityConfig(activation=ActivationConfig(name=name, **fields), layers=layers, **others)
 
 
 @given(configs())
