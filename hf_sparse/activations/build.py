@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 from transformers.activations import ACT2CLS, ReLUSquaredActivation
 
-from hf_sparse.activations.relu_family import FATReLU, JSReLU, ShiftedReLU
+from hf_sparse.activations.relu_family import FATReLU, JSReLU, JSReLULinear, ShiftedReLU
 from triton_ops.activations import TABLE
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ MODULES: dict[str, type[nn.Module]] = {
     "fatrelu": FATReLU,
     "drelu": nn.ReLU,  # the block does as much to its up projection
     "jsrelu": JSReLU,
+    "jsrelu_linear": JSReLULinear,
 }
 """The class for each row of :data:`triton_ops.activations.TABLE`. It is called with the row's parameter, if
 there is one, and keeps it as an attribute of that name.

@@ -39,6 +39,7 @@ class ActivationConfig(Part):
     ``"fatrelu"``             ``p if p >= threshold else 0`` (ProSparse, arXiv 2402.13516)
     ``"drelu"``               ReLU on gate and up, gated blocks only (TurboSparse, arXiv 2406.05955)
     ``"jsrelu"``              ``p + p**2 / 2 if p >= 0 else 0`` (J-SquaredReLU, arXiv 2605.25612)
+    ``"jsrelu_linear"``       the same up to 4, its tangent ``12 + 5 * (p - 4)`` beyond
     ========================  ===============================================================
 
     Raises:
