@@ -7,12 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_sparse.activations.config import ACTIVATION_FIELDS, ActivationConfig
+from hf_sparse.activations.statistical_topk import StatisticalTopKConfig
+from hf_sparse.activations.topk import TopKConfig
 from hf_sparse.checks import indices, known, mapping, shown
 from hf_sparse.parts import Part
 
 FORMAT_VERSION = 1
 
-PARTS: dict[str, type[Part]] = {"activation": ActivationConfig}
+PARTS: dict[str, type[Part]] = {
+    "activation": ActivationConfig,
+    "statistical_topk": StatisticalTopKConfig,
+    "topk": TopKConfig,
+}
 """What the blocks of a model can have, by the name of the field in a config."""
 
 

@@ -43,11 +43,12 @@ def choose(model: PreTrainedModel, blocks: list[Block], config: SparsityConfig) 
     for block in chosen:
         for part in config.parts.values():
             part.check(block)
-        if block.stays and config.others:
-            raise PatchError(
-                f"{config.others[0][0]} belongs into an MLP block of our own, but {block.name} stays a "
-                f"{block.stock_class.__name__} when it is patched; leave {config.others[0][0]} out."
-            )
+        for name, part in config.others:
+            if block.stays and not part.stays:
+                raise PatchError(
+                    f"{name} belongs into an MLP block of our own, but {block.name} stays a "
+                    f"{block.stock_class.__name__} when it is patched; leave {name} out."
+                )
         if by := block.replaced_forward:
             raise PatchError(
                 f"the forward of {block.name} was replaced by {by} (Liger's use_liger_kernel does so, and "
@@ -75,13 +76,17 @@ def new_modules(
 
 def _sparse(block: Block, config: SparsityConfig, index: int) -> SparseBlock | KeptChange:
     activation = build_activation(config.activation, index, block.original_activation)
+    for _, part in config.others:
+        activation = part.around(activation, index, block)
+    others = tuple(name for name, _ in config.others)
     if block.stays:
-        return KeptChange.to_sparse(block, activation, config.activation.mix)
+        return KeptChange.to_sparse(block, activation, config.activation.mix, others)
     kind: type[SparseBlock] = SparseGatedMLP if block.form == "gated" else SparsePlainMLP
     if isinstance(block.roles, Experts):
         kind = SparseExperts
     sparse = kind(_stock_block(block), block.roles, activation, relu_up=config.activation.relu_up)
     sparse.set_mix(config.activation.mix)
+    sparse.others = others
     for _, part in config.others:
         part.build(sparse, index)
     return sparse

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import nn
 
@@ -23,6 +23,9 @@ class Part(ABC):
     all that the rest of the package needs. What belongs to a block as parameters is a
     :class:`~hf_sparse.modules.ParameterLeaf`, a child of the block with the name of the part.
     """
+
+    stays: ClassVar[bool] = False
+    """Whether a block whose module stays when it is patched can take it, too."""
 
     @classmethod
     @abstractmethod
@@ -54,6 +57,15 @@ class Part(ABC):
             PatchError: says why, and what to do.
 
         """
+
+    def around(self, activation: nn.Module, index: int, block: Block) -> nn.Module:
+        """What is put in the place of ``activation``, that of the ``index``-th patched block: itself, mostly.
+
+        Raises:
+            PatchError: ``activation`` of ``block`` cannot take this part.
+
+        """
+        return activation
 
     def build(self, mlp: nn.Module, index: int) -> None:  # noqa: B027 - the activation is built with the block
         """Put what this part is into ``mlp``, the sparse block of the ``index``-th patched block."""
