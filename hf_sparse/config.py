@@ -10,6 +10,7 @@ from hf_sparse.activations.config import ACTIVATION_FIELDS, ActivationConfig
 from hf_sparse.activations.statistical_topk import StatisticalTopKConfig
 from hf_sparse.activations.topk import TopKConfig
 from hf_sparse.checks import indices, known, mapping, shown
+from hf_sparse.norm_relu import NormReLUConfig
 from hf_sparse.parts import Part
 
 FORMAT_VERSION = 1
@@ -18,6 +19,7 @@ PARTS: dict[str, type[Part]] = {
     "activation": ActivationConfig,
     "statistical_topk": StatisticalTopKConfig,
     "topk": TopKConfig,
+    "norm_relu": NormReLUConfig,
 }
 """What the blocks of a model can have, by the name of the field in a config."""
 

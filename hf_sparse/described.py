@@ -59,6 +59,8 @@ def described(model: PreTrainedModel, record: Record) -> Record | None:
     _refuse_unknown_parameters(patched, record)
     _refuse_lost_blocks(model, blocks, record)
     parts = {name: part.found_in(patched) for name, part in record.config.parts.items()}
+    for part in parts.values():
+        part.confirm(model, patched, blocks)
     indices = tuple(i for i, block in enumerate(blocks) if block.is_patched)
     layers = None if len(indices) == len(blocks) and record.config.layers != indices else indices
     config = record.config.changed(**parts, layers=layers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -14,7 +14,7 @@ from hf_sparse.adapters import Block
 from hf_sparse.adapters.experts import Experts
 from hf_sparse.adapters.kept import owners
 from hf_sparse.checks import shown
-from hf_sparse.config import SparsityConfig
+from hf_sparse.config import PARTS, SparsityConfig
 from hf_sparse.errors import PatchError
 from hf_sparse.modules import KeptChange, SparseBlock, SparseExperts, SparseGatedMLP, SparsePlainMLP
 from hf_sparse.stock import UnpatchedActivation
@@ -126,8 +126,29 @@ def put_back(model: nn.Module, blocks: Sequence[Block], activation: str) -> None
                 vars(module)[name] = activation
 
 
-def exchange(model: nn.Module, blocks: Sequence[Block], new: Mapping[str, nn.Module | KeptChange]) -> None:
-    """Put ``new[name]`` wherever a block or spare of that name is; it may be shared by several owners."""
+def outside(
+    model: nn.Module, blocks: Sequence[Block], chosen: Sequence[Block], config: SparsityConfig
+) -> list[Callable[[], None]]:
+    """What is done outside of ``blocks`` when those ``chosen`` are patched as ``config`` says, and no others.
+
+    Raises:
+        PatchError: ``model`` cannot take the config.
+
+    """
+    undone = [one for part in PARTS.values() for one in part.undoing(model, blocks)]
+    return undone + [one for _, part in config.others for one in part.outside(model, chosen, blocks)]
+
+
+def exchange(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    new: Mapping[str, nn.Module | KeptChange],
+    around: Sequence[Callable[[], None]],
+) -> None:
+    """Put ``new[name]`` wherever a block or spare of that name is; it may be shared by several owners.
+
+    ``around``: what is :func:`outside` of them.
+    """
     exchanged: dict[int, nn.Module] = {}
     for copy in (copy for block in blocks for copy in (block, *block.spares)):
         one = new[copy.name]
@@ -139,3 +160,5 @@ def exchange(model: nn.Module, blocks: Sequence[Block], new: Mapping[str, nn.Mod
         for name, child in owner._modules.items():
             if child is not None and id(child) in exchanged:
                 owner._modules[name] = exchanged[id(child)]
+    for change in around:
+        change()
