@@ -59,9 +59,8 @@ class NormReLUConfig(Part):
         found = {id(module) for module in _with_hook(model, blocks)}
         if found != wanted:
             raise PatchError(
-                f"the config says norm_relu, which is {len(wanted)} norms with a ReLU, and {len(found & wanted)} of "
-                f"them and {len(found - wanted)} other modules have one. Patch the model again, or "
-                "hf_sparse.unpatch(model)."
+                f"the config says norm_relu, a ReLU after {len(wanted)} norms, and {len(found & wanted)} of "
+                f"them and {len(found - wanted)} other modules have one; patch the model again."
             )
 
 
@@ -82,8 +81,8 @@ def _norms(model: nn.Module, chosen: Sequence[Block], blocks: Sequence[Block]) -
             continue
         if left := [block.name for block in own if block.name not in names]:
             raise PatchError(
-                f"norm_relu is for whole layers, and of the MLP blocks in {name} {left[0]} is not to be patched; "
-                "patch it, too."
+                f"norm_relu is for whole layers, and of the MLP blocks in {name} one, {left[0]}, is not to "
+                "be patched; patch it, too."
             )
         try:
             norms = feeding_norms(model.get_submodule(name), own, name)

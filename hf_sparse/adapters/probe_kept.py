@@ -30,7 +30,7 @@ from hf_sparse.adapters.roles import Roles, linear_size, shape
 from hf_sparse.adapters.shapes import activations, linears, recognise
 
 _TOKENS = 3
-_LARGEST = 1 << 20
+LARGEST = 1 << 20
 """Elements of the parameters of a child that still runs: norms do, embeddings do not."""
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 HOOKS = [name for name in vars(nn.Module()) if "_hooks" in name]
@@ -249,7 +249,7 @@ class _Probe:
             self.sizes[name] = size
             return _Linear(self, name, size)
         tensors = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
-        if not _runs(module, name, (self.act, self.down)) or sum(_numel(t) for t in tensors) > _LARGEST:
+        if not _runs(module, name, (self.act, self.down)) or sum(numel(t) for t in tensors) > LARGEST:
             return _Opaque(self, module)
         replaced = ("forward", "_old_forward", "_hf_hook")
         own = {k: v for k, v in own_values(module).items() if k not in replaced}
@@ -345,7 +345,8 @@ def _range(count: int) -> Tensor:
     return torch.arange(count, device="cpu").to("cpu", torch.float64)
 
 
-def _numel(tensor: Tensor) -> int:
+def numel(tensor: Tensor) -> int:
+    """Elements of a parameter, sharded or not."""
     return math.prod(shape(tensor))
 
 
@@ -355,4 +356,4 @@ def made_up(tensor: Tensor | None) -> Any:
         return None
     if not tensor.is_floating_point():
         return torch.zeros(shape(tensor), dtype=tensor.dtype, device="cpu")
-    return torch.linspace(0.6, 1.4, _numel(tensor), dtype=torch.float64).reshape(shape(tensor))
+    return torch.linspace(0.6, 1.4, numel(tensor), dtype=torch.float64).reshape(shape(tensor))

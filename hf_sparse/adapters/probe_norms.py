@@ -21,7 +21,7 @@ from hf_sparse.adapters.block import Block
 from hf_sparse.adapters.copies import active, in_use
 from hf_sparse.adapters.kept import Kept
 from hf_sparse.adapters.probe import own_values
-from hf_sparse.adapters.probe_kept import HOOKS, RETURNS, STATES, made_up
+from hf_sparse.adapters.probe_kept import HOOKS, LARGEST, RETURNS, STATES, made_up, numel
 from hf_sparse.adapters.roles import linear_size, shape
 
 _TOKENS = 3
@@ -54,7 +54,7 @@ def feeding_norms(layer: nn.Module, blocks: Sequence[Block], name: str) -> list[
     found: list[tuple[nn.Module, str]] = []
     fed, unfed = set(downs), set()
     for place, module in in_use(layer, name):
-        if f"{place}.".startswith(inside):
+        if f"{place}.".startswith(inside) or active(module) is not module:
             continue
         norms = [k for k, v in module._modules.items() if v is not None and is_norm(active(v), hidden)]
         around = any(f"{block.name}.".startswith(f"{place}.") for block in blocks)
@@ -135,6 +135,8 @@ class _Probe:
 
     def fed(self) -> dict[str, tuple[str, ...]] | None:
         """By norm, the children that it feeds, of those that feed nothing else; None if that is unclear."""
+        if sum(map(numel, (p for p in self.module._parameters.values() if p is not None))) > LARGEST:
+            return None
         if any(is_norm(one, self.hidden) for name in self.rest for _, one in in_use(self._child(name))):
             return None  # a norm in some wrapping: which children it feeds cannot be seen
         opaque = [name for name in self.others if linear_size(active(self._child(name))) is None]

@@ -113,7 +113,7 @@ class KeptChange:
 
     @classmethod
     def to_sparse(
-        cls, block: Block, activation: nn.Module, mix: float, others: tuple[str, ...]
+        cls, block: Block, activation: nn.Module, mix: float, others: tuple[str, ...] = ()
     ) -> KeptChange:
         """To ``activation``, mixed in at ``mix``; ``others`` as of :class:`KeptState`."""
         stock = cls.to_stock(block)
