@@ -27,6 +27,9 @@ class Part(ABC):
     stays: ClassVar[bool] = False
     """Whether a block whose module stays when it is patched can take it, too."""
 
+    gives_zeros: ClassVar[bool] = False
+    """Whether it makes values of h, the input of the down projection, exactly zero."""
+
     @classmethod
     @abstractmethod
     def read(cls: type[Self], value: Any) -> Self:

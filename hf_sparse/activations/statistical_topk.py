@@ -36,6 +36,7 @@ class StatisticalTopKConfig(PerBlock):
 
     each: ClassVar[tuple[str, ...]] = ("sparsity",)
     stays: ClassVar[bool] = True
+    gives_zeros: ClassVar[bool] = True
 
     sparsity: float | tuple[float, ...]
     """The share of silent neurons if p is normally distributed, from 0.000001 to 0.999999, or 0 for no

@@ -34,6 +34,7 @@ class TopKConfig(PerBlock):
 
     each: ClassVar[tuple[str, ...]] = ("share", "k")
     stays: ClassVar[bool] = True
+    gives_zeros: ClassVar[bool] = True
 
     share: float | tuple[float, ...] | None = None
     """Of the neurons, those to keep, 0 < share <= 1: k is ``share * F``, rounded, and at least 1. Or one for

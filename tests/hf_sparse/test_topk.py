@@ -310,6 +310,19 @@ def test_more_than_there_are_is_refused() -> None:
     assert hf_sparse.inspect(model).config is None
 
 
+def test_the_report_names_it() -> None:
+    model = tiny("llama")
+    given = SparsityConfig(
+        activation="original", topk={"share": [0.5, 0.1, 0.2], "rescale": "norm"}, norm_relu=True
+    )
+    lines = str(hf_sparse.patch(model, given)).splitlines()
+    assert lines[2:5] == [
+        "  activation: silu -> original",
+        "  with topk (shares 0.1 to 0.5, rescale norm)",
+        "  with norm_relu",
+    ]
+
+
 def test_certificates_are_not_used() -> None:
     model = tiny("llama")
     hf_sparse.patch(model, config())
