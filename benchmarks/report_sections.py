@@ -342,8 +342,8 @@ def finetuned(result: Result) -> str:
     names = {
         "dense": "dense baseline",
         "relu": "ReLU substitution",
-        "prosparse": "ReLU and progressive L1 (`prosparse`, `l1_scale` 25)",
-        "prosparse-100": "the same, `l1_scale` 100",
+        "prosparse": "ReLU and progressive L1 (`prosparse`, L1 `scale` 25)",
+        "prosparse-100": "the same, L1 `scale` 100",
     }
     lines = []
     for run in result["runs"]:

@@ -32,15 +32,15 @@ class Training:
     """What a method may know of the training that it acts in."""
 
     model: nn.Module
-    """The bare model, patched, before it is wrapped or sharded. Sharding exchanges parameters: keep modules."""
+    """The bare model, patched, before it is wrapped or sharded (which exchanges its parameters)."""
     steps: int
     """Optimizer updates in the whole run; those of a resumed one are all of it, too."""
     mean: Callable[[Tensor], Tensor] = lambda value: value
     """The mean of a tensor over processes; all of them have to ask."""
     dense: Callable[[], nn.Module] | None = None
     """Loads the model as it was before the patch, in evaluation mode and on the device of training."""
-    original: SparsityReport | None = None
-    """What the dense model was measured to be."""
+    dense_loss: float | None = None
+    """What the dense model has on the held-out text, in nats per token; None if it was not measured."""
 
 
 class Acting:
@@ -51,7 +51,7 @@ class Acting:
     """
 
     def before_step(self, step: int) -> None:
-        """Called before the first forward of update ``step``; of a resumed run with no call for earlier ones."""
+        """Called before the first forward of update ``step``, which need not follow the one before it."""
 
     def task_weight(self, step: int) -> float:
         """Factor on the loss of the task itself."""
@@ -69,7 +69,7 @@ class Acting:
         """Called after the optimizer's update ``step``, without gradient."""
 
     def after_evaluation(self, step: int, report: SparsityReport) -> None:
-        """Called in all processes with what was measured on held-out text after update ``step`` (0: before)."""
+        """Called in all processes with what held-out text gave after update ``step``; 0 is before any."""
 
     def values(self) -> dict[str, float]:
         """Numbers for the log: what schedules and controllers now prescribe, the same in all processes."""

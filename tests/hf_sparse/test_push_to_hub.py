@@ -41,7 +41,7 @@ report = hf_sparse.measure(model, texts, **lengths)
 said = {"before": before.to_dict(), "report": report.to_dict()}
 everything = dict(
     tokenizer=tokenizer, report=report, before=before, evaluated_on="allenai/c4", speed="2.1x, one machine",
-    recipe={"patch": "relu", "model": "someone/dense", "dataset": "allenai/c4", "l1_targets": [0.1]},
+    recipe={"patch": "relu", "model": "someone/dense", "dataset": "allenai/c4", "methods": {"l1": {}}},
 )
 said["url"] = hf_sparse.push_to_hub(model, "me/relu", **everything, private=True)
 hf_sparse.push_to_hub(model, "me/relu", revision="wip", commit_message="On a branch")
@@ -188,7 +188,7 @@ def test_the_card_tells_what_was_measured_and_no_more(shelf) -> None:
     for layer in report["layers"]:
         assert f"| `{layer['name']}` | {layer['neurons']:,} | 0.00% | {layer['sparsity']:.2%} |" in text
     assert "Speed: 2.1x, one machine" in text
-    assert "l1_targets:" in text
+    assert "methods:" in text
     assert "It derives from `someone/dense`." in text
     assert "Not measured" not in text
     bare = shelf.card("mixtral").text

@@ -22,10 +22,10 @@ FIELDS = {
     "eval_every": 16,
     "log_every": 3,
     "micro_batch": 3,
-    "mix_until": 0.25,
-    "l1_start": 0.2,
-    "l1_boundaries": [0.5, 1.0],
-    "l1_targets": [0.5, 2.0],
+    "methods": {
+        "mixing": {"until": 0.25},
+        "l1": {"start": 0.2, "boundaries": [0.5, 1.0], "targets": [0.5, 2.0]},
+    },
     "epochs": 2,
 }
 
