@@ -25,6 +25,9 @@ CONFIGS = {
     "thresholds": SparsityConfig.read("fatrelu", threshold=(0.1, 1 / 3, 0.2)),
     "some_layers": SparsityConfig(layers=(0, 2)),
     "mixed": SparsityConfig.read("jsrelu", mix=0.3),
+    "topk": SparsityConfig(activation="original", topk={"share": 0.2}),
+    "statistical_topk": SparsityConfig(statistical_topk={"sparsity": 0.8}),
+    "norm_relu": SparsityConfig(norm_relu=True),
 }
 STOCK_EXPRESSIBLE = {"original", *filter(is_stock, TABLE)}
 
