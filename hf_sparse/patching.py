@@ -183,8 +183,8 @@ def prepare(model: nn.Module, *, certify: bool = False) -> None:
         certify: decode single sequences without reading most of the projection that decides which neurons are
             active. A certificate of it, one byte per weight (of the gate, or of the up projection of a plain
             MLP) and 12 per neuron, proves most silent neurons silent. The result is the same, bit for bit. It
-            pays where few neurons are active; several tokens in a call, and MLPs whose module stays (in the
-            report, layers and not MLPs: OPT, BERT), are computed without it. It is used while nobody but the
+            pays where few neurons are active; several tokens in a call, MLPs whose module stays (in the
+            report, layers and not MLPs: OPT, BERT), and those with top-k, are computed without it. It is used while nobody but the
             model holds that projection, so that no change of it goes unnoticed: with an optimizer or a list
             of its parameters at hand, decoding goes on without. False ends its use.
 
