@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hf_sparse.activations.config import ACTIVATION_FIELDS, ActivationConfig
+from hf_sparse.activations.config import ACTIVATION_FIELDS, ORIGINAL, ActivationConfig
+from hf_sparse.activations.statistical_topk import StatisticalTopKConfig
+from hf_sparse.activations.topk import TopKConfig
 from hf_sparse.checks import indices, known, mapping, shown
 from hf_sparse.modules.zeroth_bias import ZerothBiasConfig
+from hf_sparse.norm_relu import NormReLUConfig
 from hf_sparse.parts import Part
 
 if TYPE_CHECKING:
@@ -18,7 +21,13 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 
-PARTS: dict[str, type[Part]] = {"activation": ActivationConfig, "zeroth_bias": ZerothBiasConfig}
+PARTS: dict[str, type[Part]] = {
+    "activation": ActivationConfig,
+    "statistical_topk": StatisticalTopKConfig,
+    "topk": TopKConfig,
+    "norm_relu": NormReLUConfig,
+    "zeroth_bias": ZerothBiasConfig,
+}
 """What the blocks of a model can have, by the name of the field in a config."""
 
 
@@ -29,7 +38,10 @@ class SparsityConfig:
     Args:
         activation: an :class:`~hf_sparse.ActivationConfig`, or the name of an activation.
         layers: indices of the blocks to patch, in the order of ``model.named_modules()``; None means all.
-        **others: further parts, by their names in :data:`PARTS`; None means without.
+        **others: further parts, by their names in :data:`PARTS`, or what their ``to_dict`` gives; None means
+            without. ``topk`` (:class:`~hf_sparse.activations.TopKConfig`), ``statistical_topk``
+            (:class:`~hf_sparse.activations.StatisticalTopKConfig`), ``norm_relu`` (True;
+            :class:`~hf_sparse.norm_relu.NormReLUConfig`).
 
     Raises:
         ValueError: a field is out of its range; the message names the field, the value and the mend.
@@ -80,6 +92,11 @@ class SparsityConfig:
     def uniform(self) -> bool:
         """Whether it says the same of every block of a model, however many there are."""
         return self.layers is None and all(part.blocks is None for part in self.parts.values())
+
+    @property
+    def gives_zeros(self) -> bool:
+        """Whether it makes neurons exactly zero that the original activation does not."""
+        return self.activation.name != ORIGINAL or any(part.gives_zeros for _, part in self.others)
 
     def changed(self, **fields: Any) -> SparsityConfig:
         """The same with other ``fields``."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -24,6 +24,12 @@ class Part(ABC):
     all that the rest of the package needs. What belongs to a block as parameters is a
     :class:`~hf_sparse.modules.ParameterLeaf`, a child of the block with the name of the part.
     """
+
+    stays: ClassVar[bool] = False
+    """Whether a block whose module stays when it is patched can take it, too."""
+
+    gives_zeros: ClassVar[bool] = False
+    """Whether it makes values of h, the input of the down projection, exactly zero."""
 
     @classmethod
     @abstractmethod
@@ -73,8 +79,45 @@ class Part(ABC):
 
         """
 
+    def around(self, activation: nn.Module, index: int, block: Block) -> nn.Module:
+        """What is put in the place of ``activation``, that of the ``index``-th patched block: itself, mostly.
+
+        Raises:
+            PatchError: ``activation`` of ``block`` cannot take this part.
+
+        """
+        return activation
+
     def build(self, mlp: nn.Module, index: int) -> None:  # noqa: B027 - the activation is built with the block
         """Put what this part is into ``mlp``, the sparse block of the ``index``-th patched block."""
+
+    def outside(
+        self, model: nn.Module, chosen: Sequence[Block], blocks: Sequence[Block]
+    ) -> list[Callable[[], None]]:
+        """What it does to modules of ``model`` outside of the ``chosen`` ones of its ``blocks``.
+
+        Assignments, which are made later; :meth:`undoing` is called, and its result made, before.
+
+        Raises:
+            PatchError: ``model`` cannot take this part.
+
+        """
+        return []
+
+    @classmethod
+    def undoing(cls, model: nn.Module, blocks: Sequence[Block]) -> list[Callable[[], None]]:
+        """What puts such modules back, in the layers of ``blocks``, wherever one is changed."""
+        return []
+
+    def confirm(  # noqa: B027 - most parts are in their blocks alone
+        self, model: nn.Module, chosen: Sequence[Block], blocks: Sequence[Block]
+    ) -> None:
+        """Refuse modules outside of the ``chosen`` blocks, those that are patched, that are not as it says.
+
+        Raises:
+            PatchError: says which.
+
+        """
 
     def found_in(self: Self, blocks: Sequence[Block]) -> Self:
         """The part as it is in ``blocks``, those that are patched now, in their order.

@@ -116,6 +116,11 @@ class LayerRoles(Roles):
         return self.before_down[0]
 
     @property
+    def factor(self) -> str | None:
+        """The layer that is the factor of a gated block and nothing else; None if there is no such one."""
+        return None
+
+    @property
     def names(self) -> tuple[str, ...]:
         return (*self.before_down, self.down, self.act)
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from hf_sparse.activations import MixedActivation, row_of
+from hf_sparse.activations import MixedActivation, StatisticalTopK, row_of
 from hf_sparse.activations.mixed import mixed
+from hf_sparse.activations.topk import TopK
 from hf_sparse.adapters.block import replaced_forward
 from hf_sparse.adapters.roles import Roles
 from hf_sparse.errors import PatchError
@@ -61,6 +62,10 @@ class SparseBlock(GuardedModule):
     leaves: dict[str, Literal["x", "y"]]
     """Children of ours that the block calls with its input (``"x"``) or output (``"y"``), to go on with
     what they give."""
+    topk: TopK | None
+    """What is kept of h, the input of the down projection; None if all of it is."""
+    others: tuple[str, ...]
+    """The names of the parts that it was made with, beside the activation."""
     density: float | None
     """Mean share of active neurons per token, as :func:`hf_sparse.tune` measured it; None if it did not."""
 
@@ -74,6 +79,8 @@ class SparseBlock(GuardedModule):
         self.roles = roles
         self.relu_up = relu_up
         self.leaves = {}
+        self.topk = None
+        self.others = ()
         self._stock = (stock,)  # in a tuple, so that it is not registered as a child
         # The function that was recognised: other tools replace that of the class.
         self._stock_function = type(stock).forward
@@ -209,6 +216,19 @@ class SparseBlock(GuardedModule):
             act._forward_hooks or act._forward_pre_hooks or "forward" in vars(act) or hooks_on_all_modules()
         )
         return None if hooked else row_of(act, relu_up=self.relu_up)
+
+    @property
+    def selects(self) -> bool:
+        """Whether it depends on the other neurons of a token which are silent; the operators cannot tell."""
+        return self.topk is not None or type(self.activation) is StatisticalTopK
+
+    @property
+    def gives_zeros(self) -> bool:
+        """Whether h is known to be exactly zero for silent neurons."""
+        return self.selects or self.kernel() is not None
+
+    def _selected(self, h: Tensor) -> Tensor:
+        return h if self.topk is None else self.topk(h)
 
     def _rectified(self, u: Tensor) -> Tensor:
         """The factor of a gated block, with ReLU as far as ``relu_up`` is mixed in."""

@@ -127,7 +127,7 @@ def test_a_bad_field_of_the_activation_is_named(fields: dict, named: str) -> Non
         ({"layers": [1.0]}, "layers=[1.0]"),
         ({"layers": [10**9]}, "layers=[1000000000]"),
         ({"layers": 3}, "layers=3"),
-        ({"magic": 1}, "unknown fields in the config: magic; known: activation, layers"),
+        ({"magic": 1}, "unknown fields in the config: magic; known: activation,"),
         ({"certify": True}, "unknown fields in the config: certify"),
         ({"threshold": 0.1}, "threshold is a field of the activation"),
     ],

@@ -27,6 +27,9 @@ CONFIGS = {
     "mixed": SparsityConfig.read("jsrelu", mix=0.3),
     "zeroth_bias": SparsityConfig(zeroth_bias={"positions": 12}),
     "zeroth_bias_of_some": SparsityConfig(layers=[1], zeroth_bias={"placement": "output", "positions": 64}),
+    "topk": SparsityConfig(activation="original", topk={"share": 0.2}),
+    "statistical_topk": SparsityConfig(statistical_topk={"sparsity": 0.8}),
+    "norm_relu": SparsityConfig(norm_relu=True),
 }
 STOCK_EXPRESSIBLE = {"original", *filter(is_stock, TABLE)}
 
