@@ -24,6 +24,7 @@ from evaluation import as_record, evaluate
 from loop import Run, build_optimizer, train
 from recipe import Recipe
 from run_log import RunLog, read_log
+from training_sparsity import TrainingSparsity
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
@@ -94,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     acting = ActingTogether(recipe.acting_methods(), setting)
     acting.before_step((done or 0) + 1)
+    sparsity = TrainingSparsity(model)
     if recipe.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     model, optimizer = accelerator.prepare(model, build_optimizer(recipe, model))
@@ -119,11 +121,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         states=progress.streams,
     )
     run = Run(
-        recipe, accelerator, model, optimizer, acting, data, checkpoints, log, lambda: evaluation(model)
+        recipe,
+        accelerator,
+        model,
+        optimizer,
+        acting,
+        data,
+        checkpoints,
+        log,
+        lambda: evaluation(model),
+        sparsity,
     )
     train(run, progress)
 
     # The result.
+    sparsity.detach()
     acting.detach()
     save_final(accelerator, model, tokenizer, output)
     log.close()

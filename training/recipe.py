@@ -10,10 +10,14 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from mix_in import MixIn
+
 from hf_sparse.activations.config import ORIGINAL
 from hf_sparse.config import SparsityConfig
 from hf_sparse.fields import check_types, require
 from hf_sparse.methods import Method, read_methods
+
+TRACKERS = ("wandb", "trackio")
 
 _DENSE = "none"
 
@@ -82,6 +86,18 @@ class Recipe:
     holdout: float = 0.01
     """Share of documents held out for evaluation, chosen by a hash of their text, where the data set has no
     validation split."""
+
+    mix_in: dict[str, Any] = field(default_factory=dict)
+    """A second data set, which a share of the sequences comes from: {dataset: …, share: 0.2}, and if need be
+    config, revision, text_field, txt_unit and epochs of its own. Evaluation is on the first alone."""
+
+    max_bad_documents: int = _free(100)
+    """Documents that are left out because they are null, no text, damaged JSON or no UTF-8, each with a
+    warning that says where it stands; one more ends the run."""
+
+    data_workers: int = _free(0)
+    """Processes that prepare the data of each training process; 0 leaves it to a thread. Their number changes
+    nothing but speed: look at data_wait in the log."""
 
     # ---- optimisation
     max_steps: int = 1000
@@ -152,6 +168,9 @@ class Recipe:
     tensorboard: bool = _free(True)
     """Write TensorBoard logs beside log.jsonl."""
 
+    trackers: list[str] = field(default_factory=list, metadata={"free": True})
+    """More places for the numbers of log.jsonl, of wandb and trackio; which must be installed."""
+
     progress: bool = _free(True)
     """Show a progress bar."""
 
@@ -159,6 +178,8 @@ class Recipe:
         object.__setattr__(self, "patch", _patch(self.patch))
         methods = self.acting_methods()
         object.__setattr__(self, "methods", {one.name: one.to_dict() for one in methods})
+        mixed_in = self.mixed_in()
+        object.__setattr__(self, "mix_in", mixed_in.to_dict() if mixed_in else {})
         check_types(self)
         for name in [
             "sequence_length",
@@ -176,7 +197,7 @@ class Recipe:
             require(getattr(self, name) >= 1, name, getattr(self, name), "it must be at least 1")
         for name in ("warmup", "final_learning_rate", "holdout"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "it must be a fraction, 0 to 1")
-        for name in ("weight_decay", "clip_norm", "eval_every", "seed"):
+        for name in ("weight_decay", "clip_norm", "eval_every", "seed", "max_bad_documents", "data_workers"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "it must be at least 0")
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "it must be in [0, 1)")
@@ -196,10 +217,16 @@ class Recipe:
         )
         for method in methods:
             method.check(self.sparsity_config())
+        for name in self.trackers:
+            require(name in TRACKERS, "trackers", name, f"choose from {', '.join(TRACKERS)}")
 
     def acting_methods(self) -> list[Method]:
         """What acts during training, in its order."""
         return read_methods(self.methods)
+
+    def mixed_in(self) -> MixIn | None:
+        """The data set that is mixed in, if there is one."""
+        return MixIn.read(self.mix_in)
 
     def sparsity_config(self) -> SparsityConfig | None:
         """What the model is patched with; None: it stays dense."""
