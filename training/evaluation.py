@@ -26,10 +26,13 @@ def evaluate(
 
 
 def as_record(report: SparsityReport) -> dict[str, Any]:
-    """A report for the log: plain numbers, and sparsity by block."""
+    """A report for the log: plain numbers, and by block sparsity and dead neurons, where these are known."""
     full = report.to_dict()
     kept = {name: full[name] for name in ("loss", "perplexity", "sparsity", "tokens")}
-    return {**kept, "layers": {layer["name"]: layer["sparsity"] for layer in full["layers"]}}
+    kept["layers"] = {layer["name"]: layer["sparsity"] for layer in full["layers"]}
+    if (dead := report.dead) is not None:
+        kept |= {"dead": dead, "dead_by_layer": {layer.name: layer.dead for layer in report.layers}}
+    return kept
 
 
 def _batches(own: Tensor, most: int, batch_size: int) -> Iterator[dict[str, Tensor]]:

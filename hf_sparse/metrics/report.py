@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,10 @@ class LayerSparsity:
     """Tokens measured, without padding."""
     zeros: int
     """How many of the ``tokens * neurons`` values are exactly zero."""
+    dead: int | None = None
+    """Neurons that were zero for every token; None if not known, as of experts, or of added files."""
+    active: int | None = field(default=None, repr=False, compare=False)
+    """Bit i is set if neuron i was not: reports with it add up to one that knows ``dead``."""
 
     @property
     def sparsity(self) -> float:
@@ -45,7 +49,14 @@ class LayerSparsity:
                 f"{self.name} of {self.neurons} neurons and {other.name} of {other.neurons} are not one "
                 "block; only reports of the same model add up."
             )
-        return replace(self, tokens=self.tokens + other.tokens, zeros=self.zeros + other.zeros)
+        active = None if self.active is None or other.active is None else self.active | other.active
+        return replace(
+            self,
+            tokens=self.tokens + other.tokens,
+            zeros=self.zeros + other.zeros,
+            dead=None if active is None else self.neurons - active.bit_count(),
+            active=active,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +88,12 @@ class SparsityReport:
     def density(self) -> float:
         """``1 - sparsity``."""
         return 1 - self.sparsity
+
+    @property
+    def dead(self) -> int | None:
+        """Neurons that were zero for every token; None if that is not known of each block."""
+        counts = [layer.dead for layer in self.layers]
+        return None if None in counts else sum(count for count in counts if count is not None)
 
     @property
     def perplexity(self) -> float:
@@ -152,6 +169,7 @@ class SparsityReport:
                     "tokens": layer.tokens,
                     "zeros": layer.zeros,
                     "sparsity": _finite(layer.sparsity),
+                    "dead": layer.dead,
                 }
                 for layer in self.layers
             ],
@@ -177,7 +195,9 @@ class SparsityReport:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             layers = tuple(
                 LayerSparsity(
-                    name=str(one["name"]), **{k: _count(one[k]) for k in ("neurons", "tokens", "zeros")}
+                    name=str(one["name"]),
+                    dead=None if one.get("dead") is None else _count(one["dead"]),
+                    **{k: _count(one[k]) for k in ("neurons", "tokens", "zeros")},
                 )
                 for one in data["layers"]
             )
@@ -190,7 +210,7 @@ class SparsityReport:
                 sequence_length=None if window is None else _count(window),
             )
             possible = any(one.tokens for one in layers) and all(
-                one.zeros <= one.tokens * one.neurons for one in layers
+                one.zeros <= one.tokens * one.neurons and (one.dead or 0) <= one.neurons for one in layers
             )
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(
