@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +13,9 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from hf_sparse.metrics import SparsityReport, measure
+
+ORIGINAL, LATEST = "measured/original.json", "measured/latest.json"
+"""Where a run keeps the reports of the model before the patch, and of its last evaluation."""
 
 
 def evaluate(
@@ -22,7 +27,19 @@ def evaluate(
     """
     own = sequences[accelerator.process_index :: accelerator.num_processes]
     most = -(-len(sequences) // accelerator.num_processes)
-    return sum(gather_object([measure(accelerator.unwrap_model(model), _batches(own, most, batch_size))]))
+    own_report = measure(accelerator.unwrap_model(model), _batches(own, most, batch_size))
+    return replace(sum(gather_object([own_report])), sequence_length=sequences.shape[1])
+
+
+def keep(report: SparsityReport, file: Path) -> None:
+    """Write a report, for ``kept``."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    report.to_json(file)
+
+
+def kept(file: Path) -> SparsityReport:
+    """The report in a file."""
+    return SparsityReport.from_json(file)
 
 
 def as_record(report: SparsityReport) -> dict[str, Any]:

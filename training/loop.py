@@ -150,8 +150,8 @@ def gradients(run: Run, batch: Batch, step: int) -> dict[str, Tensor]:
         weight = len(ids) / len(batch.input_ids)
         last = i == len(micro_batches) - 1
         inputs = {"input_ids": ids, "labels": ids}
-        if last and is_logged(run.recipe, step):
-            run.sparsity.begin(step)
+        if is_logged(run.recipe, step):
+            run.sparsity.begin(step, i)
         with nullcontext() if last else accelerator.no_sync(run.model):
             output = run.model(**inputs, use_cache=False)
             terms = {"loss": Term(output.loss, task), **run.acting.loss(step, inputs, output)}

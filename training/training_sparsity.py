@@ -1,4 +1,4 @@
-"""Activation sparsity while training: exact zeros in a forward of the updates that are logged."""
+"""Activation sparsity while training: exact zeros in the forwards of the updates that are logged."""
 
 from __future__ import annotations
 
@@ -13,28 +13,32 @@ from hf_sparse.adapters.experts import Experts
 
 
 class TrainingSparsity:
-    """Counts, in one forward, the exact zeros that reach the down projections.
+    """Counts, in the forwards that it is told of, the exact zeros that reach the down projections.
 
-    Give it the bare model before it is wrapped or sharded. What the hooks do is a look at a flag but in that
-    forward; there it is one pass over h, under 1 % of an update.
+    Give it the bare model before it is wrapped or sharded. In other forwards its hooks look at a flag; in
+    these they go over h once, which takes under 1 % of an update.
     """
 
     def __init__(self, model: nn.Module) -> None:
         blocks, _ = require_blocks(model)
         self._counts = {block.name: _Count(block) for block in blocks}
-        self._step: int | None = None
+        self._seen: tuple[int, set[int]] = (-1, set())
         # The end of the forward comes before recomputation in backward, which must not count.
         self._handle = model.register_forward_hook(self._end, always_call=True)
 
-    def begin(self, step: int) -> None:
-        """Count in the next forward, if none of update ``step`` has been counted yet."""
-        if step != self._step:
-            self._step = step
+    def begin(self, step: int, part: int) -> None:
+        """Count in the next forward, of micro-batch ``part`` of update ``step``; in the first of it, if more."""
+        if step != self._seen[0]:
+            self._seen = step, set()
+            for count in self._counts.values():
+                count.forget()
+        if part not in self._seen[1]:
+            self._seen[1].add(part)
             for count in self._counts.values():
                 count.begin()
 
     def result(self, total: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-        """For the log: the share of zeros in all blocks, and by block.
+        """For the log: the share of zeros in the update last counted, in all blocks and by block.
 
         Args:
             total: the sum of a tensor over processes; all of them have to ask.
@@ -62,15 +66,19 @@ class TrainingSparsity:
 class _Count:
     def __init__(self, block: Block) -> None:
         self._block, self._on = block, False
-        self.counted = torch.zeros(2, dtype=torch.int64)
-        """Zeros, and values."""
+        self.counted: Tensor
+        """int64 [2]: zeros, and values."""
+        self.forget()
         # A hook that comes after torch.compile may never run, so these stay. Experts that are watched are
         # computed once more, so theirs come and go.
         self._stays = not isinstance(block.roles, Experts)
         self._handle = block.watch("h", self._count) if self._stays else None
 
+    def forget(self) -> None:
+        self.counted = torch.zeros(2, dtype=torch.int64)
+
     def begin(self) -> None:
-        self.counted, self._on = torch.zeros(2, dtype=torch.int64), True
+        self._on = True
         if not self._stays:
             self._handle = self._block.watch("h", self._count)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -183,16 +184,14 @@ class SparsityReport:
         return text
 
     @classmethod
-    def from_json(cls, path: str | os.PathLike[str]) -> SparsityReport:
-        """The report in a file that :meth:`to_json` wrote.
+    def from_dict(cls, data: Mapping[str, Any]) -> SparsityReport:
+        """The report that :meth:`to_dict` gave as ``data``.
 
         Raises:
-            OSError: the file cannot be read.
-            ValueError: it is no such file.
+            ValueError: it is none.
 
         """
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
             layers = tuple(
                 LayerSparsity(
                     name=str(one["name"]),
@@ -209,16 +208,28 @@ class SparsityReport:
                 predicted_tokens=_count(data["predicted_tokens"]),
                 sequence_length=None if window is None else _count(window),
             )
-            possible = any(one.tokens for one in layers) and all(
-                one.zeros <= one.tokens * one.neurons and (one.dead or 0) <= one.neurons for one in layers
-            )
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise ValueError(
-                f"{path} is no report of a measurement: {type(error).__name__}: {error}"
-            ) from None
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from None
+        possible = any(one.tokens for one in layers) and all(
+            one.zeros <= one.tokens * one.neurons and (one.dead or 0) <= one.neurons for one in layers
+        )
         if not possible:
-            raise ValueError(f"{path} is no report of a measurement: its numbers contradict each other.")
+            raise ValueError("its numbers contradict each other.")
         return report
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike[str]) -> SparsityReport:
+        """The report in a file that :meth:`to_json` wrote.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it is no such file.
+
+        """
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is no report of a measurement: {error}") from None
 
     def plot(self, path: str | os.PathLike[str], *, before: SparsityReport | None = None) -> Path:
         """Draw sparsity by layer into an image file; its ending (png, svg, pdf) chooses the format.
