@@ -27,7 +27,7 @@ class TrainingSparsity:
         self._handle = model.register_forward_hook(self._end, always_call=True)
 
     def begin(self, step: int, part: int) -> None:
-        """Count in the next forward, of micro-batch ``part`` of update ``step``; in the first of it, if more."""
+        """Count in the next forward, unless micro-batch ``part`` of update ``step`` had one already."""
         if step != self._seen[0]:
             self._seen = step, set()
             for count in self._counts.values():

@@ -255,6 +255,7 @@ def rows_with_nulls(folder, nulls: set[int], count: int = 60) -> list[str]:
     return [text for i, text in enumerate(texts) if i not in nulls]
 
 
+@pytest.mark.filterwarnings("ignore:a document is left out")
 @pytest.mark.parametrize("nulls", [{0}, {59}, {4, 5, 6, 31}, set(range(0, 60, 2))])
 @pytest.mark.slow
 def test_null_texts_are_left_out_and_a_run_continues_to_the_token(tmp_path, tokenizer, nulls):
@@ -270,6 +271,7 @@ def test_null_texts_are_left_out_and_a_run_continues_to_the_token(tmp_path, toke
             assert expected.states == found.states
 
 
+@pytest.mark.filterwarnings("ignore:a document is left out")
 def test_a_state_leads_to_the_texts_after_it_with_nulls_around(tmp_path):
     rows_with_nulls(tmp_path, {0, 3, 4, 9}, count=12)
     documents = open_documents(recipe_for(tmp_path))
