@@ -1,16 +1,19 @@
 """Worker processes that prepare training data: some streams each, so that their number changes nothing.
 
-They are those of torch's DataLoader, which end when the process that started them is gone, whatever ended it.
+They are those of torch's DataLoader, and end with the training process, whatever ends it.
 """
 
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import os
 import pickle
 import signal
 from collections.abc import Callable, Generator, Iterator, Mapping
 from itertools import islice
+from multiprocessing.context import BaseContext
+from threading import Thread
 from typing import Any, TypeVar
 
 import numpy as np
@@ -52,8 +55,7 @@ def from_workers(
         num_workers=workers,
         prefetch_factor=_AHEAD,
         worker_init_fn=_begin,
-        # Forked, they would have locks of threads that are not there: of the tokenizer, and of CUDA.
-        multiprocessing_context="spawn",
+        multiprocessing_context=_context(),
         # Else it takes a number from the random state that dropout depends on.
         generator=torch.Generator(),
     )
@@ -71,11 +73,20 @@ def from_workers(
         if "DataLoader worker" not in str(error):
             raise
         raise ChildProcessError(
-            f"{str(error).splitlines()[0]} Each of data_workers={workers} needs about half a GB of memory; "
-            "use fewer, or 0, and --resume."
+            f"{str(error).splitlines()[0]}. If memory was short, lower data_workers={workers}, and --resume."
         ) from error
     finally:
         del parts  # ends the workers
+
+
+def _context() -> BaseContext:
+    """How they start: as forks of a server that has imported everything once, and that they end with.
+
+    Forks of the training process would have locks of threads that they do not have: the tokenizer's, CUDA's.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", "data"])
+    return context
 
 
 class _Share(IterableDataset[Any]):
@@ -108,10 +119,19 @@ def _as_it_is(item: T) -> T:
 
 def _begin(_: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as many threads as workers, and no more
-    # The process that started this one decides when to end, and may save a checkpoint first. Its last means
-    # is a second SIGTERM.
+    # The training process decides when to end, and may save a checkpoint first. Its last means is a second
+    # SIGTERM.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _once_ignored)
+    Thread(target=_end_with_training, daemon=True).start()
+
+
+def _end_with_training() -> None:
+    # The DataLoader looks at the parent's id, and the parent is the server, which lives as long as its forks.
+    training = multiprocessing.parent_process()
+    assert training is not None
+    training.join()
+    os._exit(1)
 
 
 def _once_ignored(*_: object) -> None:
