@@ -240,7 +240,7 @@ def save_final(
     if accelerator.is_main_process:
         aside, final = write_whole(output / "final")
         bare = accelerator.unwrap_model(model)
-        bare.save_pretrained(aside, state_dict=state)
+        bare.save_pretrained(aside, state_dict=dict(state))  # which takes tied weights out of it
         tokenizer.save_pretrained(aside)
         write_final_card(
             aside,
