@@ -117,7 +117,7 @@ def _with_dashes(argument: str) -> str:
 def _option(name: str, hint: Any) -> dict[str, Any]:
     """Argparse keywords for a field."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any or origin is dict:
+    if hint is Any or origin is dict or any(typing.get_origin(one) is dict for one in arguments):
         return {"type": _flow, "metavar": "CONFIG"}
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}

@@ -46,7 +46,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     for record in records:
         by_kind.setdefault(record.pop("kind"), []).append(record)
     about, evaluations = by_kind["run"][0], by_kind.get("eval", [])
-    if not evaluations or evaluations[-1]["step"] != about["recipe"]["max_steps"]:
+    if not evaluations or evaluations[-1]["step"] < about["recipe"]["max_steps"]:
         sys.exit(f"error: the run in {folder} is not finished; continue it with --resume.")
     tokens = by_kind["train"][-1]["tokens"]
     original = next(iter(by_kind.get("original", [])), None)

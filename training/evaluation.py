@@ -34,7 +34,7 @@ def evaluate(
 def keep(report: SparsityReport, file: Path) -> None:
     """Write a report, for ``kept``."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    report.to_json(file)
+    _of_the_model(report).to_json(file)
 
 
 def kept(file: Path) -> SparsityReport:
@@ -44,12 +44,24 @@ def kept(file: Path) -> SparsityReport:
 
 def as_record(report: SparsityReport) -> dict[str, Any]:
     """A report for the log: plain numbers, and by block sparsity and dead neurons, where these are known."""
+    report = _of_the_model(report)
     full = report.to_dict()
     kept = {name: full[name] for name in ("loss", "perplexity", "sparsity", "tokens")}
     kept["layers"] = {layer["name"]: layer["sparsity"] for layer in full["layers"]}
     if (dead := report.dead) is not None:
         kept |= {"dead": dead, "dead_by_layer": {layer.name: layer.dead for layer in report.layers}}
     return kept
+
+
+def _of_the_model(report: SparsityReport) -> SparsityReport:
+    """A report with names of the model itself, also if adapters were around it."""
+    layers = (replace(layer, name=bare_name(layer.name)) for layer in report.layers)
+    return replace(report, layers=tuple(layers))
+
+
+def bare_name(name: str) -> str:
+    """That of a module in the model itself, as it is saved."""
+    return name.removeprefix("base_model.model.")
 
 
 def _batches(own: Tensor, most: int, batch_size: int) -> Iterator[dict[str, Tensor]]:

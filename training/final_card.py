@@ -80,7 +80,7 @@ def essential(recipe: Recipe) -> dict[str, Any]:
         if f.name in ("model", "patch", "dataset")
         or (f.name not in _OF_THIS_MACHINE and getattr(recipe, f.name) != getattr(default, f.name))
     }
-    for part in (told, told.get("mix_in", {})):
+    for part in (told, told.get("mix_in") or {}):
         for name in ("model", "dataset"):
             if name in part and is_local(part[name]):
                 part[name] = Path(part[name]).expanduser().resolve().name

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 # The tokenizer runs in a background thread of every process; its own threads stay on.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -24,6 +25,7 @@ from evaluation import LATEST, ORIGINAL, as_record, evaluate, keep, kept
 from final_card import write_final_card
 from final_report import write_report
 from loop import Run, build_optimizer, train
+from lora import add_lora
 from recipe import Recipe
 from run_log import RunLog, read_log
 from surroundings import machine, versions
@@ -42,12 +44,15 @@ from triton_ops.table import table
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a recipe from its beginning, or from its last checkpoint, to its end."""
     recipe = parse_recipe(argv)
-    precision = "bf16" if recipe.precision == "bf16" else "no"
+    precision = "no" if recipe.precision == "fp32" else recipe.precision
     accelerator = Accelerator(mixed_precision=precision, log_with=installed(recipe.trackers) or None)
     output = Path(recipe.output_dir).expanduser()
     say = accelerator.print
     if not (recipe.progress and accelerator.is_main_process):
         disable_progress_bar()
+
+    if recipe.lora and is_sharded(accelerator):
+        raise ValueError("lora cannot be sharded yet: train it under data parallelism, or set lora=none.")
 
     # Continue, or begin?
     checkpoints = Checkpoints(accelerator, output / "checkpoints", recipe.keep_checkpoints)
@@ -57,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The model, before anything is changed.
     set_seed(recipe.seed)
     tokenizer = AutoTokenizer.from_pretrained(recipe.model, revision=recipe.revision or "main")
-    model = load(recipe)
+    model: Any = load(recipe)  # with lora a PeftModel, prepared whatever accelerate makes of it
     check_length(recipe, model)
 
     # The text: what to evaluate on, and therefore not to train on.
@@ -99,6 +104,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The change: another activation, in place. The dense baseline stays as it is.
     if (config := recipe.sparsity_config()) is not None:
         say(hf_sparse.patch(model, config))
+    if (lora := recipe.adapters()) is not None:
+        model = add_lora(model, lora)
 
     # What acts during training.
     setting = Training(
@@ -114,11 +121,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if recipe.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     model, optimizer = accelerator.prepare(model, build_optimizer(recipe, model))
+    sharpness = recipe.perturbation()
+    perturbation = sharpness.build(optimizer, model, recipe.max_steps) if sharpness else None
     progress = Progress()
     set_seed(recipe.seed, device_specific=True)  # dropout differs between processes
     if checkpoint:
         progress = checkpoints.load(checkpoint)
         acting.load_state_dict(progress.methods)
+        if perturbation:
+            perturbation.load(checkpoint / "sharpness.safetensors")
     else:
         first = evaluation(model)
         acting.after_evaluation(0, first)
@@ -136,17 +147,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         states=progress.streams,
     )
     run = Run(
-        recipe,
-        accelerator,
-        model,
-        optimizer,
-        acting,
-        data,
-        checkpoints,
-        log,
-        lambda: evaluation(model),
-        sparsity,
+        recipe=recipe,
+        accelerator=accelerator,
+        model=model,
+        optimizer=optimizer,
+        acting=acting,
+        perturbation=perturbation,
+        data=data,
+        checkpoints=checkpoints,
+        log=log,
+        evaluate=lambda: evaluation(model),
+        sparsity=sparsity,
     )
+    if perturbation:
+        checkpoints.also(lambda folder: perturbation.save(folder / "sharpness.safetensors"))
     train(run, progress)
 
     # The result.
@@ -183,10 +197,10 @@ def find_checkpoint(recipe: Recipe, checkpoints: Checkpoints) -> Path | None:
         return None
     path = checkpoints.newest()
     if path and (changed := recipe.changed(read_state(path)["recipe"])):
-        raise CheckpointError(
-            f"{path} belongs to another run. Changed: {'; '.join(changed)}. Set them back, or start a new "
-            "run in another output_dir."
-        )
+        mend = "Set them back, or start a new run in another output_dir."
+        if any(change.startswith("max_steps:") for change in changed):
+            mend += " All schedules hang on max_steps; extra_steps goes on after it with what they end with."
+        raise CheckpointError(f"{path} belongs to another run. Changed: {'; '.join(changed)}. {mend}")
     return path
 
 
@@ -235,18 +249,21 @@ def save_final(
     recipe: Recipe,
     output: Path,
 ) -> None:
-    """Write the trained model and its tokenizer to ``output/final``, whole or not at all."""
-    state = accelerator.get_state_dict(model)
+    """Write the trained model, adapters merged, and its tokenizer to ``output/final``, as a whole."""
+    bare = accelerator.unwrap_model(model)
+    if is_adapted := hasattr(bare, "merge_and_unload"):
+        bare = bare.merge_and_unload()
+    state = None if is_adapted else accelerator.get_state_dict(model)
     if accelerator.is_main_process:
         aside, final = write_whole(output / "final")
-        bare = accelerator.unwrap_model(model)
-        bare.save_pretrained(aside, state_dict=dict(state))  # which takes tied weights out of it
+        # Saving takes tied weights out of the mapping that it gets.
+        bare.save_pretrained(aside, state_dict=None if state is None else dict(state))
         tokenizer.save_pretrained(aside)
         write_final_card(
             aside,
             final,
             bare,
-            state,
+            state or bare.state_dict(),
             tokenizer,
             recipe,
             report=kept(output / LATEST),

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -37,25 +36,19 @@ class MixIn:
         require(self.epochs >= 1, "mix_in.epochs", self.epochs, "it must be at least 1")
 
     @classmethod
-    def read(cls, value: Any) -> MixIn | None:
-        """From a mapping of its fields; None if there are none.
+    def read(cls, value: Any) -> MixIn:
+        """From a mapping of its fields.
 
         Raises:
             ValueError: names the field, its value and the mend.
 
         """
-        given: Mapping[str, Any] = mapping("mix_in", {} if value is None else value)
-        if not given:
-            return None
+        given = mapping("mix_in", value)
         known("mix_in", list(given), [f.name for f in fields(cls)])
         for name in ("dataset", "share"):
             if name not in given:
                 raise ValueError(f"mix_in has no {name}; it needs a dataset and a share, such as 0.2.")
         return cls(**given)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        return asdict(self)
 
 
 class Turns:

@@ -10,12 +10,15 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from lora import Lora
 from mix_in import MixIn
 
 from hf_sparse.activations.config import ORIGINAL
 from hf_sparse.config import SparsityConfig
 from hf_sparse.fields import check_types, require
 from hf_sparse.methods import Method, read_methods
+from hf_sparse.sharpness import SharpnessConfig
+from hf_sparse.sharpness import read as read_sharpness
 
 TRACKERS = ("wandb", "trackio")
 
@@ -52,6 +55,15 @@ class Recipe:
     """What acts during training, by name, each with its fields: {l1: {boundaries: [1.0], targets: [0.1]}}.
     One field on the command line: --methods.l1.scale 0.3. docs/methods.md lists all."""
 
+    lora: dict[str, Any] | None = None
+    """Train low-rank adapters, norms and biases instead of all weights; merged into the model at the end.
+    Fields: r, alpha, dropout, targets, norms, biases. none trains everything."""
+
+    sharpness: dict[str, Any] | None = None
+    """Take every gradient where the loss nearby is higher: {name: sam, rho: 0.05}; other names are
+    sparse_sam_fisher, sparse_sam_dynamic, fisher_sam. An update takes twice as long. docs/methods.md has the
+    fields."""
+
     # ---- data
     dataset: str = "allenai/c4"
     """Text to train on: a Hub id (streamed), or a local file or folder of json, json.gz, jsonl, parquet or
@@ -87,7 +99,7 @@ class Recipe:
     """Share of documents held out for evaluation, chosen by a hash of their text, where the data set has no
     validation split."""
 
-    mix_in: dict[str, Any] = field(default_factory=dict)
+    mix_in: dict[str, Any] | None = None
     """A second data set, which a share of the sequences comes from: {dataset: …, share: 0.2}, and if need be
     config, revision, text_field, txt_unit and epochs of its own. Evaluation is on the first alone."""
 
@@ -102,6 +114,9 @@ class Recipe:
     # ---- optimisation
     max_steps: int = 1000
     """Optimizer updates in the whole run."""
+
+    extra_steps: int = _free(0)
+    """Updates after max_steps, with what the schedules have come to: to go on with a run that is done."""
 
     global_batch: int = 32
     """Sequences per update, over all processes; a multiple of data_streams."""
@@ -133,8 +148,12 @@ class Recipe:
     clip_norm: float = 1.0
     """Gradients are scaled down to this norm over all parameters; 0 turns clipping off."""
 
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 computes in bfloat16 with float32 master weights and optimizer."""
+    max_skipped: int = _free(10)
+    """Updates whose loss or gradient is not finite are left out; so many in a row end the run."""
+
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """bf16 and fp16 (with a scaled loss) compute in half precision and keep weights and optimizer in
+    float32."""
 
     gradient_checkpointing: bool = _free(False)
     """Recompute activations in backward: less memory, about a third more time."""
@@ -178,8 +197,12 @@ class Recipe:
         object.__setattr__(self, "patch", _patch(self.patch))
         methods = self.acting_methods()
         object.__setattr__(self, "methods", {one.name: one.to_dict() for one in methods})
-        mixed_in = self.mixed_in()
-        object.__setattr__(self, "mix_in", mixed_in.to_dict() if mixed_in else {})
+        if (lora := self.adapters()) is not None:
+            object.__setattr__(self, "lora", asdict(lora))
+        if (sharpness := self.perturbation()) is not None:
+            object.__setattr__(self, "sharpness", sharpness.to_dict())
+        if (mixed_in := self.mixed_in()) is not None:
+            object.__setattr__(self, "mix_in", asdict(mixed_in))
         check_types(self)
         for name in [
             "sequence_length",
@@ -193,11 +216,13 @@ class Recipe:
             "save_every",
             "keep_checkpoints",
             "log_every",
+            "max_skipped",
         ]:
             require(getattr(self, name) >= 1, name, getattr(self, name), "it must be at least 1")
         for name in ("warmup", "final_learning_rate", "holdout"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "it must be a fraction, 0 to 1")
-        for name in ("weight_decay", "clip_norm", "eval_every", "seed", "max_bad_documents", "data_workers"):
+        at_least_0 = ("weight_decay", "clip_norm", "eval_every", "extra_steps", "seed")
+        for name in (*at_least_0, "max_bad_documents", "data_workers"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "it must be at least 0")
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "it must be in [0, 1)")
@@ -215,18 +240,44 @@ class Recipe:
             self.global_batch,
             f"each stream gives equally many, so it must be a multiple of data_streams={self.data_streams}",
         )
+        require(
+            self.extra_steps == 0 or self.decay == "constant" or self.final_learning_rate > 0,
+            "extra_steps",
+            self.extra_steps,
+            f"with decay={self.decay!r} and final_learning_rate=0 there is nothing left to learn with",
+        )
+        samples = (self.sharpness or {}).get("samples", 0)
+        require(
+            samples <= self.global_batch,
+            "sharpness.samples",
+            samples,
+            f"they are sequences of one batch, and global_batch={self.global_batch}",
+        )
         for method in methods:
             method.check(self.sparsity_config())
         for name in self.trackers:
             require(name in TRACKERS, "trackers", name, f"choose from {', '.join(TRACKERS)}")
 
+    @property
+    def last_step(self) -> int:
+        """The update after which the run is done."""
+        return self.max_steps + self.extra_steps
+
     def acting_methods(self) -> list[Method]:
         """What acts during training, in its order."""
         return read_methods(self.methods)
 
+    def adapters(self) -> Lora | None:
+        """What ``lora`` says."""
+        return None if self.lora is None else Lora.read(self.lora)
+
+    def perturbation(self) -> SharpnessConfig | None:
+        """What ``sharpness`` says."""
+        return None if self.sharpness is None else read_sharpness(self.sharpness)
+
     def mixed_in(self) -> MixIn | None:
-        """The data set that is mixed in, if there is one."""
-        return MixIn.read(self.mix_in)
+        """What ``mix_in`` says."""
+        return None if self.mix_in is None else MixIn.read(self.mix_in)
 
     def sparsity_config(self) -> SparsityConfig | None:
         """What the model is patched with; None: it stays dense."""

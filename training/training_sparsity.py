@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from evaluation import bare_name
 from torch import Tensor, nn
 
 from hf_sparse.adapters import Block, require_blocks
@@ -21,7 +22,7 @@ class TrainingSparsity:
 
     def __init__(self, model: nn.Module) -> None:
         blocks, _ = require_blocks(model)
-        self._counts = {block.name: _Count(block) for block in blocks}
+        self._counts = {bare_name(block.name): _Count(block) for block in blocks}
         self._seen: tuple[int, set[int]] = (-1, set())
         # The end of the forward comes before recomputation in backward, which must not count.
         self._handle = model.register_forward_hook(self._end, always_call=True)

@@ -158,3 +158,31 @@ def test_real_llama_on_real_c4(assets, command, in_process, tmp_path):
     assert after["perplexity"] < original["perplexity"]  # C4 is new to it
     assert math.isclose(after["perplexity"], math.exp(after["loss"]))
     assert after["sparsity"] > 0.35
+
+
+def test_lora_trains_adapters_norms_and_biases_and_is_merged(command, in_process, tiny, tmp_path):
+    output = tmp_path / "lora"
+    methods = {"l1": {"boundaries": [1.0], "targets": [0.1]}}
+    in_process(command(output, lora={"r": 4, "alpha": 8}, methods=methods))
+    trained = AutoModelForCausalLM.from_pretrained(output / "final")
+    before = AutoModelForCausalLM.from_pretrained(tiny).state_dict()
+    after = trained.state_dict()
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if "norm" in name or "proj" in name}
+    for name in changed:
+        if "proj" in name:
+            assert torch.linalg.matrix_rank(after[name] - before[name], rtol=1e-3) <= 4
+    first, *_, last = records(output, "eval")
+    assert last["loss"] < first["loss"]
+    sequences = [{"input_ids": torch.arange(64).view(4, 16)}]
+    assert measure(trained, sequences).sparsity > 0.1
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [({"r": 0}, "lora.r=0"), ({"rank": 2}, "unknown fields in lora: rank"), ("all", "lora is a mapping")],
+)
+def test_a_bad_field_of_lora_is_named(lora, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(lora=lora)
