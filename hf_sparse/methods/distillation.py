@@ -51,10 +51,8 @@ class Distillation(Method):
         for name in ("task", "forward_kl", "reverse_kl"):
             value = getattr(self, name)
             require(value >= 0, f"methods.distillation.{name}", value, "it must be at least 0")
-        weights = [self.forward_kl, self.reverse_kl]
-        require(
-            sum(weights) > 0, "methods.distillation.forward_kl", 0, "with reverse_kl=0 nothing is learned"
-        )
+        any_kl = self.forward_kl + self.reverse_kl > 0
+        require(any_kl, "methods.distillation.forward_kl", 0, "it or reverse_kl must be more than 0")
         temperature = self.temperature
         require(temperature > 0, "methods.distillation.temperature", temperature, "it must be positive")
 
