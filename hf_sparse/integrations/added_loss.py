@@ -29,7 +29,12 @@ class AddedLoss:
         self._sums: dict[str, Tensor] = {}
         self._updates: set[int] = set()
         self._hook = model.register_forward_hook(self._collect, with_kwargs=True)
-        trainer.compute_loss = wraps(self._compute)(self._compute_loss)
+
+        @wraps(self._compute)
+        def compute_loss(*args: Any, **kwargs: Any) -> Any:
+            return self._compute_loss(*args, **kwargs)
+
+        trainer.compute_loss = compute_loss
 
     def detach(self) -> None:
         """Give the trainer its own function back."""
