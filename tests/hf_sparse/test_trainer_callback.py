@@ -7,12 +7,14 @@ import warnings
 
 import pytest
 import torch
-from transformers.trainer_callback import ProgressCallback, TrainerCallback
+from transformers import AutoTokenizer
+from transformers.trainer_callback import TrainerCallback
 
 import hf_sparse
+from hf_sparse.assets import TINY_MODEL
 from hf_sparse.methods import ActingTogether, Training, read_methods
 from hf_sparse.metrics import measure
-from support.callback_training import METHODS, Pull, models, run, sequences, trainer
+from support.callback_training import DISTRIBUTED, METHODS, Pull, models, run, sequences, trainer
 from support.runs import run_on_two
 
 PADDED = (12, 5, 9)
@@ -74,8 +76,16 @@ def smoothed(outputs, labels, num_items_in_batch=None):
     return loss / num_items_in_batch
 
 
-@pytest.mark.parametrize("kind", ["loss of the model", "label smoothing", "function of the user"])
-@pytest.mark.parametrize("lengths", [(12,), PADDED])
+@pytest.mark.parametrize(
+    ("kind", "lengths"),
+    [
+        ("loss of the model", (12,)),
+        ("loss of the model", PADDED),
+        ("label smoothing", PADDED),
+        ("function of the user", PADDED),
+        ("mean of each micro-batch", (12,)),
+    ],
+)
 def test_a_batch_may_be_accumulated(tmp_path, kind, lengths):
     options = {"compute_loss_func": smoothed} if kind == "function of the user" else {}
     arguments = {"label_smoothing_factor": 0.2} if kind == "label smoothing" else {}
@@ -83,7 +93,9 @@ def test_a_batch_may_be_accumulated(tmp_path, kind, lengths):
     methods = METHODS if len(lengths) == 1 else {"distillation": {"task": 0.5}}
 
     def trained(**batch):
-        return run(trainer(tmp_path, methods, lengths=lengths, options=options, **arguments, **batch))
+        made = trainer(tmp_path, methods, lengths=lengths, options=options, **arguments, **batch)
+        made.model_accepts_loss_kwargs &= kind != "mean of each micro-batch"
+        return run(made)
 
     whole, log = trained()
     pieces, log_2 = trained(per_device_train_batch_size=2, gradient_accumulation_steps=4)
@@ -267,11 +279,7 @@ def test_two_processes_train_as_one(tmp_path):
     run_on_two("support.callback_training", tmp_path)
     weights = torch.load(tmp_path / "weights.pt", weights_only=True)
     log = json.loads((tmp_path / "log.json").read_text())
-    made = trainer(
-        tmp_path / "one", METHODS, lengths=PADDED, evaluate=True, per_device_train_batch_size=2,
-        gradient_accumulation_steps=4,
-    )  # fmt: skip
-    assert not any(isinstance(c, ProgressCallback) for c in made.callback_handler.callbacks)
+    made = trainer(tmp_path / "one", METHODS, **DISTRIBUTED, gradient_accumulation_steps=4)
     expected, log_1 = run(made)
     assert_same(expected, weights)
     for one, two in zip(log_1, log, strict=True):
@@ -281,9 +289,41 @@ def test_two_processes_train_as_one(tmp_path):
 
 @pytest.mark.slow
 def test_trl_trains_with_it(tmp_path):
+    """Whose SFTTrainer makes its loss from log-probabilities, without a loss or logits of the model."""
     trl = pytest.importorskip("trl")
-    arguments = {
-        "max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 2,
-        "report_to": [], "use_cpu": True, "learning_rate": 3e-3, "lr_scheduler_type": "constant",
-    }  # fmt: skip
-    raise NotImplementedError(trl, arguments)
+    from datasets import Dataset
+
+    def trained(methods, **batch):
+        model, dense = models()
+        made = trl.SFTTrainer(
+            model,
+            trl.SFTConfig(
+                str(tmp_path),
+                max_steps=4,
+                learning_rate=3e-3,
+                lr_scheduler_type="constant",
+                logging_steps=2,
+                save_strategy="no",
+                report_to=[],
+                use_cpu=True,
+                bf16=False,
+                gradient_checkpointing=False,
+                **batch,
+            ),
+            train_dataset=Dataset.from_list(
+                [{"input_ids": row["input_ids"]} for row in sequences(32, (12,))]
+            ),
+            processing_class=AutoTokenizer.from_pretrained(TINY_MODEL),
+            callbacks=[hf_sparse.SparsityCallback(methods, dense=dense)],
+        )
+        return run(made)
+
+    methods = {"l1": {"boundaries": [0.5, 1.0], "targets": [2.0, 8.0]}, "mixing": {"until": 0.5}}
+    weights, log = trained(methods, per_device_train_batch_size=8)
+    pieces, _ = trained(methods, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    own, _ = run(trainer(tmp_path, methods))
+    assert_same(weights, pieces)
+    assert_same(weights, own)
+    assert log[0]["loss"] == pytest.approx(log[0]["task_loss"] + 2 * log[0]["l1"], rel=1e-4)
+    with pytest.raises(ValueError, match=r"no logits.*SFTTrainer"):
+        trained(METHODS, per_device_train_batch_size=8)

@@ -26,6 +26,12 @@ METHODS = {
     "mixing": {"until": 0.5},
     "distillation": {"task": 0.5},
 }
+DISTRIBUTED: dict[str, Any] = {
+    "lengths": (12, 5, 9),
+    "evaluate": True,
+    "per_device_train_batch_size": 2,
+    "per_device_eval_batch_size": 1,  # six sequences by two processes: none is repeated to fill a batch
+}
 PAD = 0
 
 
@@ -133,14 +139,7 @@ def run(made: Any, **resume: Any) -> tuple[dict[str, Tensor], list[dict[str, Any
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    made = trainer(
-        folder / "trainer",
-        METHODS,
-        lengths=(12, 5, 9),
-        evaluate=True,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-    )
+    made = trainer(folder / "trainer", METHODS, **DISTRIBUTED, gradient_accumulation_steps=2)
     weights, log = run(made)
     if made.args.process_index == 0:
         torch.save(weights, folder / "weights.pt")
