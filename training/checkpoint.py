@@ -24,6 +24,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from data import StreamState
+from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import nn
 
@@ -115,7 +116,7 @@ class Checkpoints:
         problem = None
         try:
             part(aside, final, *rest)
-        except Exception as error:  # a full disk is an OSError, a RuntimeError or one of safetensors
+        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of these
             problem = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
         problems = [one for one in gather_object([problem]) if one]
         if not problems:

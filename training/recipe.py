@@ -130,8 +130,8 @@ class Recipe:
     """Updates whose loss or gradient is not finite are left out; so many in a row end the run."""
 
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """bf16 and fp16 (GPUs only; with a scaled loss) compute in half precision and keep weights and optimizer
-    in float32."""
+    """bf16 and fp16 (with a scaled loss) compute in half precision and keep weights and optimizer in
+    float32."""
 
     gradient_checkpointing: bool = _free(False)
     """Recompute activations in backward: less memory, about a third more time."""

@@ -55,7 +55,7 @@ RECIPES = sorted((ROOT / "training" / "recipes").glob("*.yaml"))
         ({"eval_tokens": 10}, "eval_tokens=10.*sequence_length=1024"),
         ({"resume": "yes"}, "resume='yes'.*bool"),
         ({"revision": 3}, "revision=3.*text, or none"),
-        ({"precision": "fp16"}, "precision='fp16'.*fp32, bf16"),
+        ({"precision": "fp8"}, "precision='fp8'.*fp32, bf16, fp16"),
     ],
 )
 def test_a_bad_field_is_refused_by_name_value_and_mend(changes, message):
