@@ -69,6 +69,15 @@ class _Acting(Acting):
     def __init__(self, model: nn.Module, matching: BlockMatching, frozen: list[str]) -> None:
         self._model, self._matching, self._frozen = model, matching, frozen
 
+    def before_step(self, step: int) -> None:
+        # Not asked in attach, which comes before the model is sharded.
+        if _is_sharded(self._model):
+            raise ValueError(
+                "methods.blockwise cannot train a sharded model (FSDP, ZeRO-3, tensor parallelism): weights "
+                "are gathered there for a backward from layer to layer, and this has none. Use data "
+                "parallelism; gradients and optimizer are of the MLPs only."
+            )
+
     def task_weight(self, step: int) -> float:
         return 0.0
 
@@ -84,6 +93,12 @@ class _Acting(Acting):
         for name in self._frozen:
             if name in parameters:  # sharding may have exchanged it
                 parameters[name].requires_grad_(True)
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    if any(type(p).__name__ == "DTensor" or hasattr(p, "ds_id") for p in model.parameters()):
+        return True
+    return any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
 
 
 def _pairs(model: nn.Module, dense: nn.Module) -> dict[nn.Module, nn.Module]:

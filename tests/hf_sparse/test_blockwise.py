@@ -203,3 +203,17 @@ def test_what_cannot_be_matched_is_refused_and_left_as_it_was():
         matching(patched(tiny("opt")), tiny("opt"))
     assert all(p.requires_grad for p in student.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in student.modules())
+
+
+def test_a_sharded_model_is_refused():
+    """Whose weights are freed after the forward of a layer, and gathered for a backward that never comes."""
+    student = patched(tiny("llama"))
+    acting = matching(student, tiny("llama"))
+    acting.before_step(1)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        torch.distributed.fsdp.fully_shard(student)
+        with pytest.raises(ValueError, match=r"methods\.blockwise cannot train a sharded model"):
+            acting.before_step(2)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -141,9 +141,14 @@ def main() -> None:
     folder = Path(sys.argv[1])
     made = trainer(folder / "trainer", METHODS, **DISTRIBUTED, gradient_accumulation_steps=2)
     weights, log = run(made)
+    try:
+        trainer(folder / "trainer", {"blockwise": {}}).train()
+        refused = ""
+    except ValueError as error:
+        refused = str(error)
     if made.args.process_index == 0:
         torch.save(weights, folder / "weights.pt")
-        (folder / "log.json").write_text(json.dumps(log))
+        (folder / "log.json").write_text(json.dumps([log, refused]))
 
 
 if __name__ == "__main__":
