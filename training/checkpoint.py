@@ -65,8 +65,13 @@ class Checkpoints:
 
     def __init__(self, accelerator: Accelerator, folder: Path, keep: int) -> None:
         self._accelerator, self._folder, self._keep = accelerator, folder, keep
+        self._others: list[Callable[[Path], None]] = []
         accelerator.register_save_state_pre_hook(_bare_weights)
         accelerator.register_load_state_pre_hook(_load_bare_weights)
+
+    def also(self, write: Callable[[Path], None]) -> None:
+        """Have ``write`` add a file to the folder of each checkpoint; all processes call it."""
+        self._others.append(write)
 
     def save(self, progress: Progress, recipe: dict[str, Any]) -> Path:
         """Write a checkpoint of the prepared model, optimizer and random states, and ``progress``.
@@ -89,6 +94,8 @@ class Checkpoints:
 
     def _write(self, aside: Path, final: Path, progress: Progress, recipe: dict[str, Any]) -> None:
         self._accelerator.save_state(str(aside))
+        for write in self._others:
+            write(aside)
         for stream, place in progress.streams.items():
             _write_json(aside / _stream_file(stream), asdict(place))
 

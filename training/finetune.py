@@ -104,11 +104,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if recipe.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     model, optimizer = accelerator.prepare(model, build_optimizer(recipe, model))
+    sharpness = recipe.perturbation()
+    perturbation = sharpness.build(optimizer, model, recipe.max_steps) if sharpness else None
     progress = Progress()
     set_seed(recipe.seed, device_specific=True)  # dropout differs between processes
     if checkpoint:
         progress = checkpoints.load(checkpoint)
         acting.load_state_dict(progress.methods)
+        if perturbation:
+            perturbation.load(checkpoint / "sharpness.safetensors")
     else:
         first = evaluation(model)
         acting.after_evaluation(0, first)
@@ -126,8 +130,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         states=progress.streams,
     )
     run = Run(
-        recipe, accelerator, model, optimizer, acting, data, checkpoints, log, lambda: evaluation(model)
+        recipe=recipe,
+        accelerator=accelerator,
+        model=model,
+        optimizer=optimizer,
+        acting=acting,
+        perturbation=perturbation,
+        data=data,
+        checkpoints=checkpoints,
+        log=log,
+        evaluate=lambda: evaluation(model),
     )
+    if perturbation:
+        checkpoints.also(lambda folder: perturbation.save(folder / "sharpness.safetensors"))
     train(run, progress)
 
     # The result.

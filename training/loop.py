@@ -22,6 +22,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from hf_sparse.methods import Acting, Term
 from hf_sparse.metrics import SparsityReport
 from hf_sparse.schedules import learning_rate_share
+from hf_sparse.sharpness import Perturbation
 
 _STOP = "stop"
 
@@ -35,6 +36,7 @@ class Run:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     acting: Acting
+    perturbation: Perturbation | None
     data: TrainingData
     checkpoints: Checkpoints
     log: RunLog
@@ -154,6 +156,11 @@ def update(run: Run, batch: Batch, step: int, stop: Stop) -> tuple[dict[str, flo
         group["lr"] = learning_rate(recipe, step)
     run.acting.before_step(step)
     means = gradients(run, batch, step, stop)
+    if run.perturbation is not None:
+        scale = 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()
+        with run.perturbation.perturbed(scale):
+            run.optimizer.zero_grad()
+            gradients(run, batch, step, stop)
     norm = accelerator.clip_grad_norm_(run.model.parameters(), recipe.clip_norm or math.inf)
     values = {name: float(mean) for name, mean in means.items()} | {"gradient_norm": float(norm)}
     stopped = values.pop(_STOP) > 0
@@ -163,6 +170,8 @@ def update(run: Run, batch: Batch, step: int, stop: Stop) -> tuple[dict[str, flo
     run.optimizer.zero_grad()
     if finite:
         run.acting.after_step(step)
+    if run.perturbation is not None and (count := run.perturbation.samples_due):
+        renew_mask(run, batch, step, count)
     return values, stopped
 
 
@@ -170,23 +179,38 @@ def gradients(run: Run, batch: Batch, step: int, stop: Stop) -> dict[str, Tensor
     """Forward and backward over all micro-batches of an update; mean loss and terms over all processes."""
     accelerator = run.accelerator
     micro_batches = batch.input_ids.to(accelerator.device).split(run.recipe.micro_batch)
-    task = run.acting.task_weight(step)
     sums: dict[str, Tensor] = {}
     for i, ids in enumerate(micro_batches):
         # Sequences count equally, in whatever pieces they come.
         weight = len(ids) / len(batch.input_ids)
         last = i == len(micro_batches) - 1
-        inputs = {"input_ids": ids, "labels": ids}
         with nullcontext() if last else accelerator.no_sync(run.model):
-            output = run.model(**inputs, use_cache=False)
-            terms = {"loss": Term(output.loss, task), **run.acting.loss(step, inputs, output)}
-            total = sum((term.weight * term.value for term in terms.values() if term.weight), 0.0)
-            accelerator.backward(total * weight if torch.is_tensor(total) else 0.0 * output.loss)
+            terms = backward(run, ids, step, weight)
         for name, term in terms.items():
             sums[name] = sums.get(name, 0) + term.value.detach().float() * weight
     sums[_STOP] = torch.tensor(float(stop.asked), device=accelerator.device)
     means = accelerator.reduce(torch.stack(list(sums.values())), "mean").unbind()
     return dict(zip(sums, means, strict=True))
+
+
+def backward(run: Run, ids: Tensor, step: int, weight: float = 1.0) -> dict[str, Term]:
+    """Forward and backward of one micro-batch, its loss times ``weight``; the loss and the terms."""
+    inputs = {"input_ids": ids, "labels": ids}
+    output = run.model(**inputs, use_cache=False)
+    terms = {"loss": Term(output.loss, run.acting.task_weight(step)), **run.acting.loss(step, inputs, output)}
+    total = sum((term.weight * term.value for term in terms.values() if term.weight), 0.0)
+    run.accelerator.backward(total * weight if torch.is_tensor(total) else 0.0 * output.loss)
+    return terms
+
+
+def renew_mask(run: Run, batch: Batch, step: int, count: int) -> None:
+    """Give a Fisher mask the gradients of single sequences, the first ``count`` of the global batch."""
+    assert run.perturbation is not None
+    per_stream = len(batch.input_ids) // len(batch.states)
+    places = [stream * per_stream + i for stream in batch.states for i in range(per_stream)]
+    own = batch.input_ids[[place < count for place in places]].to(run.accelerator.device)
+    run.perturbation.update_mask(lambda sample: backward(run, sample["input_ids"], step), {"input_ids": own})
+    run.optimizer.zero_grad()
 
 
 def _next_batch(batches: Iterator[Batch], step: int, recipe: Recipe) -> Batch:

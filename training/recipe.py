@@ -16,6 +16,8 @@ from hf_sparse.activations.config import ORIGINAL
 from hf_sparse.config import SparsityConfig
 from hf_sparse.fields import check_types, require
 from hf_sparse.methods import Method, read_methods
+from hf_sparse.sharpness import SharpnessConfig
+from hf_sparse.sharpness import read as read_sharpness
 
 _DENSE = "none"
 
@@ -53,6 +55,11 @@ class Recipe:
     lora: dict[str, Any] | None = None
     """Train low-rank adapters, norms and biases instead of all weights; merged into the model at the end.
     Fields: r, alpha, dropout, targets, norms, biases. none trains everything."""
+
+    sharpness: dict[str, Any] | None = None
+    """Take every gradient where the loss nearby is higher: {name: sam, rho: 0.05}; other names are
+    sparse_sam_fisher, sparse_sam_dynamic, fisher_sam. An update takes twice as long. docs/methods.md has the
+    fields."""
 
     # ---- data
     dataset: str = "allenai/c4"
@@ -174,6 +181,8 @@ class Recipe:
         object.__setattr__(self, "methods", {one.name: one.to_dict() for one in methods})
         if (lora := self.adapters()) is not None:
             object.__setattr__(self, "lora", asdict(lora))
+        if (sharpness := self.perturbation()) is not None:
+            object.__setattr__(self, "sharpness", sharpness.to_dict())
         check_types(self)
         for name in [
             "sequence_length",
@@ -216,6 +225,13 @@ class Recipe:
             self.extra_steps,
             f"with decay={self.decay!r} and final_learning_rate=0 there is nothing left to learn with",
         )
+        samples = (self.sharpness or {}).get("samples", 0)
+        require(
+            samples <= self.global_batch,
+            "sharpness.samples",
+            samples,
+            f"they are sequences of one batch, and global_batch={self.global_batch}",
+        )
         for method in methods:
             method.check(self.sparsity_config())
 
@@ -231,6 +247,10 @@ class Recipe:
     def adapters(self) -> Lora | None:
         """What ``lora`` says."""
         return None if self.lora is None else Lora.read(self.lora)
+
+    def perturbation(self) -> SharpnessConfig | None:
+        """What ``sharpness`` says."""
+        return None if self.sharpness is None else read_sharpness(self.sharpness)
 
     def sparsity_config(self) -> SparsityConfig | None:
         """What the model is patched with; None: it stays dense."""
