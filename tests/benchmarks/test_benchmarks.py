@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import hf_sparse
+from support.models import tiny
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 # fmt: off
@@ -120,6 +121,26 @@ def test_generate(tmp_path: Path) -> None:
         assert rows[name]["same_greedy_tokens_as_dense"] == [3, 3]
         assert rows[name]["batch"] == 2
         assert 0.8 < rows[name]["sparsity"] < 1
+
+
+@pytest.mark.slow
+def test_training_step(tmp_path: Path) -> None:
+    tiny("llama", tie_word_embeddings=True).save_pretrained(tmp_path / "model")
+    sizes = ("--model", str(tmp_path / "model"), "--batch", "4", "--micro-batch", "2", "--length", "16")
+    rows = {row["trainer"]: row for row in run("training_step", tmp_path / "r.json", *sizes)["results"]}
+    assert list(rows) == [
+        "transformers.Trainer",
+        "finetune.py",
+        "transformers.Trainer, ReLU and L1",
+        "finetune.py, ReLU and L1",
+    ]
+    first, ours, with_callback, with_methods = (row["loss_after_one_update"] for row in rows.values())
+    assert ours == pytest.approx(first, rel=1e-5)  # they do the same work
+    assert with_methods == pytest.approx(with_callback, rel=1e-5)
+    assert with_methods != pytest.approx(first, rel=1e-5)
+    for row in rows.values():
+        assert row["share_quartiles"][0] <= row["share_of_the_first"] <= row["share_quartiles"][1]
+        assert row["peak_mib"] > 100
 
 
 @pytest.mark.gpu
