@@ -261,11 +261,20 @@ def ours(model: PreTrainedModel, methods: dict[str, Any], args: argparse.Namespa
     log = RunLog(folder, main=True, tensorboard=False)
     data: Any = (Batch(ids, {}) for ids in batches(model, args))
     checkpoints = Checkpoints(accelerator, folder, 1)
-    turns.wait()
-    train(
-        Run(recipe, accelerator, prepared, optimizer, acting, data, checkpoints, log, lambda: None),
-        Progress(),
+    run = Run(
+        recipe=recipe,
+        accelerator=accelerator,
+        model=prepared,
+        optimizer=optimizer,
+        acting=acting,
+        perturbation=None,
+        data=data,
+        checkpoints=checkpoints,
+        log=log,
+        evaluate=lambda: None,
     )
+    turns.wait()
+    train(run, Progress())
 
 
 # ---- the comparison

@@ -6,6 +6,7 @@ from hf_sparse._version import __version__
 from hf_sparse.activations import ActivationConfig
 from hf_sparse.config import SparsityConfig
 from hf_sparse.errors import PatchError
+from hf_sparse.exporting import export
 from hf_sparse.hooks import install, uninstall
 from hf_sparse.hub import push_to_hub
 from hf_sparse.metrics import SparsityReport, measure
@@ -27,6 +28,7 @@ __all__ = [
     "TuneReport",
     "__version__",
     "backend",
+    "export",
     "inspect",
     "install",
     "measure",

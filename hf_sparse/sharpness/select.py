@@ -1,7 +1,7 @@
 """The largest of numbers that lie in many tensors and processes, without gathering or sorting them.
 
 The threshold is found digit by digit, from the most significant: a pass counts the keys with the digits
-found so far by their next one, and the counts are summed over processes. Three passes settle the 31 bits of a
+found so far by their next one, and the counts are summed over processes. Two passes settle the 31 bits of a
 nonnegative float32, exactly. Of keys that equal the threshold the first in the order of parameters and
 entries are taken, so that the outcome is the same however the parameters are sharded.
 """
@@ -19,7 +19,7 @@ Keys = Callable[[slice], Tensor]
 """Gives integers for a piece of the flat local entries of one parameter; -1 for those not to be taken."""
 
 KEY_BITS = 31
-_DIGIT_BITS = 11
+_DIGIT_BITS = 16
 _PIECE = 1 << 22
 """Entries looked at together, so that a pass takes little memory."""
 
@@ -38,8 +38,8 @@ def largest(keys: Sequence[Keys], count: int, parts: Sequence[Part]) -> list[Ten
     """
     if count == 0:
         return [torch.zeros_like(part.local(), dtype=torch.bool) for part in parts]
-    threshold, ties = _threshold(keys, count, KEY_BITS, parts)
-    last = _last_tie(keys, threshold, ties, parts)
+    threshold, ties, equal = _threshold(keys, count, KEY_BITS, parts)
+    last = (len(parts), 0) if ties == equal else _last_tie(keys, threshold, ties, parts)
     masks = []
     for index, (key, part) in enumerate(zip(keys, parts, strict=True)):
         mask = torch.empty(part.local().numel(), dtype=torch.bool, device=part.local().device)
@@ -61,18 +61,20 @@ def pieces(part: Part) -> Iterator[slice]:
         yield slice(begin, min(begin + _PIECE, size))
 
 
-def _threshold(keys: Sequence[Keys], count: int, bits: int, parts: Sequence[Part]) -> tuple[int, int]:
-    """The key that is number ``count`` from above, and how many of those that equal it are among these."""
-    found, shift = 0, bits
+def _threshold(keys: Sequence[Keys], count: int, bits: int, parts: Sequence[Part]) -> tuple[int, int, int]:
+    """The key that is number ``count`` from above; how many equal it, of these ``count`` and of all."""
+    found, shift, equal = 0, bits, 0
     while shift:
         width = min(_DIGIT_BITS, shift)
         shift -= width
         digits = [_digits(key, found, shift, width, part) for key, part in zip(keys, parts, strict=True)]
-        from_above = total(digits, parts).flip(0).cumsum(0).tolist()
-        above = next(index for index, so_many in enumerate(from_above) if so_many >= count)
-        count -= from_above[above - 1] if above else 0
+        counts = total(digits, parts).flip(0)
+        upto = counts.cumsum(0)
+        above = int(torch.searchsorted(upto, count))
+        equal = int(counts[above])
+        count -= int(upto[above]) - equal
         found = (found << width) | ((1 << width) - 1 - above)
-    return found, count
+    return found, count, equal
 
 
 def _digits(key: Keys, found: int, shift: int, width: int, part: Part) -> Tensor:
@@ -103,5 +105,5 @@ def _last_tie(keys: Sequence[Keys], threshold: int, ties: int, parts: Sequence[P
     def from_the_end(piece: slice) -> Tensor:
         return torch.where(key(piece) == threshold, end - part.positions(piece), -1)
 
-    nearest, _ = _threshold([from_the_end], ties - (upto[index - 1] if index else 0), bits, [part])
+    nearest, _, _ = _threshold([from_the_end], ties - (upto[index - 1] if index else 0), bits, [part])
     return index, end - nearest

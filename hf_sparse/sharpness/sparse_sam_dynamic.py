@@ -15,7 +15,7 @@ from hf_sparse.sharpness.config import SharpnessConfig
 from hf_sparse.sharpness.masks import Masks, zeros_if_none
 from hf_sparse.sharpness.part import Part, total
 from hf_sparse.sharpness.patterns import share_of
-from hf_sparse.sharpness.select import Keys, float_keys, largest
+from hf_sparse.sharpness.select import Keys, float_keys, largest, pieces
 
 _BITS = 0xFFFF_FFFF
 
@@ -98,12 +98,12 @@ def _hashed(salt: str, part: Part) -> Keys:
     digest = sha256(salt.encode()).digest()
     low, high = (int.from_bytes(digest[i : i + 4], "little") for i in (0, 4))
 
-    def key(piece: slice) -> Tensor:
+    keys = torch.empty(part.local().numel(), dtype=torch.int32, device=part.local().device)
+    for piece in pieces(part):
         position = part.positions(piece)
         mixed = _mix((position & _BITS) ^ low)
-        return _mix((mixed + (position >> 32)) & _BITS ^ high) >> 1
-
-    return key
+        keys[piece] = _mix((mixed + (position >> 32)) & _BITS ^ high) >> 1
+    return lambda piece: keys[piece]
 
 
 def _mix(x: Tensor) -> Tensor:

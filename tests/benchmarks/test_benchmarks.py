@@ -186,6 +186,28 @@ def test_competitors_take_turns_and_the_ratio_is_of_one_turn(harness: Any) -> No
     assert (ratios["sparse"].low, ratios["sparse"].median, ratios["sparse"].high) == (2, 2, 2)
 
 
+def test_lora(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    sizes = (
+        "--shape",
+        "64x96",
+        "--layers",
+        "2",
+        "--dtypes",
+        "bfloat16",
+        "--rank",
+        "4",
+        "--sparsity",
+        "0",
+        "90",
+    )
+    with hf_sparse.backend("torch"):  # too small to skip by itself
+        rows = run("lora", tmp_path / "r.json", *sizes)["results"]
+    found = [(row["adapter"], round(row["sparsity"], 1), row["skips"]) for row in rows]
+    places = ("merged", "gate", "up", "down")
+    assert found == [(where, silent, where != "down") for where in places for silent in (0, 0.9)]
+
+
 def test_experts(tmp_path: Path) -> None:
     sizes = (
         "--shape",

@@ -62,9 +62,13 @@ hf_sparse.push_to_hub(model, "me/repatched", **everything)
 hf_sparse.patch(model, "fatrelu", threshold=0.5)
 model.push_to_hub("me/repatched")
 
-ids = torch.randint(3, 100, (2, 17))
-for name, other in (("mixtral", tiny("mixtral")), ("jsrelu", tiny("llama")), ("bloom", tiny("bloom"))):
-    hf_sparse.patch(other, "relu" if name != "jsrelu" else name)
+ids, zeroth = torch.randint(3, 100, (2, 17)), {"zeroth_bias": {"positions": 9}}
+for name, kind in (("mixtral", "mixtral"), ("jsrelu", "llama"), ("bloom", "bloom"), ("zeroth", "gpt2")):
+    other = tiny(kind)
+    hf_sparse.patch(other, "relu" if name != "jsrelu" else name, **zeroth if name == "zeroth" else {})
+    for parameter in other.parameters():
+        if tuple(parameter.shape) == (9, 32):
+            torch.nn.init.normal_(parameter)
     hf_sparse.push_to_hub(other, f"me/{name}")
     torch.save([ids, other(ids).logits], f"{out}/{name}.pt")
 gemma = composite("gemma3")
@@ -103,7 +107,7 @@ if "relu" in sys.argv[3:]:
     print(AutoTokenizer.from_pretrained("me/relu")("Return the text").input_ids)
     AutoModelForCausalLM.from_pretrained("me/relu", revision="wip")
 """
-LOADED = ("relu", "jsrelu", "mixtral", "bloom", "gemma3")
+LOADED = ("relu", "jsrelu", "mixtral", "bloom", "gemma3", "zeroth")
 
 
 class Shelf:
