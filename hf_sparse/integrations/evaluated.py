@@ -13,7 +13,10 @@ from hf_sparse.metrics.sparsity import ZeroCounter
 
 
 class EvaluatedSparsity:
-    """Counts exact zeros in every forward in evaluation mode; those of evaluations are kept."""
+    """Counts exact zeros in every forward in evaluation mode; those of evaluations are kept.
+
+    Of encoder-decoders nothing: which of their blocks has which padding is not known.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -34,6 +37,8 @@ class EvaluatedSparsity:
 
     def count(self) -> None:
         """Keep what the last forward gave: it was one of an evaluation."""
+        if not self._last:
+            return
         found = [counter.result() for counter in self._last]
         self._layers = [a + b for a, b in zip(self._layers, found, strict=True)] if self._layers else found
         self._last = []
@@ -59,7 +64,7 @@ class EvaluatedSparsity:
     def _begin(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._counting.close()
         self._last = []
-        if model.training:
+        if model.training or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             return
         mask = kwargs.get("attention_mask")
         for block in self._blocks:

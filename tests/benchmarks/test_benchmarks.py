@@ -126,21 +126,14 @@ def test_generate(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_training_step(tmp_path: Path) -> None:
     tiny("llama", tie_word_embeddings=True).save_pretrained(tmp_path / "model")
+    names = ["transformers.Trainer, ReLU and L1", "finetune.py, ReLU and L1"]
     sizes = ("--model", str(tmp_path / "model"), "--batch", "4", "--micro-batch", "2", "--length", "16")
-    rows = {row["trainer"]: row for row in run("training_step", tmp_path / "r.json", *sizes)["results"]}
-    assert list(rows) == [
-        "transformers.Trainer",
-        "finetune.py",
-        "transformers.Trainer, ReLU and L1",
-        "finetune.py, ReLU and L1",
-    ]
-    first, ours, with_callback, with_methods = (row["loss_after_one_update"] for row in rows.values())
-    assert ours == pytest.approx(first, rel=1e-5)  # they do the same work
-    assert with_methods == pytest.approx(with_callback, rel=1e-5)
-    assert with_methods != pytest.approx(first, rel=1e-5)
-    for row in rows.values():
-        assert row["share_quartiles"][0] <= row["share_of_the_first"] <= row["share_quartiles"][1]
-        assert row["peak_mib"] > 100
+    first, ours = run("training_step", tmp_path / "r.json", *sizes, "--competitors", *names)["results"]
+    assert [first["trainer"], ours["trainer"]] == names
+    assert ours["loss_after_one_update"] == pytest.approx(first["loss_after_one_update"], rel=1e-5)
+    assert first["share_of_the_first"] == first["memory_share_of_the_first"] == 1
+    assert ours["share_quartiles"][0] <= ours["share_of_the_first"] <= ours["share_quartiles"][1]
+    assert 100 < ours["peak_mib"] == ours["memory_share_of_the_first"] * first["peak_mib"]
 
 
 @pytest.mark.gpu

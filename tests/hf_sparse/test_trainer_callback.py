@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration, Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerCallback
 
 import hf_sparse
@@ -248,6 +249,38 @@ def test_blockwise_trains_mlps_only(tmp_path):
     first, last = (record for record in log if "loss" in record)
     assert first["loss"] == pytest.approx(first["blockwise"], rel=1e-5)
     assert last["blockwise"] < first["blockwise"]
+
+
+def test_an_encoder_decoder_trains_and_evaluates(tmp_path):
+    sizes = {"d_model": 16, "d_kv": 8, "num_heads": 2, "num_layers": 2, "vocab_size": 64, "d_ff": 32}
+    config = T5Config(**sizes, decoder_start_token_id=0, feed_forward_proj="gelu")
+    dense = T5ForConditionalGeneration(config)
+    model = copy.deepcopy(dense)
+    hf_sparse.patch(model, "relu")
+    row = {"input_ids": [4, 5, 6, 1, 0, 0], "attention_mask": [1, 1, 1, 1, 0, 0], "labels": [7, 8, 1, -100]}
+    arguments = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
+    made = Trainer(
+        model,
+        TrainingArguments(str(tmp_path), max_steps=2, logging_steps=1, eval_strategy="epoch", **arguments),
+        train_dataset=[row] * 8,
+        eval_dataset=[row] * 2,
+        callbacks=[hf_sparse.SparsityCallback({**METHODS, "distillation": {"task": 1.0}}, dense=dense)],
+    )
+    _, log = run(made)
+    assert log[0]["distillation"] > 0
+    total = log[0]["task_loss"] + log[0]["distillation"] + 2 * log[0]["l1"]
+    assert log[0]["loss"] == pytest.approx(total, rel=1e-5)
+    assert not any("eval_sparsity" in record for record in log)  # rather none than a wrong one
+
+
+def test_restored_callbacks_continue(tmp_path):
+    """As ``restore_callback_states_from_checkpoint`` has it: the Trainer makes the callback anew."""
+    methods = {name: METHODS[name] for name in ("l1", "mixing")}
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    whole, _ = run(trainer(tmp_path / "whole", methods, **saving))
+    made = trainer(tmp_path / "more", methods, restore_callback_states_from_checkpoint=True, **saving)
+    weights, _ = run(made, resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert all(torch.equal(weights[name], whole[name]) for name in whole)
 
 
 def test_mistakes_are_named(tmp_path):
