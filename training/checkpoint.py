@@ -26,6 +26,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from data import StreamState
 from safetensors import SafetensorError
 from safetensors.torch import load_model
+from sharding import layout
 from torch import nn
 
 FORMAT_VERSION = 1
@@ -103,7 +104,8 @@ class Checkpoints:
         if not self._accelerator.is_main_process:
             return
         state = {name: getattr(progress, name) for name in _COUNTED}
-        _write_json(aside / "state.json", {**state, "recipe": recipe})
+        placed = {"layout": layout(self._accelerator), "processes": self._accelerator.num_processes}
+        _write_json(aside / "state.json", {**state, **placed, "recipe": recipe})
         streams = range(recipe["data_streams"])
         if missing := [f for v in streams if not (aside / (f := _stream_file(v))).exists()]:
             raise CheckpointError(
@@ -170,9 +172,15 @@ class Checkpoints:
         return found[0]
 
     def load(self, path: Path) -> Progress:
-        """Put a checkpoint into the prepared model, optimizer and random states; returns its progress."""
-        self._accelerator.load_state(str(path))
+        """Put a checkpoint into the prepared model, optimizer and random states; returns its progress.
+
+        Raises:
+            CheckpointError: its weights lie otherwise than those of this run.
+
+        """
         state = read_state(path)
+        _check_layout(path, state, self._accelerator)
+        self._accelerator.load_state(str(path))
         streams = {
             v: StreamState(**json.loads((path / _stream_file(v)).read_text(encoding="utf-8")))
             for v in range(state["recipe"]["data_streams"])
@@ -182,6 +190,21 @@ class Checkpoints:
     def _all(self) -> list[Path]:
         """Complete checkpoints, newest first."""
         return sorted((p for p in self._folder.glob("step-*") if p.is_dir()), reverse=True)
+
+
+def _check_layout(path: Path, state: dict[str, Any], accelerator: Accelerator) -> None:
+    written, own = state["layout"], layout(accelerator)
+    names = {"whole": "by processes that hold the whole model", "FSDP": "under FSDP", "DEEPSPEED": "by DeepSpeed"}
+    if written != own:
+        raise CheckpointError(
+            f"{path} was written {names[written]}, and this run goes on {names[own]}: start it with the "
+            "config of accelerate that it began with, or a new run in another output_dir."
+        )
+    if own == "DEEPSPEED" and state["processes"] != accelerator.num_processes:
+        raise CheckpointError(
+            f"{path} holds the pieces of {state['processes']} processes of DeepSpeed, and this run has "
+            f"{accelerator.num_processes}: go on with as many as before."
+        )
 
 
 def read_state(path: Path) -> dict[str, Any]:

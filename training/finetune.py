@@ -17,7 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import set_seed
 from arguments import parse_recipe
 from checkpoint import CheckpointError, Checkpoints, Progress, publish, read_state, write_whole
 from data import DataExhaustedError, TrainingData, evaluation_data, open_documents
@@ -28,6 +28,7 @@ from loop import Run, build_optimizer, train
 from lora import add_lora
 from recipe import Recipe
 from run_log import RunLog, read_log
+from sharding import fit, is_sharded, size, whole_in_every_process, whole_state
 from surroundings import machine, versions
 from trackers import begin_tracking, installed
 from training_sparsity import TrainingSparsity
@@ -51,8 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not (recipe.progress and accelerator.is_main_process):
         disable_progress_bar()
 
-    if recipe.lora and is_sharded(accelerator):
-        raise ValueError("lora cannot be sharded yet: train it under data parallelism, or set lora=none.")
+    fit(accelerator, recipe)
 
     # Continue, or begin?
     checkpoints = Checkpoints(accelerator, output / "checkpoints", recipe.keep_checkpoints)
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model,
         recipe.max_steps,
         mean=lambda value: accelerator.reduce(value, "mean"),
-        dense=lambda: load(recipe).to(accelerator.device).eval(),
+        dense=lambda: load_dense(recipe, accelerator).to(accelerator.device).eval(),
         dense_loss=dense_loss,
     )
     acting = ActingTogether(recipe.acting_methods(), setting)
@@ -181,6 +181,12 @@ def load(recipe: Recipe) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(recipe.model, revision=revision, dtype=torch.float32)
 
 
+def load_dense(recipe: Recipe, accelerator: Accelerator) -> PreTrainedModel:
+    """The same beside the model in training: whole in every process, however that one is sharded."""
+    with whole_in_every_process(accelerator):
+        return load(recipe)
+
+
 def find_checkpoint(recipe: Recipe, checkpoints: Checkpoints) -> Path | None:
     """The checkpoint to continue from, None for a new run.
 
@@ -224,17 +230,12 @@ def recorded_loss(log: Path) -> float | None:
     return next((record["loss"] for record in read_log(log) if record["kind"] == "original"), None)
 
 
-def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether each process holds only a part of the weights."""
-    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-
-
 def describe(recipe: Recipe, accelerator: Accelerator, model: PreTrainedModel) -> dict[str, object]:
     """The first record of a log: what is run, and on what."""
     return {
         "recipe": recipe.to_dict(),
         "architecture": type(model).__name__,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": size(model),
         "processes": accelerator.num_processes,
         "device": str(accelerator.device.type),
         "versions": versions(),
@@ -253,7 +254,7 @@ def save_final(
     bare = accelerator.unwrap_model(model)
     if is_adapted := hasattr(bare, "merge_and_unload"):
         bare = bare.merge_and_unload()
-    state = None if is_adapted else accelerator.get_state_dict(model)
+    state = None if is_adapted else whole_state(accelerator, model)
     if accelerator.is_main_process:
         aside, final = write_whole(output / "final")
         # Saving takes tied weights out of the mapping that it gets.
@@ -267,7 +268,7 @@ def save_final(
             tokenizer,
             recipe,
             report=kept(output / LATEST),
-            before=kept(output / ORIGINAL),
+            before=kept(output / ORIGINAL) if (output / ORIGINAL).exists() else None,  # not of a sharded run
         )
         publish(aside, final)
     accelerator.wait_for_everyone()

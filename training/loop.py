@@ -21,6 +21,7 @@ from stopping import STATUS, Stop, stop_on_sigterm
 from torch import Tensor, nn
 from training_sparsity import TrainingSparsity
 
+from hf_sparse.adapters.roles import shape
 from hf_sparse.methods import Acting, Term
 from hf_sparse.metrics import SparsityReport
 from hf_sparse.schedules import learning_rate_share
@@ -52,7 +53,8 @@ def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.AdamW:
     plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (decayed if parameter.ndim >= 2 and "bias" not in name else plain).append(parameter)
+            is_matrix = len(shape(parameter)) >= 2 and "bias" not in name
+            (decayed if is_matrix else plain).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": recipe.weight_decay},
         {"params": plain, "weight_decay": 0.0},
@@ -188,6 +190,7 @@ def gradients(run: Run, batch: Batch, step: int, stop: Stop) -> dict[str, Tensor
         last = i == len(micro_batches) - 1
         if is_logged(run.recipe, step):
             run.sparsity.begin(step, i)
+        accelerator.sync_gradients = last  # DeepSpeed updates in the backward of the last
         with nullcontext() if last else accelerator.no_sync(run.model):
             terms = backward(run, ids, step, weight)
         for name, term in terms.items():

@@ -12,10 +12,11 @@
 set -euo pipefail
 
 HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export HEAD
+PROCESSES=$((SLURM_NNODES * ${SLURM_GPUS_ON_NODE:-8}))
+export HEAD PROCESSES
 
 srun --kill-on-bad-exit=0 bash -c 'exec accelerate launch \
     --config_file training/configs/two_machines.yaml \
-    --num_machines "$SLURM_NNODES" --num_processes "$((8 * SLURM_NNODES))" \
-    --machine_rank "$SLURM_NODEID" --main_process_ip "$HEAD" --main_process_port 29500 \
-    training/finetune.py --precision bf16 --data-streams "$((8 * SLURM_NNODES))" --resume "$@"' _ "$@"
+    --num_machines "$SLURM_NNODES" --num_processes "$PROCESSES" --machine_rank "$SLURM_NODEID" \
+    --main_process_ip "$HEAD" --main_process_port "${MASTER_PORT:-29500}" \
+    training/finetune.py --precision bf16 --data-streams "$PROCESSES" --resume "$@"' _ "$@"
