@@ -194,7 +194,11 @@ class Checkpoints:
 
 def _check_layout(path: Path, state: dict[str, Any], accelerator: Accelerator) -> None:
     written, own = state["layout"], layout(accelerator)
-    names = {"whole": "by processes that hold the whole model", "FSDP": "under FSDP", "DEEPSPEED": "by DeepSpeed"}
+    names = {
+        "whole": "by processes that hold the whole model",
+        "FSDP": "under FSDP",
+        "DEEPSPEED": "by DeepSpeed",
+    }
     if written != own:
         raise CheckpointError(
             f"{path} was written {names[written]}, and this run goes on {names[own]}: start it with the "

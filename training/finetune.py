@@ -28,11 +28,25 @@ from loop import Run, build_optimizer, train
 from lora import add_lora
 from recipe import Recipe
 from run_log import RunLog, read_log
-from sharding import fit, is_sharded, size, whole_in_every_process, whole_state
+from sharding import (
+    fit,
+    is_sharded,
+    reads_no_weights,
+    size,
+    whole_in_every_process,
+    whole_state,
+    without_weights,
+)
 from surroundings import machine, versions
 from trackers import begin_tracking, installed
 from training_sparsity import TrainingSparsity
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.logging import disable_progress_bar
 
 import hf_sparse
@@ -62,7 +76,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The model, before anything is changed.
     set_seed(recipe.seed)
     tokenizer = AutoTokenizer.from_pretrained(recipe.model, revision=recipe.revision or "main")
-    model: Any = load(recipe)  # with lora a PeftModel, prepared whatever accelerate makes of it
+    model: Any = load(
+        recipe, empty=reads_no_weights(accelerator)
+    )  # with lora a PeftModel, prepared whatever accelerate makes of it
     check_length(recipe, model)
 
     # The text: what to evaluate on, and therefore not to train on.
@@ -175,9 +191,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     accelerator.end_training()
 
 
-def load(recipe: Recipe) -> PreTrainedModel:
-    """The pretrained model, in float32, as it was published."""
+def load(recipe: Recipe, *, empty: bool = False) -> PreTrainedModel:
+    """The pretrained model, in float32, as it was published; if ``empty``, with weights that are still to come."""
     revision = recipe.revision or "main"
+    if empty:
+        config = AutoConfig.from_pretrained(recipe.model, revision=revision)
+        return without_weights(lambda: AutoModelForCausalLM.from_config(config, dtype=torch.float32))
     return AutoModelForCausalLM.from_pretrained(recipe.model, revision=revision, dtype=torch.float32)
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from accelerate import Accelerator
+import torch
+from accelerate import Accelerator, init_empty_weights
 from accelerate.utils import DistributedType
 from recipe import Recipe
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from hf_sparse.adapters.roles import shape
@@ -54,12 +56,39 @@ def fit(accelerator: Accelerator, recipe: Recipe) -> None:
     config["gradient_clipping"] = recipe.clip_norm
 
 
+def reads_no_weights(accelerator: Accelerator) -> bool:
+    """Whether this process gets its part of the weights from another one, which reads them."""
+    return (
+        accelerator.distributed_type == DistributedType.FSDP
+        and accelerator.state.fsdp_plugin.cpu_ram_efficient_loading
+        and not accelerator.is_main_process
+    )
+
+
+def without_weights(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """What ``build`` makes, with parameters that are memory reserved and never touched.
+
+    They lie on the CPU, not on meta: accelerate tells the parameters of an optimizer apart by their address.
+    Buffers are as they should be.
+    """
+    with init_empty_weights(include_buffers=False):
+        model = build()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            reserved = torch.empty_like(parameter, device="cpu")
+            setattr(module, name, nn.Parameter(reserved, parameter.requires_grad))
+    model.tie_weights()
+    return model
+
+
 @contextmanager
 def whole_in_every_process(accelerator: Accelerator) -> Iterator[None]:
     """Models loaded meanwhile are neither empty in all processes but one, as FSDP's may be, nor ZeRO-3's pieces."""
     before = os.environ.get(_RAM_EFFICIENT)
     os.environ[_RAM_EFFICIENT] = "false"
-    plugin = accelerator.deepspeed_plugin if accelerator.distributed_type == DistributedType.DEEPSPEED else None
+    plugin = (
+        accelerator.deepspeed_plugin if accelerator.distributed_type == DistributedType.DEEPSPEED else None
+    )
     if plugin is not None:
         unset_hf_deepspeed_config()
     try:

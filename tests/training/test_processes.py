@@ -1,49 +1,25 @@
-"""Two processes (gloo) against one: the same global batches, the same loss curve."""
+"""Several processes (gloo) that each hold the model against one: the same global batches and loss curve."""
 
 from __future__ import annotations
 
 import shutil
-import socket
 from pathlib import Path
 
 import pytest
-import torch
 from run_log import read_log
-from safetensors.torch import load_file
 
+from support.many import ALL_METHODS, FIELDS, free_port, same_curves, same_model, under_slurm
 from support.runs import run
 
 FIELDS = {
+    **FIELDS,
+    "methods": ALL_METHODS,
     "max_steps": 30,
-    "micro_batch": 2,
-    "log_every": 1,
     "eval_every": 10,
     "save_every": 15,
-    "eval_tokens": 336,  # 21 sequences: the processes get different numbers
-    "methods": {"l1": {"boundaries": [0.5, 1.0], "targets": [0.5, 2.0]}},
 }
 
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def curves(output: Path) -> dict[str, torch.Tensor]:
-    records = read_log(output / "log.jsonl")
-    found = {}
-    for kind, name in (("train", "loss"), ("train", "l1"), ("train", "gradient_norm"), ("eval", "loss")):
-        values = [record[name] for record in records if record["kind"] == kind]
-        found[f"{kind} {name}"] = torch.tensor(values, dtype=torch.float64)
-    return found
-
-
-def same_curves(a: Path, b: Path) -> None:
-    for (name, one), other in zip(curves(a).items(), curves(b).values(), strict=True):
-        assert len(one) == len(other) > 3, name
-        # Rounding of float32 sums in another order, carried through 30 updates.
-        torch.testing.assert_close(other, one, rtol=2e-5, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -60,23 +36,50 @@ def two(command, tmp_path_factory) -> Path:
     return output
 
 
-@pytest.mark.slow
-def test_two_processes_give_the_loss_curve_of_one(one, two):
-    assert read_log(one / "log.jsonl")[0]["processes"] == 1
-    assert read_log(two / "log.jsonl")[0]["processes"] == 2
-    same_curves(one, two)
-    weights, weights_2 = (load_file(run / "final/model.safetensors") for run in (one, two))
-    assert weights.keys() == weights_2.keys()
-    for name in weights:
-        torch.testing.assert_close(weights_2[name], weights[name], rtol=1e-3, atol=1e-4)
+def processes(output: Path) -> int:
+    return read_log(output / "log.jsonl")[0]["processes"]
 
 
-@pytest.mark.slow
-def test_a_run_of_two_processes_continues_in_one(one, two, command, in_process, tmp_path, capsys):
-    """The middle checkpoint of the two-process run, continued by one process."""
-    output = tmp_path / "continued"
-    shutil.copytree(two, output)
+def continued(ended: Path, output: Path) -> Path:
+    """A copy of a run that goes on from its middle checkpoint."""
+    shutil.copytree(ended, output)
     shutil.rmtree(output / "checkpoints/step-00000030")
+    return output
+
+
+def test_two_processes_give_the_loss_curve_of_one(one, two):
+    assert (processes(one), processes(two)) == (1, 2)
+    same_curves(one, two)
+    same_model(one, two)
+
+
+def test_a_run_of_two_processes_continues_in_one(one, two, command, in_process, tmp_path, capsys):
+    output = continued(two, tmp_path / "continued")
     in_process(command(output, resume=True, **FIELDS))
     assert "step-00000015" in capsys.readouterr().out
     same_curves(one, output)
+
+
+def test_a_run_of_one_process_continues_in_four(one, command, tmp_path):
+    output = continued(one, tmp_path / "continued")
+    said = run(command(output, processes=4, port=free_port(), resume=True, **FIELDS))
+    assert "step-00000015" in said
+    same_curves(one, output)
+    same_model(one, output)
+
+
+def test_two_machines_under_slurm_give_the_loss_curve_of_one(one, command, tmp_path):
+    (tmp_path / "bin").mkdir()
+    fields = {**FIELDS, "precision": "fp32", "data_streams": 8}
+    under_slurm(command(tmp_path / "run", **fields), tmp_path / "bin")
+    assert processes(tmp_path / "run") == 2
+    same_curves(one, tmp_path / "run")
+    same_model(one, tmp_path / "run")
+
+
+def test_adapters_of_two_processes_are_those_of_one(command, in_process, tmp_path):
+    fields = {**FIELDS, "max_steps": 12, "eval_every": 6, "lora": {"r": 4}}
+    in_process(command(tmp_path / "one", **fields))
+    run(command(tmp_path / "two", processes=2, port=free_port(), **fields))
+    same_curves(tmp_path / "one", tmp_path / "two")
+    same_model(tmp_path / "one", tmp_path / "two")
