@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, extract_model_from_parallel, gather_object
 from data import StreamState
 from safetensors import SafetensorError
 from safetensors.torch import load_model
@@ -270,16 +270,19 @@ def _bare_weights(models: list[nn.Module], weights: list[dict[str, Any]], folder
             if key in seen and value.numel():
                 del state[name]
             seen.add(key)
-        for name in [name for name in state if name.startswith("module.")]:
-            state[name.removeprefix("module.")] = state.pop(name)
+        for name in list(state):
+            state[_bare_name(name)] = state.pop(name)
+
+
+def _bare_name(name: str) -> str:
+    return name.removeprefix("_orig_mod.").removeprefix("module.")
 
 
 def _load_bare_weights(models: list[nn.Module], folder: str) -> None:
     file = Path(folder) / _WEIGHTS
     if file.exists():  # otherwise accelerate saved shards and loads them itself
         for model in models:
-            bare = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-            load_model(bare, file)
+            load_model(extract_model_from_parallel(model, keep_torch_compile=False), file)
         models.clear()
 
 

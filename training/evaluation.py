@@ -27,7 +27,9 @@ def evaluate(
     """
     own = sequences[accelerator.process_index :: accelerator.num_processes]
     most = -(-len(sequences) // accelerator.num_processes)
-    own_report = measure(accelerator.unwrap_model(model), _batches(own, most, batch_size))
+    own_report = measure(
+        accelerator.unwrap_model(model, keep_torch_compile=False), _batches(own, most, batch_size)
+    )
     return replace(sum(gather_object([own_report])), sequence_length=sequences.shape[1])
 
 

@@ -60,7 +60,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run a recipe from its beginning, or from its last checkpoint, to its end."""
     recipe = parse_recipe(argv)
     precision = "no" if recipe.precision == "fp32" else recipe.precision
-    accelerator = Accelerator(mixed_precision=precision, log_with=installed(recipe.trackers) or None)
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        log_with=installed(recipe.trackers) or None,
+        dynamo_backend="inductor" if recipe.compile else None,
+    )
     output = Path(recipe.output_dir).expanduser()
     say = accelerator.print
     if not (recipe.progress and accelerator.is_main_process):
@@ -270,7 +274,7 @@ def save_final(
     output: Path,
 ) -> None:
     """Write the trained model, adapters merged, and its tokenizer to ``output/final``, as a whole."""
-    bare = accelerator.unwrap_model(model)
+    bare = accelerator.unwrap_model(model, keep_torch_compile=False)
     if is_adapted := hasattr(bare, "merge_and_unload"):
         bare = bare.merge_and_unload()
     state = None if is_adapted else whole_state(accelerator, model)

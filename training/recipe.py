@@ -158,6 +158,10 @@ class Recipe:
     gradient_checkpointing: bool = _free(False)
     """Recompute activations in backward: less memory, about a third more time."""
 
+    compile: bool = _free(False)
+    """Train through torch.compile, which needs a C++ compiler on a CPU and takes a minute or more at the start;
+    evaluation does not."""
+
     seed: int = 42
     """Seed of the data order and of dropout."""
 

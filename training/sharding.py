@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator, init_empty_weights
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, DynamoBackend
 from recipe import Recipe
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -38,6 +38,8 @@ def fit(accelerator: Accelerator, recipe: Recipe) -> None:
     """
     if not is_sharded(accelerator):
         return
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        raise ValueError("compile cannot be sharded yet: train under data parallelism, or set compile=false.")
     if recipe.lora:
         raise ValueError("lora cannot be sharded yet: train it under data parallelism, or set lora=none.")
     if accelerator.distributed_type == DistributedType.FSDP:
@@ -108,12 +110,12 @@ def size(model: nn.Module) -> int:
 
 
 def whole_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
-    """Names and gathered weights, complete in the main process; of tied weights the first alone.
-
-    All processes have to ask.
-    """
+    """Names and gathered weights, complete in the main process. All processes have to ask."""
+    bare = accelerator.unwrap_model(model, keep_torch_compile=False)
+    if not is_sharded(accelerator):
+        return bare.state_dict()
     state: dict[str, Tensor] = accelerator.get_state_dict(model) or {}
-    bare = accelerator.unwrap_model(model)
+    # Gathering parts tied weights, of which the first is to be saved.
     names = {name for name, _ in bare.named_parameters()}
     every = {name for name, _ in bare.named_parameters(remove_duplicate=False)}
     return {name: value for name, value in state.items() if name in names or name not in every}
