@@ -196,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def load(recipe: Recipe, *, empty: bool = False) -> PreTrainedModel:
-    """The pretrained model, in float32, as it was published; if ``empty``, with weights that are still to come."""
+    """The pretrained model, in float32, as it was published; if ``empty``, with weights still to come."""
     revision = recipe.revision or "main"
     if empty:
         config = AutoConfig.from_pretrained(recipe.model, revision=revision)

@@ -159,8 +159,8 @@ class Recipe:
     """Recompute activations in backward: less memory, about a third more time."""
 
     compile: bool = _free(False)
-    """Train through torch.compile, which needs a C++ compiler on a CPU and takes a minute or more at the start;
-    evaluation does not."""
+    """Train through torch.compile, which takes a minute or more at the start; not with
+    gradient_checkpointing, nor sharded. Evaluation stays as it is."""
 
     seed: int = 42
     """Seed of the data order and of dropout."""

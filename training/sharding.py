@@ -25,7 +25,7 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 
 def layout(accelerator: Accelerator) -> str:
-    """How weights and optimizer lie over the processes: one word, the same for what can continue each other."""
+    """How weights and optimizer lie over the processes, in one word."""
     return accelerator.distributed_type.value if is_sharded(accelerator) else "whole"
 
 
@@ -85,7 +85,7 @@ def without_weights(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
 
 @contextmanager
 def whole_in_every_process(accelerator: Accelerator) -> Iterator[None]:
-    """Models loaded meanwhile are neither empty in all processes but one, as FSDP's may be, nor ZeRO-3's pieces."""
+    """Models loaded meanwhile are what they are without FSDP and ZeRO-3."""
     before = os.environ.get(_RAM_EFFICIENT)
     os.environ[_RAM_EFFICIENT] = "false"
     plugin = (

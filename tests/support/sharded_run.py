@@ -1,7 +1,7 @@
-"""A script sharded over CPU processes: ``accelerate launch --config_file … tests/support/sharded_run.py SCRIPT …``.
+"""A script sharded over CPU processes: ``accelerate launch … tests/support/sharded_run.py SCRIPT …``.
 
-Accelerate reads the settings of FSDP2 and DeepSpeed from its config file, but shards on accelerators only. This
-makes CPU processes (gloo) count as such; everything after that is accelerate's own.
+Accelerate reads the settings of FSDP2 and DeepSpeed from its config file, but shards on accelerators only.
+This makes CPU processes (gloo) count as such; everything after that is accelerate's own.
 """
 
 from __future__ import annotations

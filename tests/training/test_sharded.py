@@ -63,7 +63,7 @@ def test_an_fsdp2_run_of_two_processes_continues_in_four(one, fsdp, command, tmp
 
 def test_an_fsdp2_run_is_refused_to_a_process_that_holds_the_whole(fsdp, command, in_process, tmp_path):
     output = continued(fsdp, tmp_path / "continued")
-    with pytest.raises(CheckpointError, match="written under FSDP.*config of accelerate that it began with"):
+    with pytest.raises(CheckpointError, match=r"written under FSDP.*config of accelerate that it began with"):
         in_process(command(output, resume=True, **ALL))
     assert (output / "checkpoints/step-00000004").exists()
 
