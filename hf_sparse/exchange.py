@@ -8,16 +8,16 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from hf_sparse import checkpoint_block
 from hf_sparse.activations import build_activation
 from hf_sparse.adapters import Block
 from hf_sparse.adapters.experts import Experts
 from hf_sparse.adapters.kept import owners
+from hf_sparse.adapters.walk import modules_of
 from hf_sparse.checks import shown
 from hf_sparse.config import SparsityConfig
 from hf_sparse.errors import PatchError
 from hf_sparse.modules import KeptChange, SparseBlock, SparseExperts, SparseGatedMLP, SparsePlainMLP
-from hf_sparse.stock import UnpatchedActivation
+from hf_sparse.stock import placeholders
 
 
 def choose(model: PreTrainedModel, blocks: list[Block], config: SparsityConfig) -> list[Block]:
@@ -112,13 +112,11 @@ def put_back(model: nn.Module, blocks: Sequence[Block], activation: str) -> None
     for block in blocks:
         for owner, name in owners(block.module, block.roles.act):
             owner._modules[name] = ACT2FN[activation]
-    for module in model.modules():  # such as a mixer
-        for name, child in module._modules.items():
-            if isinstance(child, UnpatchedActivation):
-                module._modules[name] = ACT2FN[activation]
-        for name, value in vars(module).items():
-            if isinstance(value, str) and value == checkpoint_block.KEY:
-                vars(module)[name] = activation
+    for module in modules_of(model):  # such as a mixer
+        children, texts = placeholders(module)
+        for name in children:
+            module._modules[name] = ACT2FN[activation]
+        vars(module).update(dict.fromkeys(texts, activation))
 
 
 def exchange(model: nn.Module, blocks: Sequence[Block], new: Mapping[str, nn.Module | KeptChange]) -> None:
@@ -130,7 +128,7 @@ def exchange(model: nn.Module, blocks: Sequence[Block], new: Mapping[str, nn.Mod
             one.make()
         else:
             exchanged[id(copy.module)] = one
-    for owner in list(model.modules()):
+    for owner in modules_of(model):
         for name, child in owner._modules.items():
             if child is not None and id(child) in exchanged:
                 owner._modules[name] = exchanged[id(child)]

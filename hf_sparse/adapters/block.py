@@ -135,7 +135,7 @@ def replaced_forward(module: nn.Module) -> str | None:
     It may be a wrapper that calls the module's own. Accelerate's, for offloading, is known to be one.
     """
     own = vars(module)
-    forward = own.get("_old_forward") if hasattr(module, "_hf_hook") else own.get("forward")
+    forward = own.get("_old_forward") if "_hf_hook" in own else own.get("forward")
     function = getattr(forward, "__func__", forward)
     if forward is None or function is type(module).forward:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from hf_sparse.adapters.copies import idle, in_use, place
 from hf_sparse.adapters.kept import Kept, own_roles
 from hf_sparse.adapters.probe_kept import recognise_kept
 from hf_sparse.adapters.roles import Roles
-from hf_sparse.adapters.shapes import SHAPES, linears, recognise
+from hf_sparse.adapters.shapes import SHAPES, is_stacked, linears, recognise
 from hf_sparse.errors import PatchError
 
 _NARROW = "it is an adapter or a gate: fewer neurons than hidden units, and a wider network in its layer"
@@ -29,19 +30,21 @@ class Skipped:
     reason: str
 
 
-def find_blocks(model: nn.Module) -> tuple[list[Block], list[Skipped]]:
+def find_blocks(model: nn.Module, without: Collection[nn.Module] = ()) -> tuple[list[Block], list[Skipped]]:
     """MLP blocks of ``model`` inside its repeated layers, stock or patched, in ``named_modules`` order.
 
     Only modules that are, or are in, a numbered child (as those of a ``ModuleList`` are) count: a
     classification head or a projector is not a layer's MLP. Of a block that PEFT keeps copies of
-    (``modules_to_save``), the one in use is found; the others are its ``spares``.
+    (``modules_to_save``), the one in use is found; the others are its ``spares``. What is in one of the
+    modules ``without`` is not looked at.
     """
     blocks: list[Block] = []
     skipped: list[Skipped] = []
     inside: tuple[str, ...] = ()
     known: dict[Any, Roles | None] = {}
-    for name, module in in_use(model):
-        if f"{name}.".startswith(inside) or not _in_layers(name):
+    used = list(in_use(model, without))
+    for name, module in used:
+        if _is_part(module) or f"{name}.".startswith(inside) or not _in_layers(name):
             continue
         roles = _roles(module, known)
         if roles is not None:
@@ -52,9 +55,9 @@ def find_blocks(model: nn.Module) -> tuple[list[Block], list[Skipped]]:
                 skipped.append(Skipped(name, type(module).__name__, reason))
             continue
         inside = (*inside, *_taken(name, roles))
-    narrow = bottlenecks(blocks, in_use(model))
+    narrow = bottlenecks(blocks, used)
     skipped += [Skipped(b.name, type(b.module).__name__, _NARROW) for b in narrow]
-    return _with_spares(model, [block for block in blocks if block not in narrow]), skipped
+    return _with_spares(model, used, [block for block in blocks if block not in narrow]), skipped
 
 
 def require_blocks(model: nn.Module) -> tuple[list[Block], list[Skipped]]:
@@ -75,6 +78,13 @@ def require_blocks(model: nn.Module) -> tuple[list[Block], list[Skipped]]:
     return blocks, skipped
 
 
+def _is_part(module: nn.Module) -> bool:
+    """Whether ``module`` has nothing that an MLP could be made of: most modules of a model."""
+    # Most of all are these, or have one parameter; and a look at a parameter takes longer than all this.
+    few = len(module._parameters) < 2 or type(module) is nn.Linear
+    return not module._modules and (few or not is_stacked(module))
+
+
 def _in_layers(name: str) -> bool:
     return any(part.isdigit() for part in place(name).split("."))
 
@@ -92,9 +102,14 @@ def _taken(name: str, roles: Roles) -> set[str]:
     return {f"{name}.{part.rpartition('.')[0]}." for part in (roles.act, roles.down) if "." in part}
 
 
-def _with_spares(model: nn.Module, blocks: list[Block]) -> list[Block]:
+def _with_spares(
+    model: nn.Module, used: Sequence[tuple[str, nn.Module]], blocks: list[Block]
+) -> list[Block]:
+    others = list(idle(model, used))
+    if not others:
+        return blocks
     spares: dict[str, list[Block]] = {block.place: [] for block in blocks}
-    for name, module in idle(model):
+    for name, module in others:
         if (same := spares.get(place(name))) is not None and (roles := _roles(module, {})) is not None:
             same.append(Block(name, module, roles))
     return [replace(block, spares=tuple(spares[block.place])) for block in blocks]

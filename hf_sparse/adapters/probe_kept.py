@@ -27,7 +27,7 @@ from hf_sparse.adapters.copies import active
 from hf_sparse.adapters.kept import Kept, own_roles
 from hf_sparse.adapters.probe import likeness, own_values
 from hf_sparse.adapters.roles import Roles, linear_size, shape
-from hf_sparse.adapters.shapes import activations, linears, recognise
+from hf_sparse.adapters.shapes import activations, children, linears, recognise
 
 _TOKENS = 3
 _LARGEST = 1 << 20
@@ -73,13 +73,13 @@ def _is_block(module: nn.Module, name: str) -> bool:
 def _likeness(module: nn.Module, names: set[str], name: str = "") -> Any:
     """Equal for modules whose stand-ins are: all that the forward of a part that runs may look at."""
     module = active(module)
-    children: list[Any] = []
+    parts: list[Any] = []
     if _runs(module, name, names):
-        children = [
+        parts = [
             (k, None if v is None else _likeness(v, names, _join(name, k)))
             for k, v in module._modules.items()
         ]
-    return *likeness(module), tuple(children)
+    return *likeness(module), tuple(parts)
 
 
 def _runs(module: nn.Module, name: str, names: Iterable[str]) -> bool:
@@ -91,11 +91,12 @@ def _runs(module: nn.Module, name: str, names: Iterable[str]) -> bool:
 
 def _candidates(module: nn.Module) -> Iterator[tuple[str, str, int]]:
     """Names of an activation and a down projection that ``module`` and no module in it has both of."""
-    inner = [("", module), *((name, active(child)) for name, child in module.named_children())]
-    layers = {prefix: linears(one) for prefix, one in inner}
-    for prefix, one in inner:
+    inner = [("", module), *((name, active(child)) for name, child in children(module) if child._modules)]
+    acts = {prefix: found for prefix, one in inner if (found := activations(one))}
+    layers = {prefix: linears(one) for prefix, one in inner if acts}
+    for prefix, own in acts.items():
         sizes = set(layers[prefix].values())
-        for act, (other, theirs) in product(activations(one), layers.items()):
+        for act, (other, theirs) in product(own, layers.items()):
             for down, (neurons, hidden) in theirs.items():
                 apart = not prefix or prefix != other
                 if apart and sizes & {(hidden, neurons), (hidden, 2 * neurons)}:

@@ -172,11 +172,19 @@ def linear_size(module: nn.Module) -> tuple[int, int] | None:
     Declared sizes and not the weight's shape: under ZeRO-3 a weight has shape (0,), and quantised or
     LoRA-wrapped layers keep the declaration.
     """
+    own = vars(module)
     for fan_in, fan_out in (("in_features", "out_features"), ("nx", "nf")):
+        if fan_in not in own and _has_only_own(module) and not hasattr(type(module), fan_in):
+            continue  # as getattr would find, whose error for what is missing takes its time
         size = getattr(module, fan_in, None), getattr(module, fan_out, None)
         if isinstance(size[0], int) and isinstance(size[1], int):
             return size[0], size[1]
     return None
+
+
+def _has_only_own(module: nn.Module) -> bool:
+    """Whether attributes are looked for where any module has them; a wrapper passes on what it wraps."""
+    return type(module).__getattr__ is nn.Module.__getattr__
 
 
 def shape(parameter: Tensor) -> tuple[int, ...]:

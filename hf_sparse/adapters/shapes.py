@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from hf_sparse.adapters.fused import Fused
 from hf_sparse.adapters.gated import Gated
 from hf_sparse.adapters.kept import Kept
 from hf_sparse.adapters.plain import Plain
-from hf_sparse.adapters.probe import computes, likeness
+from hf_sparse.adapters.probe import computes, kind, likeness
 from hf_sparse.adapters.roles import WRITTEN, LayerRoles, Roles, Sizes, linear_size, shape
 
 LAYERS: tuple[type[LayerRoles], ...] = (Gated, Plain, Fused)
@@ -32,14 +33,14 @@ def recognise(module: nn.Module, known: dict[Any, Roles | None] | None = None) -
 
     ``known`` takes what was found, for modules that are like one before; while all of these exist.
     """
-    stacked = any(p is not None and len(shape(p)) == 3 for p in module._parameters.values())
+    stacked = is_stacked(module)
     sizes = {} if stacked else linears(module)
     if not stacked and not 2 <= len(sizes) <= 3:
         return None
     known = {} if known is None else known
     parts = module._modules.items()
-    children = [(name, None if child is None else likeness(child)[:3]) for name, child in parts]
-    key = *likeness(module), tuple(children), tuple(activations(module))
+    kinds = [(name, None if child is None else kind(child)) for name, child in parts]
+    key = *likeness(module), tuple(kinds), tuple(activations(module))
     if key not in known:
         known[key] = _recognise_experts(module) if stacked else _recognise_layers(module, sizes)
     return known[key]
@@ -48,8 +49,8 @@ def recognise(module: nn.Module, known: dict[Any, Roles | None] | None = None) -
 def _recognise_layers(module: nn.Module, sizes: Sizes) -> Roles | None:
     own = activations(module)
     for act in own or _free(module):
-        for kind in LAYERS:
-            for found in kind.candidates(sizes, act):
+        for layers in LAYERS:
+            for found in layers.candidates(sizes, act):
                 if own:
                     forms = [replace(found, itself=type(module) is nn.Sequential)]
                 else:
@@ -76,9 +77,18 @@ def _free(module: nn.Module) -> list[str]:
     return [next(name for name in _NAMES if not hasattr(module, name))]
 
 
+def is_stacked(module: nn.Module) -> bool:
+    """Whether ``module`` has parameters that may be those of several experts."""
+    for p in module._parameters.values():
+        # One without elements may be sharded (ZeRO-3): it is asked for the shape that it has together.
+        if p is not None and (p.dim() == 3 or (p.numel() == 0 and len(shape(p)) == 3)):
+            return True
+    return False
+
+
 def linears(module: nn.Module) -> dict[str, tuple[int, int]]:
     """Direct children that act as linear layers, with their ``(in, out)``."""
-    sizes = {name: linear_size(child) for name, child in module.named_children()}
+    sizes = {name: linear_size(child) for name, child in children(module)}
     return {name: size for name, size in sizes.items() if size is not None}
 
 
@@ -86,8 +96,17 @@ def activations(module: nn.Module) -> list[str]:
     """Direct children that can be an elementwise activation: modules without parameters or children."""
     return [
         name
-        for name, child in module.named_children()
-        if not isinstance(child, _NOT_ACTIVATIONS)
+        for name, child in children(module)
+        if all(part is None for part in (*child._parameters.values(), *child._modules.values()))
+        and not isinstance(child, _NOT_ACTIVATIONS)
         and linear_size(child) is None
-        and all(part is None for part in (*child._parameters.values(), *child._modules.values()))
     ]
+
+
+def children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """As ``named_children``. Looking discloses nothing of a patched block."""
+    seen: set[nn.Module] = set()
+    for name, child in module._modules.items():
+        if child is not None and child not in seen:
+            seen.add(child)
+            yield name, child

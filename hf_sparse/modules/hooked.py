@@ -7,7 +7,7 @@ from torch import nn
 
 def carry_device_hook(source: nn.Module, target: nn.Module) -> None:
     """Make the ``_hf_hook`` (device placement, offload) of ``target`` that of ``source``: set, or absent."""
-    hook, current = getattr(source, "_hf_hook", None), getattr(target, "_hf_hook", None)
+    hook, current = vars(source).get("_hf_hook"), vars(target).get("_hf_hook")
     if hook is current:
         return
     from accelerate.hooks import add_hook_to_module, remove_hook_from_module

@@ -22,7 +22,7 @@ from hf_sparse.errors import PatchError
 from hf_sparse.modules.guarded import GuardedModule
 from hf_sparse.modules.hooked import carry_device_hook
 from hf_sparse.modules.leaf import ParameterLeaf
-from hf_sparse.modules.ownership import give_back
+from hf_sparse.modules.ownership import any_lent, give_back
 from triton_ops import DENSE, Certificate, Problem
 from triton_ops.problem import Form
 
@@ -64,17 +64,19 @@ class SparseBlock(GuardedModule):
     def __init__(
         self, stock: nn.Module, roles: Roles, activation: nn.Module, *, relu_up: bool = False
     ) -> None:
-        super().__init__()
-        # Parameters, sizes, flags, hooks and whatever else the stock forward reads from self.
-        self.__dict__.update({k: v for k, v in vars(stock).items() if k not in _NOT_SHARED})
-        self._modules = {**stock._modules, roles.act: activation}
-        self.roles = roles
-        self.relu_up = relu_up
-        self._stock = (stock,)  # in a tuple, so that it is not registered as a child
-        # The function that was recognised: other tools replace that of the class.
-        self._stock_function = type(stock).forward
-        self.density = None
-        self._forward_ran = False
+        # Parameters, sizes, flags, hooks and whatever else the stock forward reads from self, and all that
+        # nn.Module.__init__ would set. At once: one by one takes its time, and loading makes every block.
+        vars(self).update({k: v for k, v in vars(stock).items() if k not in _NOT_SHARED})
+        vars(self).update(
+            _modules={**stock._modules, roles.act: activation},
+            roles=roles,
+            relu_up=relu_up,
+            _stock=(stock,),  # in a tuple, so that it is not registered as a child
+            # The function that was recognised: other tools replace that of the class.
+            _stock_function=type(stock).forward,
+            density=None,
+            _forward_ran=False,
+        )
         carry_device_hook(stock, self)
 
     @property
@@ -130,8 +132,7 @@ class SparseBlock(GuardedModule):
 
     def disclose(self) -> None:
         """Give the down projection its stock layout back."""
-        weight = self._down_weight()
-        if weight is not None:
+        if any_lent() and (weight := self._down_weight()) is not None:
             give_back(weight)
 
     def prepare(self, *, certify: bool) -> None:

@@ -10,7 +10,7 @@ import triton_ops
 from hf_sparse.errors import PatchError
 from hf_sparse.modules.guarded import GuardedModule
 from hf_sparse.modules.hooked import carry_device_hook
-from hf_sparse.modules.ownership import give_back, holds_alone, is_lent, lend
+from hf_sparse.modules.ownership import any_lent, give_back, holds_alone, is_lent, lend
 from hf_sparse.modules.sparse_block import hooks_on_all_modules
 from hf_sparse.modules.surroundings import has_own_forward, is_plain, overridden, transformed
 from triton_ops import DENSE
@@ -64,8 +64,7 @@ class SparseLinear(GuardedModule, nn.Linear):
 
     def disclose(self) -> None:
         """Give the weight its stock layout back."""
-        weight = self._parameters.get("weight")
-        if weight is not None:
+        if any_lent() and (weight := self._parameters.get("weight")) is not None:
             give_back(weight)
 
     def forward(self, input: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class SparseMLP(SparseBlock):
         self, stock: nn.Module, roles: Roles, activation: nn.Module, *, relu_up: bool = False
     ) -> None:
         super().__init__(stock, roles, activation, relu_up=relu_up)
-        self._certified = Certified()
+        vars(self)["_certified"] = Certified()
 
     def disclose(self) -> None:
         """Give the down projection its stock layout back, and drop the certificate."""
