@@ -12,6 +12,7 @@ from hf_sparse.activations import build_activation
 from hf_sparse.adapters import Block
 from hf_sparse.adapters.experts import Experts
 from hf_sparse.adapters.kept import owners
+from hf_sparse.adapters.split import is_split, splitting
 from hf_sparse.adapters.walk import modules_of
 from hf_sparse.checks import shown
 from hf_sparse.config import SparsityConfig
@@ -50,9 +51,15 @@ def choose(model: PreTrainedModel, blocks: list[Block], config: SparsityConfig) 
             )
         if by := block.replaced_forward:
             raise PatchError(
-                f"the forward of {block.name} was replaced by {by} (Liger's use_liger_kernel does so, and "
-                "tensor parallelism of experts), which would undo the patch; turn that off for the MLP, or "
-                "load a model that was patched before it was saved."
+                f"the forward of {block.name} was replaced by {by} (Liger's use_liger_kernel does so), which "
+                "would undo the patch; turn that off for the MLP, or load a model that was patched before it "
+                "was saved."
+            )
+        if is_split(block.module) and not block.stays and splitting(block.module) is None:
+            raise PatchError(
+                f"{block.name} is split between processes in a way that cannot be carried over to another "
+                "module. Patch the model before: hf_sparse.patch and save_pretrained without a "
+                "distributed_config, then from_pretrained of that with it."
             )
     return chosen
 

@@ -102,9 +102,7 @@ def _taken(name: str, roles: Roles) -> set[str]:
     return {f"{name}.{part.rpartition('.')[0]}." for part in (roles.act, roles.down) if "." in part}
 
 
-def _with_spares(
-    model: nn.Module, used: Sequence[tuple[str, nn.Module]], blocks: list[Block]
-) -> list[Block]:
+def _with_spares(model: nn.Module, used: Sequence[tuple[str, nn.Module]], blocks: list[Block]) -> list[Block]:
     others = list(idle(model, used))
     if not others:
         return blocks

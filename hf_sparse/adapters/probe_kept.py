@@ -256,6 +256,8 @@ class _Probe:
         own = {k: v for k, v in own_values(module).items() if k not in replaced}
         own.update((hooks, {}) for hooks in _HOOKS)
         own["training"] = False
+        if "chunk_size_feed_forward" in own:  # some tokens after the other: the same, but not of three tokens
+            own["chunk_size_feed_forward"] = 0
         own["_parameters"] = {k: _made_up(v) for k, v in module._parameters.items()}
         own["_buffers"] = {k: _made_up(v) for k, v in module._buffers.items()}
         own["_modules"] = {

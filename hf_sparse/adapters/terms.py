@@ -1,28 +1,30 @@
 """Stand-ins for tensors that know how they came about: what a forward makes of one is its formula.
 
-A forward that does nothing but call children and multiply can run on these, which proves what numbers only make
-likely. And it is quick: its first few operators take torch several milliseconds in each process, which
+A forward that does nothing but call children and multiply can run on these, which proves what numbers only
+make likely. And it is quick: the first few operators of a process take torch several milliseconds, which
 matters while a small model is loaded.
 """
 
 from __future__ import annotations
 
+from inspect import isroutine
 from typing import Any, NoReturn
+
+from torch import Tensor
+
+_NEEDED = ("__new__", "__init__", "__init_subclass__", "__subclasshook__", "__torch_function__")
+"""By Python to make objects and classes, and by torch to find that it has no tensor."""
 
 
 class Asked:
-    """Whether a forward has asked for anything that a term does not have; then it proves nothing."""
+    """Whether a forward has asked for anything that stand-ins do not have; then it proves nothing."""
 
     def __init__(self) -> None:
         self.anything = False
 
 
-class Term:
-    """The product of two terms, or what a child makes of one, as text.
-
-    Nothing else can be done with it, nor asked: whoever asks for a shape, or whether it is a tensor, may
-    compute something else with what has the one or is the other.
-    """
+class _StandIn:
+    """Whoever asks for more than it has, be it whether it is a tensor, may treat a tensor in another way."""
 
     __slots__ = ("_asked", "_text")
 
@@ -30,42 +32,45 @@ class Term:
         object.__setattr__(self, "_text", text)
         object.__setattr__(self, "_asked", asked)
 
+    def _refuse(self, *_: object) -> NoReturn:
+        _asked(self).anything = True
+        raise TypeError("a stand-in has no value and no attributes")
+
+
+for _name in dir(Tensor):  # its operators; that one is missing, Python would tell the forward and not us
+    if _name.startswith("__") and _name not in _NEEDED and isroutine(getattr(Tensor, _name)):
+        setattr(_StandIn, _name, _StandIn._refuse)
+
+
+class Term(_StandIn):
+    """The product of two terms, or what a child makes of one."""
+
+    __slots__ = ()
+
     def __mul__(self, other: object) -> Term:
         if type(other) is not Term:
-            return NotImplemented
+            _StandIn._refuse(self)
         factors = sorted((text(self), text(other)))  # the order changes no bit
         return Term(f"({factors[0]} * {factors[1]})", _asked(self))
 
-    def _refuse(self, *_: object) -> NoReturn:
-        _asked(self).anything = True
-        raise TypeError("a term has no value")
 
-    __getattribute__ = __setattr__ = __bool__ = __eq__ = __hash__ = __repr__ = __imul__ = _refuse  # type: ignore
+class Child(_StandIn):
+    """A child of a module, which gives a term when it is called with one."""
 
+    __slots__ = ()
 
-class Child:
-    """Called with a term it gives another one; it has nothing else, either."""
-
-    __slots__ = ("_asked", "_name")
-
-    def __init__(self, name: str, asked: Asked) -> None:
-        object.__setattr__(self, "_name", name)
-        object.__setattr__(self, "_asked", asked)
-
-    def __call__(self, x: Any) -> Any:
-        if type(x) is not Term:
-            raise TypeError("not a term")
-        return Term(f"{object.__getattribute__(self, '_name')!r}({text(x)})", _asked(self))
-
-    __getattribute__ = __setattr__ = __bool__ = __eq__ = __hash__ = __repr__ = Term._refuse  # type: ignore
+    def __call__(self, *args: Any, **kwargs: Any) -> Term:
+        if kwargs or len(args) != 1 or type(args[0]) is not Term:
+            _StandIn._refuse(self)
+        return Term(f"{text(self)!r}({text(args[0])})", _asked(self))
 
 
-def text(term: Term) -> str:
-    """What ``term`` is, equal for equal terms."""
-    found: str = object.__getattribute__(term, "_text")
+def text(one: Term | Child) -> str:
+    """The formula of a term: equal for equal functions. Of a child, its name."""
+    found: str = object.__getattribute__(one, "_text")
     return found
 
 
-def _asked(one: object) -> Asked:
+def _asked(one: _StandIn) -> Asked:
     found: Asked = object.__getattribute__(one, "_asked")
     return found

@@ -1,4 +1,4 @@
-"""All modules of a model, for passes over it that take their time: a model is loaded in fractions of a second."""
+"""All modules of a model, for passes over it that should cost nothing beside loading it."""
 
 from __future__ import annotations
 

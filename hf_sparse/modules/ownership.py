@@ -60,7 +60,7 @@ def give_back(weight: Tensor) -> None:
 
 
 def any_lent() -> bool:
-    """Whether any weight of any model is lent; not so while models are loaded, whose modules are listed often."""
+    """Whether any weight of any model is lent; the quick question before that for one of them."""
     return bool(_lent)
 
 

@@ -20,7 +20,7 @@ from hf_sparse.adapters.block import replaced_forward
 from hf_sparse.adapters.roles import Roles
 from hf_sparse.errors import PatchError
 from hf_sparse.modules.guarded import GuardedModule
-from hf_sparse.modules.hooked import carry_device_hook
+from hf_sparse.modules.hooked import carry_hooks
 from hf_sparse.modules.leaf import ParameterLeaf
 from hf_sparse.modules.ownership import any_lent, give_back
 from triton_ops import DENSE, Certificate, Problem
@@ -77,7 +77,7 @@ class SparseBlock(GuardedModule):
             density=None,
             _forward_ran=False,
         )
-        carry_device_hook(stock, self)
+        carry_hooks(stock, self)
 
     @property
     def stock(self) -> nn.Module:
@@ -127,7 +127,7 @@ class SparseBlock(GuardedModule):
             if name != self.roles.act and not isinstance(child, ParameterLeaf):
                 stock._modules[name] = child
         stock.training = self.training
-        carry_device_hook(self, stock)
+        carry_hooks(self, stock)
         return stock
 
     def disclose(self) -> None:
@@ -164,9 +164,10 @@ class SparseBlock(GuardedModule):
         self._forward_ran = False
         output = super().__call__(*args, **kwargs)
         if not self._forward_ran:
+            by = replaced_forward(self) or "one for modules that are split between processes"
             raise RuntimeError(
                 f"this {self.stock_class.__name__} was patched, and then its forward was replaced by "
-                f"{replaced_forward(self)} (Liger and kernel mappings do so), which does not compute what "
+                f"{by} (Liger and kernel mappings do so), which does not compute what "
                 "the model's config says. Turn that off for the MLP, or hf_sparse.unpatch(model) first."
             )
         return output
