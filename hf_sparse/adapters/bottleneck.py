@@ -9,8 +9,8 @@ from torch import nn
 from hf_sparse.activations.known import STOCK_ACTIVATIONS
 from hf_sparse.adapters.block import Block
 from hf_sparse.adapters.copies import place
+from hf_sparse.adapters.known import Children
 from hf_sparse.adapters.plain import Plain
-from hf_sparse.adapters.shapes import linears
 
 
 def bottlenecks(blocks: Sequence[Block], modules: Iterable[tuple[str, nn.Module]]) -> list[Block]:
@@ -32,7 +32,7 @@ def bottlenecks(blocks: Sequence[Block], modules: Iterable[tuple[str, nn.Module]
     found = {block.name: block.intermediate_size for block in blocks}
     for name, module in modules:
         if name not in found and any(isinstance(child, STOCK_ACTIVATIONS) for child in module.children()):
-            found[name] = max((size for _, size in linears(module).values()), default=0)
+            found[name] = max((size for _, size in Children.of(module).linears.values()), default=0)
     for name, width in found.items():
         widths[_layer(name)] = max(widths.get(_layer(name), 0), width)
     return [block for block in narrow if block.intermediate_size < widths[_layer(block.name)]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import nn
 
@@ -13,9 +12,10 @@ from hf_sparse.adapters.block import Block
 from hf_sparse.adapters.bottleneck import bottlenecks
 from hf_sparse.adapters.copies import idle, in_use, place
 from hf_sparse.adapters.kept import Kept, own_roles
+from hf_sparse.adapters.known import Children, Known
 from hf_sparse.adapters.probe_kept import recognise_kept
 from hf_sparse.adapters.roles import Roles
-from hf_sparse.adapters.shapes import SHAPES, is_stacked, linears, recognise
+from hf_sparse.adapters.shapes import SHAPES, is_stacked, recognise
 from hf_sparse.errors import PatchError
 
 _NARROW = "it is an adapter or a gate: fewer neurons than hidden units, and a wider network in its layer"
@@ -41,7 +41,7 @@ def find_blocks(model: nn.Module, without: Collection[nn.Module] = ()) -> tuple[
     blocks: list[Block] = []
     skipped: list[Skipped] = []
     inside: tuple[str, ...] = ()
-    known: dict[Any, Roles | None] = {}
+    known = Known()
     used = list(in_use(model, without))
     for name, module in used:
         if _is_part(module) or f"{name}.".startswith(inside) or not _in_layers(name):
@@ -89,7 +89,7 @@ def _in_layers(name: str) -> bool:
     return any(part.isdigit() for part in place(name).split("."))
 
 
-def _roles(module: nn.Module, known: dict[Any, Roles | None]) -> Roles | None:
+def _roles(module: nn.Module, known: Known) -> Roles | None:
     # A patched block says itself which child plays which part.
     return own_roles(module) or recognise(module, known) or recognise_kept(module, known)
 
@@ -108,13 +108,13 @@ def _with_spares(model: nn.Module, used: Sequence[tuple[str, nn.Module]], blocks
         return blocks
     spares: dict[str, list[Block]] = {block.place: [] for block in blocks}
     for name, module in others:
-        if (same := spares.get(place(name))) is not None and (roles := _roles(module, {})) is not None:
+        if (same := spares.get(place(name))) is not None and (roles := _roles(module, Known())) is not None:
             same.append(Block(name, module, roles))
     return [replace(block, spares=tuple(spares[block.place])) for block in blocks]
 
 
 def _why_not(module: nn.Module) -> str | None:
-    sizes = linears(module)
+    sizes = Children.of(module).linears
     shown = ", ".join(f"{name} {i}->{o}" for name, (i, o) in sizes.items())
     if len(sizes) in (2, 3):
         return (

@@ -70,8 +70,11 @@ def inputs(tokens: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return x.to(dtype)
 
 
-def kind(module: nn.Module) -> tuple[Any, ...]:
-    """Equal for modules that are alike as children of what is probed, where they do not run themselves."""
+def kind(module: nn.Module) -> tuple[type[nn.Module], Any, tuple[int, int] | None]:
+    """Equal for modules that are alike as children of what is probed, where they do not run themselves.
+
+    Class, its forward, and the size of a linear layer.
+    """
     return type(module), type(module).forward, linear_size(module)
 
 
