@@ -88,7 +88,8 @@ def _sparse(block: Block, config: SparsityConfig, index: int) -> SparseBlock | K
     if isinstance(block.roles, Experts):
         kind = SparseExperts
     sparse = kind(_stock_block(block), block.roles, activation, relu_up=config.activation.relu_up)
-    sparse.set_mix(config.activation.mix)
+    if config.activation.mix != 1:
+        sparse.set_mix(config.activation.mix)
     for _, part in config.others:
         part.build(sparse, index)
     return sparse
@@ -123,7 +124,8 @@ def put_back(model: nn.Module, blocks: Sequence[Block], activation: str) -> None
         children, texts = placeholders(module)
         for name in children:
             module._modules[name] = ACT2FN[activation]
-        vars(module).update(dict.fromkeys(texts, activation))
+        for name in texts:
+            vars(module)[name] = activation
 
 
 def exchange(model: nn.Module, blocks: Sequence[Block], new: Mapping[str, nn.Module | KeptChange]) -> None:

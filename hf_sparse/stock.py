@@ -169,6 +169,8 @@ def refuse_other_activation(
 
 def placeholders(module: nn.Module) -> tuple[list[str], list[str]]:
     """Names of the children and of the attributes that are what a config made of the name ``"hf_sparse"``."""
+    if type(module) is nn.Linear:  # most modules are, and torch's know no config
+        return [], []
     children = [name for name, child in module._modules.items() if isinstance(child, UnpatchedActivation)]
     return children, [name for name, value in vars(module).items() if type(value) is str and value == KEY]
 

@@ -32,6 +32,8 @@ def in_use(module: nn.Module, without: Collection[nn.Module] = ()) -> Iterator[t
             continue
         seen.add(one)
         yield name, one
+        if not one._modules:
+            continue
         chosen = _chosen(one)
         children = one._modules.items() if chosen is None else [chosen]
         prefix = f"{name}." if name else ""

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from hf_sparse.activations.known import STOCK_ACTIVATIONS
 from hf_sparse.adapters.block import Block
 from hf_sparse.adapters.bottleneck import bottlenecks
 from hf_sparse.adapters.copies import idle, in_use, place
@@ -49,12 +48,9 @@ def find_blocks(model: nn.Module, without: Collection[nn.Module] = ()) -> tuple[
         roles = _roles(module, known)
         if roles is not None:
             blocks.append(Block(name, module, roles))
-        else:
-            owns_activation = any(isinstance(child, STOCK_ACTIVATIONS) for child in module.children())
-            if owns_activation and (reason := _why_not(module)):
-                skipped.append(Skipped(name, type(module).__name__, reason))
-            continue
-        inside = (*inside, *_taken(name, roles))
+            inside = (*inside, *_taken(name, roles))
+        elif (children := known.children(module)).owns_activation and (reason := _why_not(module, children)):
+            skipped.append(Skipped(name, type(module).__name__, reason))
     narrow = bottlenecks(blocks, used)
     skipped += [Skipped(b.name, type(b.module).__name__, _NARROW) for b in narrow]
     return _with_spares(model, used, [block for block in blocks if block not in narrow]), skipped
@@ -113,8 +109,8 @@ def _with_spares(model: nn.Module, used: Sequence[tuple[str, nn.Module]], blocks
     return [replace(block, spares=tuple(spares[block.place])) for block in blocks]
 
 
-def _why_not(module: nn.Module) -> str | None:
-    sizes = Children.of(module).linears
+def _why_not(module: nn.Module, children: Children) -> str | None:
+    sizes = children.linears
     shown = ", ".join(f"{name} {i}->{o}" for name, (i, o) in sizes.items())
     if len(sizes) in (2, 3):
         return (

@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
+from hf_sparse.activations.known import STOCK_ACTIVATIONS
 from hf_sparse.adapters.probe import kind
 from hf_sparse.adapters.roles import Roles
 
 _NOT_ACTIVATIONS = (nn.Dropout, nn.Identity)
 
 
-class Children(NamedTuple):
-    """What the direct children of a module can be."""
+@dataclass(slots=True)
+class Children:
+    """What the direct children of a module can be; one of two names counts as the first."""
 
-    linears: dict[str, tuple[int, int]]
+    linears: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Those that act as linear layers, with their ``(in, out)``."""
-    activations: list[str]
+    activations: list[str] = field(default_factory=list)
     """Those that can be an elementwise activation: modules without parameters or children."""
-    parents: dict[str, nn.Module]
+    parents: dict[str, nn.Module] = field(default_factory=dict)
     """Those that have children themselves."""
-    kinds: list[Any]
+    kinds: list[Any] = field(default_factory=list)
     """Equal for children that are alike, where none of them runs itself."""
+    owns_activation: bool = False
+    """Whether one of them is an activation of transformers, be it one with parameters."""
 
     @classmethod
     def of(cls, module: nn.Module) -> Children:
-        """Looking discloses nothing of a patched block; a child of two names counts as the first."""
-        found = cls({}, [], {}, [])
+        """The children of ``module``. Looking discloses nothing of a patched block."""
+        found = cls()
         seen: set[nn.Module] = set()
         for name, child in module._modules.items():
             if child is None:
@@ -42,7 +47,9 @@ class Children(NamedTuple):
                 found.parents[name] = child
             if (size := alike[-1]) is not None:
                 found.linears[name] = size
-            elif _is_bare(child) and not isinstance(child, _NOT_ACTIVATIONS):
+                continue
+            found.owns_activation |= issubclass(type(child), STOCK_ACTIVATIONS)
+            if _is_bare(child) and not isinstance(child, _NOT_ACTIVATIONS):
                 found.activations.append(name)
         return found
 
@@ -64,4 +71,8 @@ class Known:
 
 
 def _is_bare(module: nn.Module) -> bool:
-    return all(part is None for part in (*module._parameters.values(), *module._modules.values()))
+    for parts in (module._parameters, module._modules):
+        for part in parts.values():
+            if part is not None:
+                return False
+    return True

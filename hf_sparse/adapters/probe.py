@@ -20,6 +20,7 @@ from hf_sparse.adapters.roles import LayerRoles, linear_size, shape
 from hf_sparse.adapters.terms import Asked, Child, Term, text
 
 _HIDDEN, _INTERMEDIATE = 3, 5
+_PLAIN = (bool, int, float, str, type(None))
 _CASES = (((1, 4), torch.float64), ((2, 1), torch.float64), ((3, 2), torch.float32))
 
 
@@ -81,9 +82,7 @@ def kind(module: nn.Module) -> tuple[type[nn.Module], Any, tuple[int, int] | Non
 def likeness(module: nn.Module) -> tuple[Any, ...]:
     """Equal for modules whose own attributes and tensors look alike to a probe; while these exist."""
     settings = [
-        (k, v if isinstance(v, bool | int | float | str | None) else id(v))
-        for k, v in vars(module).items()
-        if k not in _OF_ANY_MODULE
+        (k, v if type(v) in _PLAIN else id(v)) for k, v in vars(module).items() if k not in _OF_ANY_MODULE
     ]
     tensors = (*module._parameters.items(), *module._buffers.items())
     sizes = [(k, None if v is None else shape(v)) for k, v in tensors]

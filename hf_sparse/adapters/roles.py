@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar, Literal, TypeAlias, cast
 
 from torch import Tensor, nn
@@ -51,9 +52,10 @@ class Roles(ABC):
 
     def activation(self, module: nn.Module) -> nn.Module:
         """The activation of ``module``, a block of this shape."""
-        if self.written is not None and self.act not in module._modules:
+        own = module._modules.get(self.act)
+        if own is None and self.written is not None:
             return cast(nn.Module, ACT2FN[self.written])
-        return module.get_submodule(self.act)
+        return module.get_submodule(self.act) if own is None else own
 
     @abstractmethod
     def takes_relu_up(self, module: nn.Module) -> bool:
@@ -172,19 +174,25 @@ def linear_size(module: nn.Module) -> tuple[int, int] | None:
     Declared sizes and not the weight's shape: under ZeRO-3 a weight has shape (0,), and quantised or
     LoRA-wrapped layers keep the declaration.
     """
-    own = vars(module)
+    if type(module) is nn.Linear:
+        return module.in_features, module.out_features
+    if not vars(module).keys() & _SIZES and not _may_have_sizes(type(module)):
+        return None
     for fan_in, fan_out in (("in_features", "out_features"), ("nx", "nf")):
-        if fan_in not in own and _has_only_own(module) and not hasattr(type(module), fan_in):
-            continue  # as getattr would find, whose error for what is missing takes its time
         size = getattr(module, fan_in, None), getattr(module, fan_out, None)
         if isinstance(size[0], int) and isinstance(size[1], int):
             return size[0], size[1]
     return None
 
 
-def _has_only_own(module: nn.Module) -> bool:
-    """Whether attributes are looked for where any module has them; a wrapper passes on what it wraps."""
-    return type(module).__getattr__ is nn.Module.__getattr__
+_SIZES = {"in_features", "nx"}
+
+
+@lru_cache(maxsize=512)
+def _may_have_sizes(cls: type[Any]) -> bool:
+    """Whether modules of ``cls`` may have sizes without attributes of that name: it takes long to ask each."""
+    passes_on = cls.__getattr__ is not nn.Module.__getattr__  # such as a wrapper
+    return passes_on or any(hasattr(cls, name) for name in _SIZES)
 
 
 def shape(parameter: Tensor) -> tuple[int, ...]:

@@ -132,8 +132,13 @@ class SparseBlock(GuardedModule):
 
     def disclose(self) -> None:
         """Give the down projection its stock layout back."""
-        if any_lent() and (weight := self._down_weight()) is not None:
+        weight = self._down_weight()
+        if weight is not None:
             give_back(weight)
+
+    def withholds(self) -> bool:
+        """As of any module that is guarded."""
+        return any_lent()
 
     def prepare(self, *, certify: bool) -> None:
         """Get ready to skip, and to certify if asked; else the first call that skips does so."""

@@ -64,8 +64,13 @@ class SparseLinear(GuardedModule, nn.Linear):
 
     def disclose(self) -> None:
         """Give the weight its stock layout back."""
-        if any_lent() and (weight := self._parameters.get("weight")) is not None:
+        weight = self._parameters.get("weight")
+        if weight is not None:
             give_back(weight)
+
+    def withholds(self) -> bool:
+        """As of any module that is guarded."""
+        return any_lent()
 
     def forward(self, input: Tensor) -> Tensor:
         """``input [..., F]`` to ``[..., D]``, any floating dtype."""

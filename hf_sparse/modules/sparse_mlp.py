@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 import triton_ops
 from hf_sparse.adapters.roles import LayerRoles, Roles
 from hf_sparse.modules.certified import Certified
-from hf_sparse.modules.ownership import give_back, held_elsewhere, is_lent, lend, shares_nothing
+from hf_sparse.modules.ownership import any_lent, give_back, held_elsewhere, is_lent, lend, shares_nothing
 from hf_sparse.modules.sparse_block import SparseBlock, Way, hooks_on_all_modules
 from hf_sparse.modules.surroundings import has_own_forward, is_plain, overridden, transformed
 from triton_ops import DENSE, Certificate, Problem
@@ -36,6 +36,10 @@ class SparseMLP(SparseBlock):
         """Give the down projection its stock layout back, and drop the certificate."""
         self._certified.drop()
         super().disclose()
+
+    def withholds(self) -> bool:
+        """As of any module that is guarded."""
+        return any_lent() or self._certified.is_held
 
     def _down_weight(self) -> Tensor | None:
         return cast("Tensor | None", self._child(self.roles.down)._parameters.get("weight"))
