@@ -176,7 +176,8 @@ def linear_size(module: nn.Module) -> tuple[int, int] | None:
     """
     if type(module) is nn.Linear:
         return module.in_features, module.out_features
-    if not vars(module).keys() & _SIZES and not _may_have_sizes(type(module)):
+    cls: Any = type(module)
+    if not vars(module).keys() & _SIZES and not _may_have_sizes(cls):
         return None
     for fan_in, fan_out in (("in_features", "out_features"), ("nx", "nf")):
         size = getattr(module, fan_in, None), getattr(module, fan_out, None)
@@ -189,8 +190,8 @@ _SIZES = {"in_features", "nx"}
 
 
 @lru_cache(maxsize=512)
-def _may_have_sizes(cls: type[Any]) -> bool:
-    """Whether modules of ``cls`` may have sizes without attributes of that name: it takes long to ask each."""
+def _may_have_sizes(cls: type[nn.Module]) -> bool:
+    """Whether modules of ``cls`` may have sizes without attributes of that name; to ask each takes long."""
     passes_on = cls.__getattr__ is not nn.Module.__getattr__  # such as a wrapper
     return passes_on or any(hasattr(cls, name) for name in _SIZES)
 
