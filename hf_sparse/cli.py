@@ -1,4 +1,4 @@
-"""The command ``hf-sparse``: patch, finetune, measure, tune, generate, push, quickstart; thin."""
+"""The command ``hf-sparse``: patch, finetune, measure, tune, generate, export, push, quickstart; thin."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_sparse import cli_push
+from hf_sparse import cli_export, cli_push
 from hf_sparse._version import __version__
 from hf_sparse.activations.config import ACTIVATIONS
 from hf_sparse.config import SparsityConfig
@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_measure(commands)
     _add_tune(commands)
     _add_generate(commands)
+    _add_export(commands)
     _add_push(commands)
     _add_quickstart(commands)
     return parser
@@ -302,6 +303,16 @@ def _generate(arguments: argparse.Namespace, _: list[str]) -> int:
     count = ids.shape[1] - length
     print(f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s", file=sys.stderr)
     return 0
+
+
+# ---- export
+
+
+def _add_export(commands: Any) -> None:
+    text = "Write a model for programs without this package: transformers alone, or llama.cpp."
+    example = "hf-sparse export ./llama-relu --format gguf --output llama-relu.gguf"
+    parser = _add(commands, "export", lambda arguments, _: cli_export.run(arguments, _load), text, example)
+    cli_export.add_options(parser, _MODEL_HELP)
 
 
 # ---- push

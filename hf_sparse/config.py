@@ -4,15 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hf_sparse.activations.config import ACTIVATION_FIELDS, ActivationConfig
+from hf_sparse.activations.config import ACTIVATION_FIELDS, ORIGINAL, ActivationConfig
+from hf_sparse.activations.statistical_topk import StatisticalTopKConfig
+from hf_sparse.activations.topk import TopKConfig
 from hf_sparse.checks import indices, known, mapping, shown
+from hf_sparse.modules.zeroth_bias import ZerothBiasConfig
+from hf_sparse.norm_relu import NormReLUConfig
 from hf_sparse.parts import Part
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from hf_sparse.adapters import Block
 
 FORMAT_VERSION = 1
 
-PARTS: dict[str, type[Part]] = {"activation": ActivationConfig}
+PARTS: dict[str, type[Part]] = {
+    "activation": ActivationConfig,
+    "statistical_topk": StatisticalTopKConfig,
+    "topk": TopKConfig,
+    "norm_relu": NormReLUConfig,
+    "zeroth_bias": ZerothBiasConfig,
+}
 """What the blocks of a model can have, by the name of the field in a config."""
 
 
@@ -23,7 +38,10 @@ class SparsityConfig:
     Args:
         activation: an :class:`~hf_sparse.ActivationConfig`, or the name of an activation.
         layers: indices of the blocks to patch, in the order of ``model.named_modules()``; None means all.
-        **others: further parts, by their names in :data:`PARTS`; None means without.
+        **others: further parts, by their names in :data:`PARTS`, or what their ``to_dict`` gives; None means
+            without. ``topk`` (:class:`~hf_sparse.activations.TopKConfig`), ``statistical_topk``
+            (:class:`~hf_sparse.activations.StatisticalTopKConfig`), ``norm_relu`` (True;
+            :class:`~hf_sparse.norm_relu.NormReLUConfig`).
 
     Raises:
         ValueError: a field is out of its range; the message names the field, the value and the mend.
@@ -75,10 +93,24 @@ class SparsityConfig:
         """Whether it says the same of every block of a model, however many there are."""
         return self.layers is None and all(part.blocks is None for part in self.parts.values())
 
+    @property
+    def gives_zeros(self) -> bool:
+        """Whether it makes neurons exactly zero that the original activation does not."""
+        return self.activation.name != ORIGINAL or any(part.gives_zeros for _, part in self.others)
+
     def changed(self, **fields: Any) -> SparsityConfig:
         """The same with other ``fields``."""
         given: dict[str, Any] = {**self.parts, "layers": self.layers, **fields}
         return SparsityConfig(**given)
+
+    def fitted(self, model: PreTrainedModel, blocks: Sequence[Block]) -> SparsityConfig:
+        """The same for ``blocks`` of ``model``, those to be patched, with what it leaves to the model.
+
+        Raises:
+            PatchError: the model cannot have one of the parts.
+
+        """
+        return self.changed(**{name: part.fitted(model, blocks) for name, part in self.parts.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, with ``format_version``. Fields of a part that have their default are absent."""

@@ -55,9 +55,12 @@ def described(model: PreTrainedModel, record: Record) -> Record | None:
     patched = [block for block in blocks if block.is_patched]
     if not patched:
         return None
+    _refuse_unlike_parts(patched, record)
     _refuse_unknown_parameters(patched, record)
     _refuse_lost_blocks(model, blocks, record)
     parts = {name: part.found_in(patched) for name, part in record.config.parts.items()}
+    for part in parts.values():
+        part.confirm(model, patched, blocks)
     indices = tuple(i for i, block in enumerate(blocks) if block.is_patched)
     layers = None if len(indices) == len(blocks) and record.config.layers != indices else indices
     config = record.config.changed(**parts, layers=layers)
@@ -195,6 +198,22 @@ def _refuse_unlike(names: Sequence[str]) -> None:
 def _holds_more(block: nn.Module) -> bool:
     """Whether a patched block has other tensors than the stock one that it stands for."""
     return isinstance(block, SparseBlock) and not same_tensors(block, block.stock)
+
+
+def _refuse_unlike_parts(patched: Sequence[Block], record: Record) -> None:
+    said = tuple(name for name, _ in record.config.others)
+    for block in patched:
+        one = sparse_part(block.module)
+        assert one is not None
+        if one.others != said:
+            raise PatchError(
+                f"{block.name} was patched with {_listed(one.others)} beside the activation, and the config "
+                f"of the model says {_listed(said)}. Patch the model again, or hf_sparse.unpatch(model)."
+            )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(names) or "nothing"
 
 
 def _refuse_unknown_parameters(patched: Sequence[Block], record: Record) -> None:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from hf_sparse.activations import build_activation
+from hf_sparse.activations.config import same_function
 from hf_sparse.adapters import Block
+from hf_sparse.adapters.copies import active
 from hf_sparse.adapters.experts import Experts
 from hf_sparse.adapters.kept import owners
+from hf_sparse.adapters.roles import shape
 from hf_sparse.adapters.split import is_split, splitting
 from hf_sparse.adapters.walk import modules_of
 from hf_sparse.checks import shown
-from hf_sparse.config import SparsityConfig
+from hf_sparse.config import PARTS, SparsityConfig
 from hf_sparse.errors import PatchError
 from hf_sparse.modules import KeptChange, SparseBlock, SparseExperts, SparseGatedMLP, SparsePlainMLP
+from hf_sparse.modules.zeroth_bias import follow
 from hf_sparse.stock import placeholders
 
 
@@ -44,11 +48,12 @@ def choose(model: PreTrainedModel, blocks: list[Block], config: SparsityConfig) 
     for block in chosen:
         for part in config.parts.values():
             part.check(block)
-        if block.stays and config.others:
-            raise PatchError(
-                f"{config.others[0][0]} belongs into an MLP block of our own, but {block.name} stays a "
-                f"{block.stock_class.__name__} when it is patched; leave {config.others[0][0]} out."
-            )
+        for name, part in config.others:
+            if block.stays and not part.stays:
+                raise PatchError(
+                    f"{name} belongs into an MLP block of our own, but {block.name} stays a "
+                    f"{block.stock_class.__name__} when it is patched; leave {name} out."
+                )
         if by := block.replaced_forward:
             raise PatchError(
                 f"the forward of {block.name} was replaced by {by} (Liger's use_liger_kernel does so), which "
@@ -82,17 +87,34 @@ def new_modules(
 
 def _sparse(block: Block, config: SparsityConfig, index: int) -> SparseBlock | KeptChange:
     activation = build_activation(config.activation, index, block.original_activation)
+    for _, part in config.others:
+        activation = part.around(activation, index, block)
+    others = tuple(name for name, _ in config.others)
     if block.stays:
-        return KeptChange.to_sparse(block, activation, config.activation.mix)
+        return KeptChange.to_sparse(block, activation, config.activation.mix, others)
     kind: type[SparseBlock] = SparseGatedMLP if block.form == "gated" else SparsePlainMLP
     if isinstance(block.roles, Experts):
         kind = SparseExperts
     sparse = kind(_stock_block(block), block.roles, activation, relu_up=config.activation.relu_up)
     if config.activation.mix != 1:
         sparse.set_mix(config.activation.mix)
-    for _, part in config.others:
+    if others:
+        sparse.others = others
+    for name, part in config.others:
         part.build(sparse, index)
+        _keep_trained(name, block.module, sparse)
     return sparse
+
+
+def _keep_trained(name: str, former: nn.Module, sparse: SparseBlock) -> None:
+    """Let ``sparse`` have the leaf ``name`` of the block that it replaces, if it says the same of it."""
+    old, new = former._modules.get(name), sparse._modules.get(name)
+    if old is None or new is None or not isinstance(former, SparseBlock):
+        return
+    one = active(old)
+    shapes = [{k: shape(p) for k, p in each.named_parameters()} for each in (one, new)]
+    if same_function(one, new) and shapes[0] == shapes[1]:
+        sparse._modules[name] = old
 
 
 def _stock(block: Block) -> nn.Module | KeptChange:
@@ -128,8 +150,29 @@ def put_back(model: nn.Module, blocks: Sequence[Block], activation: str) -> None
             vars(module)[name] = activation
 
 
-def exchange(model: nn.Module, blocks: Sequence[Block], new: Mapping[str, nn.Module | KeptChange]) -> None:
-    """Put ``new[name]`` wherever a block or spare of that name is; it may be shared by several owners."""
+def outside(
+    model: nn.Module, blocks: Sequence[Block], chosen: Sequence[Block], config: SparsityConfig
+) -> list[Callable[[], None]]:
+    """What is done outside of ``blocks`` when those ``chosen`` are patched as ``config`` says, and no others.
+
+    Raises:
+        PatchError: ``model`` cannot take the config.
+
+    """
+    undone = [one for part in PARTS.values() for one in part.undoing(model, blocks)]
+    return undone + [one for _, part in config.others for one in part.outside(model, chosen, blocks)]
+
+
+def exchange(
+    model: PreTrainedModel,
+    blocks: Sequence[Block],
+    new: Mapping[str, nn.Module | KeptChange],
+    around: Sequence[Callable[[], None]],
+) -> None:
+    """Put ``new[name]`` wherever a block or spare of that name is; it may be shared by several owners.
+
+    ``around``: what is :func:`outside` of them.
+    """
     exchanged: dict[int, nn.Module] = {}
     for copy in (copy for block in blocks for copy in (block, *block.spares)):
         one = new[copy.name]
@@ -141,3 +184,6 @@ def exchange(model: nn.Module, blocks: Sequence[Block], new: Mapping[str, nn.Mod
         for name, child in owner._modules.items():
             if child is not None and id(child) in exchanged:
                 owner._modules[name] = exchanged[id(child)]
+    follow(model)
+    for change in around:
+        change()

@@ -20,7 +20,7 @@ from hf_sparse.hub_facts import Facts, is_id
 from hf_sparse.metrics import SparsityReport
 from hf_sparse.metrics.report import DEFINITION
 from hf_sparse.model_card import fingerprint, runtimes
-from hf_sparse.patch_report import PatchReport, in_words
+from hf_sparse.patch_report import PatchReport, in_words, parts_in_words
 
 _AUTO = {
     "AutoModelForImageTextToText": ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", "image-text-to-text"),
@@ -87,9 +87,11 @@ def _what(patched: PatchReport, facts: Facts) -> str:
         else:
             new = f"`{in_words(one.config)}` in place of {original}"
             sentences.append(f"{len(one.blocks)} MLP blocks{of} of this `{one.model_class}` compute {new}.")
+        if parts := parts_in_words(one.config):
+            sentences.append(f"They also have {' and '.join(f'`{part}`' for part in parts)}.")
     if facts.base_model:
         sentences.append(f"It derives from `{facts.base_model}`.")
-    if any(one.config is not None and one.config.activation.name != ORIGINAL for one in patched.patched):
+    if any(one.config is not None and one.config.gives_zeros for one in patched.patched):
         sentences.append(
             "A neuron whose activation is exactly zero need not be computed: the Python package `hf_sparse` "
             "skips it."

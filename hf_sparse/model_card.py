@@ -26,13 +26,15 @@ tags:
 """
 
 
-def write_model_card(model: nn.Module, folder: str | os.PathLike[str]) -> Path | None:
+def write_model_card(model: nn.Module, folder: str | os.PathLike[str], *, plain: bool = False) -> Path | None:
     """Bring the README in ``folder``, where ``model`` has been saved, in line with the model.
 
     What is written stands between two marks. A README that is there keeps every other byte; where there is
     none, one is made. For a model that is not patched the section is taken out, and a README that is nothing
     else is removed. What :func:`hf_sparse.push_to_hub` wrote stays for the patch that it was written for; of
     another one its measurements would be wrong, so it is taken out.
+
+    ``plain``: what was saved does not say that it is patched, as :func:`hf_sparse.export` leaves it.
 
     Returns:
         the README, None if there is none.
@@ -47,11 +49,13 @@ def write_model_card(model: nn.Module, folder: str | os.PathLike[str]) -> Path |
     old = path.read_bytes().decode("utf-8", "surrogateescape") if found else _NEW
     configs = nested(transformers_model(model).config).values()
     report = inspect(model) if any(map(has, configs)) else None
+    if plain and report is not None and _is_stock(report):
+        report = None
     new = old
     if PUSHED.found(old) is not None and (report is None or PUSHED.says_of(old) != fingerprint(report)):
         new = _without_pushed(old)
     if report is not None and report.patched:
-        new = PATCH.put(new, PATCH.marked(_section(report)))
+        new = PATCH.put(new, PATCH.marked(_section(report, plain)))
         if new != old:
             write_atomically(path, new.encode("utf-8", "surrogateescape"))  # all processes may be at it
         return path
@@ -82,10 +86,15 @@ def _without_pushed(readme: str) -> str:
         return rest
 
 
-def _section(report: PatchReport) -> str:
+def _is_stock(report: PatchReport) -> bool:
+    return all(one.stock_name == one.original_activation for one in report.patched)
+
+
+def _section(report: PatchReport, plain: bool = False) -> str:
     # What another tool does to the model in this process is no part of the checkpoint.
     text = "\n".join(str(replace(part, others=())) for part in report.patched)
     summary = "\n".join(line for line in text.splitlines() if not line.startswith("  WARNING"))
+    rows = runtimes(report)[1:] if plain else runtimes(report)  # nothing tells this package of it, either
     return f"""## Sparse activations
 
 The MLP blocks of this model were changed with the Python package `hf_sparse`:
@@ -96,7 +105,7 @@ The MLP blocks of this model were changed with the Python package `hf_sparse`:
 
 | runtime | this model |
 |---|---|
-{chr(10).join(f"| {where} | {what} |" for where, what in runtimes(report))}
+{chr(10).join(f"| {where} | {what} |" for where, what in rows)}
 """
 
 
@@ -120,14 +129,14 @@ def runtimes(report: PatchReport) -> list[tuple[str, str]]:
     ]
     if older:
         rows.append(("transformers 4 alone", f"{older}; its config has no field that could say otherwise"))
-    if all(one.stock_name == one.original_activation for one in patched):  # which every runtime knows
+    if _is_stock(report):  # which every runtime knows
         return [*rows, ("any other", "as the original model")]
     return [
         *rows,
         ("vLLM", "refuses it for Llama-like models"),
         (
             "llama.cpp and what is built on it",
-            f"{ignores}; the converter ignores the config's activation for Llama-like models",
+            f"{ignores} in files of its own converter, for Llama-like models; hf_sparse.export writes others",
         ),
         (
             "Liger kernels (`use_liger_kernel`), kernels of the Hub (`use_kernels`)",

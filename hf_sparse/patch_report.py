@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from hf_sparse.adapters import Block, Skipped
 from hf_sparse.config import SparsityConfig
@@ -53,7 +54,7 @@ class PatchReport:
             lines.append(f"  {count} x {name} ({form}), {hidden} -> {intermediate} -> {hidden}")
         if self.config is not None:
             lines.append(f"  activation: {self.original_activation} -> {in_words(self.config)}")
-            lines += [f"  {name}: {part}" for name, part in self.config.others]
+            lines += [f"  with {part}" for part in parts_in_words(self.config)]
             loads = f"as {self.stock_name!r}" if self.stock_name else "refused; it needs `import hf_sparse`"
             lines.append(f"  in plain transformers: {loads}")
         for by, count in Counter(filter(None, (b.replaced_forward for b in self.blocks))).items():
@@ -66,12 +67,24 @@ class PatchReport:
 
 def in_words(config: SparsityConfig) -> str:
     """The activation that a config puts in, with its numbers."""
+    name = config.activation.name
+    return _with_details(name, {k: v for k, v in config.activation.to_dict().items() if k != "name"})
+
+
+def parts_in_words(config: SparsityConfig) -> list[str]:
+    """What a config has beside the activation, with its numbers."""
+    return [_with_details(name, part.to_dict()) for name, part in config.others]
+
+
+def _with_details(name: str, fields: Mapping[str, Any]) -> str:
     details = []
-    for field, value in config.activation.to_dict().items():
+    for field, value in fields.items():
         if isinstance(value, list):
             details.append(f"{field}s {min(value):g} to {max(value):g}")
         elif field == "mix":
             details.append(f"mixed in at {value:g}")
-        elif field != "name":
+        elif isinstance(value, bool | str):
+            details.append(field if value is True else f"{field} {value}")
+        else:
             details.append(f"{field} {value:g}")
-    return config.activation.name + (f" ({', '.join(details)})" if details else "")
+    return name + (f" ({', '.join(details)})" if details else "")

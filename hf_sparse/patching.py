@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from hf_sparse.checkpoint_block import Record
 from hf_sparse.composite import LANGUAGE, Part, find_part, listed, parts_of, pass_on_refusal
 from hf_sparse.config import SparsityConfig
 from hf_sparse.errors import PatchError
-from hf_sparse.exchange import choose, exchange, new_modules, places
+from hf_sparse.exchange import choose, exchange, new_modules, outside, places
 from hf_sparse.gguf import forget_gguf
 from hf_sparse.modules import KeptChange, sparse_part, sparse_parts
 from hf_sparse.part_reports import blocks_of, inspected, patched_parts, report
@@ -79,7 +79,7 @@ def patch(
     record.write(whole.config, stock_name=name)
     pass_on_refusal(base.config)
     for plan in plans:
-        exchange(base, plan.blocks, plan.new)
+        exchange(base, plan.blocks, plan.new, plan.around)
     forget_gguf(base)
     chosen = [block for plan in plans for block in plan.chosen]
     patched = [replace(block, module=base.get_submodule(block.name)) for block in chosen]
@@ -102,7 +102,8 @@ def unpatch(model: nn.Module, *, part: str | None = None) -> PatchReport:
     reports = []
     for one, record in patched_parts(base, part):
         blocks, skipped = blocks_of(one)
-        exchange(base, blocks, new_modules(blocks, [], record.config))
+        new, around = new_modules(blocks, [], record.config), outside(base, blocks, [], record.config)
+        exchange(base, blocks, new, around)
         record.erase(one.config)
         blocks = [replace(b, module=base.get_submodule(b.name)) for b in blocks]
         reports.append(report(base, one, None, blocks, skipped, record))
@@ -182,10 +183,10 @@ def prepare(model: nn.Module, *, certify: bool = False) -> None:
         certify: decode single sequences without reading most of the projection that decides which neurons are
             active. A certificate of it, one byte per weight (of the gate, or of the up projection of a plain
             MLP) and 12 per neuron, proves most silent neurons silent. The result is the same, bit for bit. It
-            pays where few neurons are active; several tokens in a call, and MLPs whose module stays (in the
-            report, layers and not MLPs: OPT, BERT), are computed without it. It is used while nobody but the
-            model holds that projection, so that no change of it goes unnoticed: with an optimizer or a list
-            of its parameters at hand, decoding goes on without. False ends its use.
+            pays where few neurons are active; several tokens in a call, MLPs whose module stays (in the
+            report, layers and not MLPs: OPT, BERT), and those with top-k, are computed without it. It is used
+            while nobody but the model holds that projection, so that no change of it goes unnoticed: with an
+            optimizer or a list of its parameters at hand, decoding goes on without. False ends its use.
 
     Raises:
         PatchError: the model is not patched, or has an activation that is never exactly zero.
@@ -242,6 +243,8 @@ class _Plan:
     record: Record
     new: Mapping[str, nn.Module | KeptChange]
     """By name, what comes in the place of ``blocks`` and their spares."""
+    around: Sequence[Callable[[], None]]
+    """What is done outside of them."""
 
 
 def _plan(
@@ -258,9 +261,13 @@ def _plan(
     if selection is not None:
         config = selection.resolve(config, blocks)
     chosen = choose(model, blocks, config)
+    config = config.fitted(base, chosen)
+    for part_of_config in config.parts.values():
+        part_of_config.rehearse(base, chosen)
     own = (
         [block.place.removeprefix(f"{prefix}.") for block in blocks] if prefix else [b.place for b in blocks]
     )
     acts = {f"{name}.{block.roles.act}": block.activation for name, block in zip(own, blocks, strict=True)}
     record = Record.of(config, len(blocks), *stock_activation(base, part, model, acts))
-    return _Plan(blocks, chosen, skipped, record, new_modules(blocks, chosen, config))
+    new, around = new_modules(blocks, chosen, config), outside(base, blocks, chosen, config)
+    return _Plan(blocks, chosen, skipped, record, new, around)

@@ -39,7 +39,7 @@ _PRETRAINED = {
     "micro_batch": 2,
     "learning_rate": 3e-4,
     "weight_decay": 0.0,
-    "l1_scale": 0.3,
+    "methods.l1.scale": 0.3,
     "eval_every": 0,
     "eval_tokens": 1024,  # for its log; what the quickstart tells, it measures itself
 }

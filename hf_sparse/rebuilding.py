@@ -13,7 +13,7 @@ from hf_sparse import checkpoint_block
 from hf_sparse.adapters import Block, require_blocks
 from hf_sparse.adapters.walk import modules_of
 from hf_sparse.composite import inner_models, own_blocks
-from hf_sparse.exchange import choose, exchange, new_modules, put_back
+from hf_sparse.exchange import choose, exchange, new_modules, outside, put_back
 from hf_sparse.stock import put_back_around, refuse_missing_block, refuse_other_activation, unpatched
 
 
@@ -93,7 +93,9 @@ def _patch_from_own_config(
         refuse_other_activation(model, record, made)
         if record.field is not None and record.activation is not None:
             put_back(model, todo, record.activation)
-        exchange(model, todo, new_modules(todo, chosen, record.config))
+        config = record.config.fitted(model, chosen)
+        new, around = new_modules(todo, chosen, config), outside(model, todo, chosen, config)
+        exchange(model, todo, new, around)
         _done[model] = count, [ref(one) for one in modules_of(model)]
 
 

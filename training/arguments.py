@@ -31,6 +31,7 @@ examples:
   python training/finetune.py --config training/recipes/relu.yaml --model ./my-model --dataset ./my-texts
   accelerate launch --num_processes 8 training/finetune.py --config training/recipes/prosparse.yaml
   accelerate launch training/finetune.py --config training/recipes/relu.yaml --learning-rate 1e-4 --resume
+  python training/finetune.py --config training/recipes/prosparse.yaml --methods.l1.scale 0.3
   python training/finetune.py --patch '{activation: {name: fatrelu, threshold: 0.1}}' --model ./my-model
 
 docs/training.md tells the rest."""
@@ -42,15 +43,21 @@ def parse_recipe(argv: Sequence[str] | None = None) -> Recipe:
     Ends the program with a message and status 2 on a mistake, as argparse does.
     """
     parser = build_parser()
-    line = [_with_dashes(argument) for argument in (sys.argv[1:] if argv is None else argv)]
-    arguments, rest = parser.parse_known_args(line)
+    try:
+        line, inner = _inner_fields(sys.argv[1:] if argv is None else argv)
+    except ValueError as error:
+        parser.error(str(error))
+    arguments, rest = parser.parse_known_args([_with_dashes(argument) for argument in line])
     given = {k: v for k, v in vars(arguments).items() if v is not MISSING}
     config = given.pop("config", None)
     try:
         check_renamed([a.partition("=")[0][2:].replace("-", "_") for a in rest if a.startswith("--")], "--")
         if rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        return Recipe(**{**(load_yaml(config) if config else {}), **given})
+        values = {**(load_yaml(config) if config else {}), **given}
+        for path, value in inner:
+            values[path[0]] = _with_inner(values.get(path[0]), path, value)
+        return Recipe(**values)
     except (ValueError, OSError) as error:
         parser.error(str(error))
 
@@ -95,7 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
     for f in fields(Recipe):
         if f.name in headings:
             group = parser.add_argument_group(headings[f.name])
-        default = f.default if f.default is not MISSING else []
+        default = getattr(Recipe(), f.name)
         text = f"{documentation[f.name]} Default: {_shown(default)}".replace("%", "%%")
         group.add_argument(_with_dashes(f"--{f.name}"), help=text, **_option(f.name, hints[f.name]))
     return parser
@@ -109,9 +116,9 @@ def _with_dashes(argument: str) -> str:
 
 def _option(name: str, hint: Any) -> dict[str, Any]:
     """Argparse keywords for a field."""
-    if name == "patch":
-        return {"type": _flow, "metavar": "CONFIG"}
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any or origin is dict or any(typing.get_origin(one) is dict for one in arguments):
+        return {"type": _flow, "metavar": "CONFIG"}
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
     if origin is Literal:
@@ -121,6 +128,42 @@ def _option(name: str, hint: Any) -> dict[str, Any]:
     if origin is types.UnionType:
         return {"type": lambda text: None if text.lower() == "none" else text, "metavar": "TEXT"}
     return {"type": hint, "metavar": {str: "TEXT", int: "N", float: "X"}[hint]}
+
+
+def _inner_fields(line: Sequence[str]) -> tuple[list[str], list[tuple[list[str], Any]]]:
+    """The options without those of the form ``--methods.l1.scale 0.3``; these as paths and values.
+
+    Raises:
+        ValueError: one of these has no value.
+
+    """
+    rest: list[str] = []
+    inner: list[tuple[list[str], Any]] = []
+    arguments = iter(line)
+    for argument in arguments:
+        name, equals, text = argument.partition("=")
+        if not re.fullmatch(r"--[A-Za-z_-]+(\.\w+)+", name):
+            rest.append(argument)
+            continue
+        if not equals and (text := next(arguments, "--")).startswith("--"):
+            raise ValueError(f"argument {name}: expected one value")
+        try:
+            inner.append((name[2:].replace("-", "_").split("."), _flow(text)))
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"argument {name}: {error}") from None
+    return rest, inner
+
+
+def _with_inner(value: Any, path: Sequence[str], new: Any) -> Any:
+    """``value`` with ``new`` at a path of which the first name is its own."""
+    if len(path) == 1:
+        return new
+    if isinstance(value, str):  # the short form of a mapping with a name
+        value = {"activation": value} if path[0] == "patch" else {"name": value}
+    if not isinstance(value, dict | None):
+        raise ValueError(f"{path[0]}={value!r} is no mapping, so {'.'.join(path)} cannot be set.")
+    inner = dict(value or {})
+    return {**inner, path[1]: _with_inner(inner.get(path[1]), path[1:], new)}
 
 
 def _flow(text: str) -> Any:
@@ -137,7 +180,7 @@ def _flow(text: str) -> Any:
 
 def _shown(default: Any) -> str:
     """A default as it is typed on the command line."""
-    if default is None or default == []:
+    if default is None or default in ([], {}):
         return "none" if default is None else "empty"
     if isinstance(default, bool):
         return "on" if default else "off"

@@ -16,13 +16,15 @@ import json
 import os
 import shutil
 import warnings
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from data import StreamState
+from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import nn
 
@@ -43,10 +45,19 @@ class Progress:
     """Updates done."""
     tokens: int = 0
     """Tokens trained on, over all processes."""
-    pending: dict[str, list[Any]] = field(default_factory=dict)
-    """Values per update since the last log record, by name: numbers, or tensors not yet looked at."""
+    skipped: int = 0
+    """Updates that were left out since their loss or gradient was not finite."""
+    skipped_in_a_row: int = 0
+    """Those since the last that was made."""
+    pending: dict[str, list[float]] = field(default_factory=dict)
+    """Values per update since the last log record, by name."""
+    methods: dict[str, Any] = field(default_factory=dict)
+    """State of the methods at work, as their ``state_dict`` gives it."""
     streams: dict[int, StreamState] = field(default_factory=dict)
     """Position of each data stream: of this process when saving, of all when loading."""
+
+
+_COUNTED = tuple(f.name for f in fields(Progress) if f.name != "streams")
 
 
 class Checkpoints:
@@ -54,45 +65,74 @@ class Checkpoints:
 
     def __init__(self, accelerator: Accelerator, folder: Path, keep: int) -> None:
         self._accelerator, self._folder, self._keep = accelerator, folder, keep
+        self._others: list[Callable[[Path], None]] = []
         accelerator.register_save_state_pre_hook(_bare_weights)
         accelerator.register_load_state_pre_hook(_load_bare_weights)
+
+    def also(self, write: Callable[[Path], None]) -> None:
+        """Have ``write`` add a file to the folder of each checkpoint; all processes call it."""
+        self._others.append(write)
 
     def save(self, progress: Progress, recipe: dict[str, Any]) -> Path:
         """Write a checkpoint of the prepared model, optimizer and random states, and ``progress``.
 
         Raises:
-            CheckpointError: a process wrote its files elsewhere (the folder is not shared).
+            CheckpointError: it could not be written, as on a full disk, or a process wrote its files
+                elsewhere (the folder is not shared). Earlier checkpoints are as they were.
 
         """
-        accelerator = self._accelerator
         final = self._folder / f"step-{progress.step:08d}"
         aside = self._folder / f"{_INCOMPLETE}{final.name}"
-        if accelerator.is_main_process:
+        for part in (self._begin, self._write, self._finish):
+            self._together(part, aside, final, progress, recipe)
+        return final
+
+    def _begin(self, aside: Path, final: Path, progress: Progress, recipe: dict[str, Any]) -> None:
+        if self._accelerator.is_main_process:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(aside))
-        for stream, state in progress.streams.items():
-            _write_json(aside / _stream_file(stream), asdict(state))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            counts = {"step": progress.step, "tokens": progress.tokens, "pending": progress.pending}
-            _write_json(aside / "state.json", {**counts, "recipe": recipe})
-            streams = range(recipe["data_streams"])
-            if missing := [f for v in streams if not (aside / (f := _stream_file(v))).exists()]:
-                raise CheckpointError(
-                    f"{', '.join(missing)} did not arrive in {aside}: output_dir must be a folder that all "
-                    "processes share."
-                )
-            _write_manifest(aside)
-            if final.exists():  # an invalid one that the run was not resumed from
-                _discard(final)
-            os.rename(aside, final)
-            _sync(self._folder)
-            for old in self._all()[self._keep :]:
-                _discard(old)
-        accelerator.wait_for_everyone()
-        return final
+
+    def _write(self, aside: Path, final: Path, progress: Progress, recipe: dict[str, Any]) -> None:
+        self._accelerator.save_state(str(aside))
+        for write in self._others:
+            write(aside)
+        for stream, place in progress.streams.items():
+            _write_json(aside / _stream_file(stream), asdict(place))
+
+    def _finish(self, aside: Path, final: Path, progress: Progress, recipe: dict[str, Any]) -> None:
+        if not self._accelerator.is_main_process:
+            return
+        state = {name: getattr(progress, name) for name in _COUNTED}
+        _write_json(aside / "state.json", {**state, "recipe": recipe})
+        streams = range(recipe["data_streams"])
+        if missing := [f for v in streams if not (aside / (f := _stream_file(v))).exists()]:
+            raise CheckpointError(
+                f"{', '.join(missing)} did not arrive in {aside}: output_dir must be a folder that all "
+                "processes share."
+            )
+        _write_manifest(aside)
+        if final.exists():  # an invalid one that the run was not resumed from
+            _discard(final)
+        os.rename(aside, final)
+        _sync(self._folder)
+        for old in self._all()[self._keep :]:
+            _discard(old)
+
+    def _together(self, part: Callable[..., None], aside: Path, final: Path, *rest: Any) -> None:
+        """Run a part of saving in all processes; if it fails in one, it fails in all."""
+        problem = None
+        try:
+            part(aside, final, *rest)
+        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of these
+            problem = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+        problems = [one for one in gather_object([problem]) if one]
+        if not problems:
+            return
+        if self._accelerator.is_main_process:
+            shutil.rmtree(aside, ignore_errors=True)  # it may be what fills the disk
+        kept = self._all()
+        mend = f"{kept[0]} is intact: go on from it with --resume." if kept else "Start again after that."
+        raise CheckpointError(f"{final.name} could not be saved: {problems[0]} Mend that. {mend}")
 
     def exists(self) -> bool:
         """Whether there is any complete checkpoint."""
@@ -137,7 +177,7 @@ class Checkpoints:
             v: StreamState(**json.loads((path / _stream_file(v)).read_text(encoding="utf-8")))
             for v in range(state["recipe"]["data_streams"])
         }
-        return Progress(state["step"], state["tokens"], state["pending"], streams)
+        return Progress(**{name: state[name] for name in _COUNTED}, streams=streams)
 
     def _all(self) -> list[Path]:
         """Complete checkpoints, newest first."""
@@ -145,7 +185,7 @@ class Checkpoints:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """``state.json`` of a checkpoint: step, tokens, pending, recipe."""
+    """``state.json`` of a checkpoint: the recipe, and what :class:`Progress` counts."""
     return json.loads((path / "state.json").read_text(encoding="utf-8"))
 
 

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 # The tokenizer runs in a background thread of every process; its own threads stay on.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -20,14 +21,21 @@ from accelerate.utils import DistributedType, set_seed
 from arguments import parse_recipe
 from checkpoint import CheckpointError, Checkpoints, Progress, publish, read_state, write_whole
 from data import DataExhaustedError, TrainingData, evaluation_data, open_documents
-from evaluation import as_record, evaluate
-from loop import Run, build_optimizer, schedule_at, train
+from evaluation import LATEST, ORIGINAL, as_record, evaluate, keep, kept
+from final_card import write_final_card
+from final_report import write_report
+from loop import Run, build_optimizer, train
+from lora import add_lora
 from recipe import Recipe
 from run_log import RunLog, read_log
+from surroundings import machine, versions
+from trackers import begin_tracking, installed
+from training_sparsity import TrainingSparsity
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 import hf_sparse
+from hf_sparse.methods import ActingTogether, Training
 from hf_sparse.metrics import SparsityReport
 from hf_sparse.windows import context_length
 from triton_ops.table import table
@@ -36,11 +44,15 @@ from triton_ops.table import table
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a recipe from its beginning, or from its last checkpoint, to its end."""
     recipe = parse_recipe(argv)
-    accelerator = Accelerator(mixed_precision="bf16" if recipe.precision == "bf16" else "no")
+    precision = "no" if recipe.precision == "fp32" else recipe.precision
+    accelerator = Accelerator(mixed_precision=precision, log_with=installed(recipe.trackers) or None)
     output = Path(recipe.output_dir).expanduser()
     say = accelerator.print
     if not (recipe.progress and accelerator.is_main_process):
         disable_progress_bar()
+
+    if recipe.lora and is_sharded(accelerator):
+        raise ValueError("lora cannot be sharded yet: train it under data parallelism, or set lora=none.")
 
     # Continue, or begin?
     checkpoints = Checkpoints(accelerator, output / "checkpoints", recipe.keep_checkpoints)
@@ -50,9 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The model, before anything is changed.
     set_seed(recipe.seed)
     tokenizer = AutoTokenizer.from_pretrained(recipe.model, revision=recipe.revision or "main")
-    model = AutoModelForCausalLM.from_pretrained(
-        recipe.model, revision=recipe.revision or "main", dtype=torch.float32
-    )
+    model: Any = load(recipe)  # with lora a PeftModel, prepared whatever accelerate makes of it
     check_length(recipe, model)
 
     # The text: what to evaluate on, and therefore not to train on.
@@ -65,33 +75,64 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     say(f"evaluation on {held_out_sequences.numel():,} held-out tokens")
 
-    def evaluation(of: torch.nn.Module) -> SparsityReport:
-        return evaluate(accelerator, of, held_out_sequences, batch_size=recipe.micro_batch)
+    def evaluation(of: torch.nn.Module, file: str = LATEST) -> SparsityReport:
+        report = evaluate(accelerator, of, held_out_sequences, batch_size=recipe.micro_batch)
+        if accelerator.is_main_process:
+            keep(report, output / file)
+        return report
 
     done = read_state(checkpoint)["step"] if checkpoint else None
-    log = RunLog(output, main=accelerator.is_main_process, tensorboard=recipe.tensorboard, after_step=done)
+    dense_loss = recorded_loss(output / "log.jsonl") if checkpoint else None
+    about = describe(recipe, accelerator, model)
+    log = RunLog(
+        output,
+        main=accelerator.is_main_process,
+        tensorboard=recipe.tensorboard,
+        after_step=done,
+        track=begin_tracking(accelerator, output, about, continues=checkpoint is not None),
+    )
     if not checkpoint:
-        log.write("run", 0, describe(recipe, accelerator, model))
+        log.write("run", 0, about)
         if not is_sharded(accelerator):  # a sharded model may not fit one device as a whole
             model.to(accelerator.device)
             with accelerator.autocast():
-                original = evaluation(model)
+                original = evaluation(model, ORIGINAL)
+            dense_loss = original.loss
             log.write("original", 0, as_record(original))
             say(f"original model: perplexity {original.perplexity:.2f}, sparsity {original.sparsity:.1%}")
 
     # The change: another activation, in place. The dense baseline stays as it is.
-    config = recipe.sparsity_config(mix=schedule_at(recipe, done or 1)["mix"])
-    if config is not None:
+    if (config := recipe.sparsity_config()) is not None:
         say(hf_sparse.patch(model, config))
+    if (lora := recipe.adapters()) is not None:
+        model = add_lora(model, lora)
+
+    # What acts during training.
+    setting = Training(
+        model,
+        recipe.max_steps,
+        mean=lambda value: accelerator.reduce(value, "mean"),
+        dense=lambda: load(recipe).to(accelerator.device).eval(),
+        dense_loss=dense_loss,
+    )
+    acting = ActingTogether(recipe.acting_methods(), setting)
+    acting.before_step((done or 0) + 1)
+    sparsity = TrainingSparsity(model)
     if recipe.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     model, optimizer = accelerator.prepare(model, build_optimizer(recipe, model))
+    sharpness = recipe.perturbation()
+    perturbation = sharpness.build(optimizer, model, recipe.max_steps) if sharpness else None
     progress = Progress()
     set_seed(recipe.seed, device_specific=True)  # dropout differs between processes
     if checkpoint:
         progress = checkpoints.load(checkpoint)
+        acting.load_state_dict(progress.methods)
+        if perturbation:
+            perturbation.load(checkpoint / "sharpness.safetensors")
     else:
         first = evaluation(model)
+        acting.after_evaluation(0, first)
         log.write("eval", 0, as_record(first))
         say(f"before training: perplexity {first.perplexity:.2f}, sparsity {first.sparsity:.1%}")
 
@@ -105,16 +146,39 @@ def main(argv: Sequence[str] | None = None) -> None:
         world_size=accelerator.num_processes,
         states=progress.streams,
     )
-    run = Run(recipe, accelerator, model, optimizer, data, checkpoints, log, lambda: evaluation(model))
+    run = Run(
+        recipe=recipe,
+        accelerator=accelerator,
+        model=model,
+        optimizer=optimizer,
+        acting=acting,
+        perturbation=perturbation,
+        data=data,
+        checkpoints=checkpoints,
+        log=log,
+        evaluate=lambda: evaluation(model),
+        sparsity=sparsity,
+    )
+    if perturbation:
+        checkpoints.also(lambda folder: perturbation.save(folder / "sharpness.safetensors"))
     train(run, progress)
 
     # The result.
-    save_final(accelerator, model, tokenizer, output)
+    sparsity.detach()
+    acting.detach()
+    save_final(accelerator, model, tokenizer, recipe, output)
     log.close()
     if accelerator.is_main_process:
         say(summary(output))
+        say(f"the report is {write_report(output)}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
+
+
+def load(recipe: Recipe) -> PreTrainedModel:
+    """The pretrained model, in float32, as it was published."""
+    revision = recipe.revision or "main"
+    return AutoModelForCausalLM.from_pretrained(recipe.model, revision=revision, dtype=torch.float32)
 
 
 def find_checkpoint(recipe: Recipe, checkpoints: Checkpoints) -> Path | None:
@@ -133,10 +197,10 @@ def find_checkpoint(recipe: Recipe, checkpoints: Checkpoints) -> Path | None:
         return None
     path = checkpoints.newest()
     if path and (changed := recipe.changed(read_state(path)["recipe"])):
-        raise CheckpointError(
-            f"{path} belongs to another run. Changed: {'; '.join(changed)}. Set them back, or start a new "
-            "run in another output_dir."
-        )
+        mend = "Set them back, or start a new run in another output_dir."
+        if any(change.startswith("max_steps:") for change in changed):
+            mend += " All schedules hang on max_steps; extra_steps goes on after it with what they end with."
+        raise CheckpointError(f"{path} belongs to another run. Changed: {'; '.join(changed)}. {mend}")
     return path
 
 
@@ -155,6 +219,11 @@ def check_length(recipe: Recipe, model: PreTrainedModel) -> None:
         )
 
 
+def recorded_loss(log: Path) -> float | None:
+    """The loss of the original model, as the log of an earlier part of the run has it."""
+    return next((record["loss"] for record in read_log(log) if record["kind"] == "original"), None)
+
+
 def is_sharded(accelerator: Accelerator) -> bool:
     """Whether each process holds only a part of the weights."""
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -168,20 +237,38 @@ def describe(recipe: Recipe, accelerator: Accelerator, model: PreTrainedModel) -
         "parameters": sum(p.numel() for p in model.parameters()),
         "processes": accelerator.num_processes,
         "device": str(accelerator.device.type),
-        "hf_sparse": hf_sparse.__version__,
-        "torch": torch.__version__,
+        "versions": versions(),
+        "machine": machine(),
     }
 
 
 def save_final(
-    accelerator: Accelerator, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, output: Path
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    output: Path,
 ) -> None:
-    """Write the trained model and its tokenizer to ``output/final``, whole or not at all."""
-    state = accelerator.get_state_dict(model)
+    """Write the trained model, adapters merged, and its tokenizer to ``output/final``, as a whole."""
+    bare = accelerator.unwrap_model(model)
+    if is_adapted := hasattr(bare, "merge_and_unload"):
+        bare = bare.merge_and_unload()
+    state = None if is_adapted else accelerator.get_state_dict(model)
     if accelerator.is_main_process:
         aside, final = write_whole(output / "final")
-        accelerator.unwrap_model(model).save_pretrained(aside, state_dict=state)
+        # Saving takes tied weights out of the mapping that it gets.
+        bare.save_pretrained(aside, state_dict=None if state is None else dict(state))
         tokenizer.save_pretrained(aside)
+        write_final_card(
+            aside,
+            final,
+            bare,
+            state or bare.state_dict(),
+            tokenizer,
+            recipe,
+            report=kept(output / LATEST),
+            before=kept(output / ORIGINAL),
+        )
         publish(aside, final)
     accelerator.wait_for_everyone()
 

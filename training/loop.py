@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from checkpoint import Checkpoints, Progress
-from data import Batch, DataExhaustedError, TrainingData
+from data import Batch, DataExhaustedError, TrainingData, check_bad
 from evaluation import as_record
+from progress_bar import ProgressBar
 from recipe import Recipe
 from run_log import RunLog
+from speed import Speed
+from stopping import STATUS, Stop, stop_on_sigterm
 from torch import Tensor, nn
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from training_sparsity import TrainingSparsity
 
-import hf_sparse
+from hf_sparse.methods import Acting, Term
 from hf_sparse.metrics import SparsityReport
-from hf_sparse.objectives import L1Penalty
-from hf_sparse.schedules import learning_rate_share, linear_mix
+from hf_sparse.schedules import learning_rate_share
+from hf_sparse.sharpness import Perturbation
+
+_STOP = "stop"
 
 
 @dataclass
@@ -32,83 +37,107 @@ class Run:
     accelerator: Accelerator
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    acting: Acting
+    perturbation: Perturbation | None
     data: TrainingData
     checkpoints: Checkpoints
     log: RunLog
     evaluate: Callable[[], SparsityReport]
+    sparsity: TrainingSparsity
 
 
 def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only: not on norms, biases and other vectors."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+    """AdamW with weight decay on weight matrices only: not on norms, biases and other vectors."""
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (decayed if parameter.ndim >= 2 and "bias" not in name else plain).append(parameter)
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": recipe.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(recipe.beta1, recipe.beta2))
 
 
 def train(run: Run, progress: Progress) -> Progress:
-    """Run from ``progress`` to ``recipe.max_steps``.
+    """Run from ``progress`` to the last step of the recipe.
 
     Raises:
         DataExhaustedError: the data ended first.
-        FloatingPointError: the loss is no longer finite.
+        FloatingPointError: too many updates in a row had a loss or gradient that is not finite.
+        SystemExit: a process got SIGTERM; everything is saved.
 
     """
     recipe, accelerator = run.recipe, run.accelerator
     tokens_per_update = recipe.global_batch * recipe.sequence_length
-    bare = accelerator.unwrap_model(run.model)
-    speed = _Speed(progress.tokens)
+    speed = Speed(progress.tokens)
     with ExitStack() as stack:
-        penalty = stack.enter_context(L1Penalty(bare)) if recipe.has_l1 else None
+        stop = stack.enter_context(stop_on_sigterm())
         batches = stack.enter_context(closing(iter(run.data)))
         bar = stack.enter_context(
-            tqdm(
-                total=recipe.max_steps,
-                initial=progress.step,
-                desc="training",
-                unit="step",
-                dynamic_ncols=True,
-                disable=not (recipe.progress and accelerator.is_main_process),
+            ProgressBar(
+                recipe.last_step, progress.step, shown=recipe.progress and accelerator.is_main_process
             )
         )
         run.model.train()
-        while progress.step < recipe.max_steps:
+        while progress.step < recipe.last_step:
             step = progress.step + 1
-            batch = _next_batch(batches, step, recipe)
-            values = _update(run, penalty, batch, step)
+            with speed.waiting():
+                batch = _next_batch(batches, step, recipe)
+            values, stopped = update(run, batch, step, stop)
             progress.step, progress.tokens = step, progress.tokens + tokens_per_update
             progress.streams = batch.states
-            for name, value in values.items():
-                progress.pending.setdefault(name, []).append(value)
-            bar.update()
+            if bad := [name for name, value in values.items() if not math.isfinite(value)]:
+                progress.skipped += 1
+                progress.skipped_in_a_row += 1
+                if progress.skipped_in_a_row >= recipe.max_skipped:
+                    raise FloatingPointError(diagnosis(run, progress, bad))
+            else:
+                progress.skipped_in_a_row = 0
+                for name, value in values.items():
+                    progress.pending.setdefault(name, []).append(value)
+            bar.step()
 
-            last = step == recipe.max_steps
-            if step % recipe.log_every == 0 or last:
-                means = _settle(progress)
-                extra = {**schedule_at(recipe, step), "tokens": progress.tokens}
-                run.log.write("train", step, {**means, **extra, "tokens_per_second": speed(progress.tokens)})
-                bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
+            last = step == recipe.last_step
+            if is_logged(recipe, step):
+                means = {name: math.fsum(one) / len(one) for name, one in progress.pending.items()}
+                now = {"learning_rate": learning_rate(recipe, step), **run.acting.values()}
+                done = {"tokens": progress.tokens, "skipped_updates": progress.skipped}
+                record = {**means, **now, **done, **_seen(run, progress), **speed(progress.tokens)}
+                run.log.write("train", step, record)
+                bar.tell(means, record)
                 progress.pending = {}
             if last or (recipe.eval_every and step % recipe.eval_every == 0):
                 with speed.paused():
                     found = run.evaluate()
+                run.acting.after_evaluation(step, found)
                 run.log.write("eval", step, as_record(found))
                 if accelerator.is_main_process:
                     bar.write(
                         f"step {step}: held-out loss {found.loss:.4f}, perplexity {found.perplexity:.2f}, "
                         f"sparsity {found.sparsity:.1%}"
                     )
-            if last or step % recipe.save_every == 0:
+            if last or stopped or step % recipe.save_every == 0:
                 with speed.paused():
-                    _settle(progress)
+                    progress.methods = run.acting.state_dict()
                     run.checkpoints.save(progress, recipe.to_dict())
+            if stopped and not last:
+                if accelerator.is_main_process:
+                    bar.write(
+                        f"stopped by SIGTERM after step {step}; everything is saved, go on with --resume"
+                    )
+                raise SystemExit(STATUS)
     return progress
 
 
-def schedule_at(recipe: Recipe, step: int) -> dict[str, float]:
-    """What the schedules prescribe for update ``step`` (from 1)."""
+def is_logged(recipe: Recipe, step: int) -> bool:
+    """Whether update ``step`` has a record in the log."""
+    return step % recipe.log_every == 0 or step == recipe.last_step
+
+
+def learning_rate(recipe: Recipe, step: int) -> float:
+    """That of update ``step`` (from 1)."""
     share = learning_rate_share(
         step,
         recipe.max_steps,
@@ -116,39 +145,76 @@ def schedule_at(recipe: Recipe, step: int) -> dict[str, float]:
         decay=recipe.decay,
         final=recipe.final_learning_rate,
     )
-    return {
-        "learning_rate": recipe.learning_rate * share,
-        "l1_coefficient": recipe.l1_schedule().at(step),
-        "mix": linear_mix(step, recipe.mix_until * recipe.max_steps),
-    }
+    return recipe.learning_rate * share
 
 
-def _update(run: Run, penalty: L1Penalty | None, batch: Batch, step: int) -> dict[str, Tensor]:
-    """One optimizer update; returns the mean loss, penalty and gradient norm over all processes."""
+def update(run: Run, batch: Batch, step: int, stop: Stop) -> tuple[dict[str, float], bool]:
+    """One optimizer update; the mean loss, terms and gradient norm, and whether a process was asked to stop.
+
+    All are the same in all processes. If a number is not finite, weights and optimizer stay as they are.
+    """
     recipe, accelerator = run.recipe, run.accelerator
-    now = schedule_at(recipe, step)
     for group in run.optimizer.param_groups:
-        group["lr"] = now["learning_rate"]
-    if recipe.mix_until:
-        hf_sparse.set_mix(accelerator.unwrap_model(run.model), now["mix"])
+        group["lr"] = learning_rate(recipe, step)
+    run.acting.before_step(step)
+    means = gradients(run, batch, step, stop)
+    if run.perturbation is not None:
+        scale = 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()
+        with run.perturbation.perturbed(scale):
+            run.optimizer.zero_grad()
+            gradients(run, batch, step, stop)
+    norm = accelerator.clip_grad_norm_(run.model.parameters(), recipe.clip_norm or math.inf)
+    values = {name: float(mean) for name, mean in means.items()} | {"gradient_norm": float(norm)}
+    stopped = values.pop(_STOP) > 0
+    finite = all(map(math.isfinite, values.values()))
+    if finite or accelerator.scaler is not None:  # which skips the update itself, and lowers its scale
+        run.optimizer.step()
+    run.optimizer.zero_grad()
+    if finite:
+        run.acting.after_step(step)
+    if run.perturbation is not None and (count := run.perturbation.samples_due):
+        renew_mask(run, batch, step, count)
+    return values, stopped
 
-    micro_batches = batch.input_ids.to(accelerator.device).split(recipe.micro_batch)
-    sums = torch.zeros(2, device=accelerator.device)
+
+def gradients(run: Run, batch: Batch, step: int, stop: Stop) -> dict[str, Tensor]:
+    """Forward and backward over all micro-batches of an update; mean loss and terms over all processes."""
+    accelerator = run.accelerator
+    micro_batches = batch.input_ids.to(accelerator.device).split(run.recipe.micro_batch)
+    sums: dict[str, Tensor] = {}
     for i, ids in enumerate(micro_batches):
         # Sequences count equally, in whatever pieces they come.
         weight = len(ids) / len(batch.input_ids)
         last = i == len(micro_batches) - 1
+        if is_logged(run.recipe, step):
+            run.sparsity.begin(step, i)
         with nullcontext() if last else accelerator.no_sync(run.model):
-            loss = run.model(input_ids=ids, labels=ids, use_cache=False).loss
-            l1 = penalty.value() if penalty else torch.zeros((), device=loss.device)
-            accelerator.backward((loss + now["l1_coefficient"] * l1) * weight)
-        sums += torch.stack([loss.detach().float(), l1.detach()]) * weight
-    norm = accelerator.clip_grad_norm_(run.model.parameters(), recipe.clip_norm or math.inf)
-    run.optimizer.step()
+            terms = backward(run, ids, step, weight)
+        for name, term in terms.items():
+            sums[name] = sums.get(name, 0) + term.value.detach().float() * weight
+    sums[_STOP] = torch.tensor(float(stop.asked), device=accelerator.device)
+    means = accelerator.reduce(torch.stack(list(sums.values())), "mean").unbind()
+    return dict(zip(sums, means, strict=True))
+
+
+def backward(run: Run, ids: Tensor, step: int, weight: float = 1.0) -> dict[str, Term]:
+    """Forward and backward of one micro-batch, its loss times ``weight``; the loss and the terms."""
+    inputs = {"input_ids": ids, "labels": ids}
+    output = run.model(**inputs, use_cache=False)
+    terms = {"loss": Term(output.loss, run.acting.task_weight(step)), **run.acting.loss(step, inputs, output)}
+    total = sum((term.weight * term.value for term in terms.values() if term.weight), 0.0)
+    run.accelerator.backward(total * weight if torch.is_tensor(total) else 0.0 * output.loss)
+    return terms
+
+
+def renew_mask(run: Run, batch: Batch, step: int, count: int) -> None:
+    """Give a Fisher mask the gradients of single sequences, the first ``count`` of the global batch."""
+    assert run.perturbation is not None
+    per_stream = len(batch.input_ids) // len(batch.states)
+    places = [stream * per_stream + i for stream in batch.states for i in range(per_stream)]
+    own = batch.input_ids[[place < count for place in places]].to(run.accelerator.device)
+    run.perturbation.update_mask(lambda sample: backward(run, sample["input_ids"], step), {"input_ids": own})
     run.optimizer.zero_grad()
-    loss, l1 = accelerator.reduce(sums, "mean").unbind()
-    values = {"loss": loss, "gradient_norm": torch.as_tensor(norm)}
-    return {**values, "l1": l1} if penalty else values
 
 
 def _next_batch(batches: Iterator[Batch], step: int, recipe: Recipe) -> Batch:
@@ -156,43 +222,36 @@ def _next_batch(batches: Iterator[Batch], step: int, recipe: Recipe) -> Batch:
         return next(batches)
     except DataExhaustedError as error:
         raise DataExhaustedError(
-            f"{error}, and the run needs more at step {step} of {recipe.max_steps}. Lower max_steps to "
-            f"{step - 1} or less, set epochs above {recipe.epochs} to go over the data again, or add data."
+            f"{error}, and the run needs more at step {step} of {recipe.last_step}. Lower max_steps to "
+            f"{step - 1} or less, raise these epochs to go over the data again, or add data."
         ) from None
 
 
-def _settle(progress: Progress) -> dict[str, float]:
-    """Bring the pending values to Python, and give their means.
+def _seen(run: Run, progress: Progress) -> dict[str, Any]:
+    """What the log record of an update says of activations and documents, over all processes.
 
     Raises:
-        FloatingPointError: one is not finite.
+        ValueError: more documents than allowed cannot be used.
 
     """
-    progress.pending = {k: [float(value) for value in values] for k, values in progress.pending.items()}
-    means = {name: math.fsum(values) / len(values) for name, values in progress.pending.items()}
-    for name, mean in means.items():
-        if not math.isfinite(mean):
-            raise FloatingPointError(
-                f"{name} is {mean} at or before step {progress.step}: training has diverged. "
-                "Start again in a new output_dir with a lower learning_rate, l1_scale or clip_norm."
-            )
-    return means
+
+    def total(own: Tensor) -> Tensor:
+        return run.accelerator.reduce(own.to(run.accelerator.device), "sum")
+
+    bad = int(total(torch.tensor([sum(state.all_bad for state in progress.streams.values())])))
+    check_bad(bad, run.recipe)
+    return {"bad_documents": bad, **run.sparsity.result(total)}
 
 
-class _Speed:
-    """Tokens per second since the last call, without pauses."""
-
-    def __init__(self, tokens: int) -> None:
-        self._tokens, self._since, self._pause = tokens, time.perf_counter(), 0.0
-
-    def __call__(self, tokens: int) -> float:
-        now = time.perf_counter()
-        rate = (tokens - self._tokens) / max(now - self._since - self._pause, 1e-9)
-        self._tokens, self._since, self._pause = tokens, now, 0.0
-        return round(rate, 1)
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        begin = time.perf_counter()
-        yield
-        self._pause += time.perf_counter() - begin
+def diagnosis(run: Run, progress: Progress, bad: list[str]) -> str:
+    """What is known of a run whose updates are not finite any more."""
+    weights = [
+        name for name, weight in run.model.named_parameters() if not torch.isfinite(weight.detach()).all()
+    ]
+    where = f"weights that are not finite: {', '.join(weights[:3])}" if weights else "all weights are finite"
+    rate = learning_rate(run.recipe, progress.step)
+    return (
+        f"training has diverged: {' and '.join(bad)} not finite in {progress.skipped_in_a_row} updates in a "
+        f"row, up to step {progress.step}, at learning rate {rate:.3g}; {where}. Start again in a new "
+        "output_dir with a lower learning_rate, clip_norm or penalty."
+    )

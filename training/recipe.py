@@ -1,21 +1,26 @@
 """The configuration of a run: every choice that shapes it, typed, validated and documented.
 
 A recipe is read from a YAML file and the command line (``arguments.py``). Lengths that follow the length of a
-run (warm-up, L1 stages, mixing) are fractions of ``max_steps``, so a recipe works at any length.
+run (warm-up, stages of a penalty, mixing) are fractions of ``max_steps``, so a recipe works at any length.
 """
 
 from __future__ import annotations
 
-import math
-import types
-import typing
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from lora import Lora
+from mix_in import MixIn
+
 from hf_sparse.activations.config import ORIGINAL
 from hf_sparse.config import SparsityConfig
-from hf_sparse.schedules import SineStages
+from hf_sparse.fields import check_types, require
+from hf_sparse.methods import Method, read_methods
+from hf_sparse.sharpness import SharpnessConfig
+from hf_sparse.sharpness import read as read_sharpness
+
+TRACKERS = ("wandb", "trackio")
 
 _DENSE = "none"
 
@@ -42,25 +47,22 @@ class Recipe:
     """Branch, tag or commit of a Hub model; none means its main branch."""
 
     # ---- sparsity
-    patch: str | dict[str, Any] = "relu"
+    patch: Any = "relu"
     """What the model is patched with: the name of an activation, or all of a SparsityConfig, such as
     {activation: {name: fatrelu, threshold: 0.01}, layers: [0, 1]}. none trains the dense baseline."""
 
-    mix_until: float = 0.0
-    """Fraction of max_steps over which the original activation is mixed out, linearly; 0 swaps at once."""
+    methods: dict[str, Any] = field(default_factory=dict)
+    """What acts during training, by name, each with its fields: {l1: {boundaries: [1.0], targets: [0.1]}}.
+    One field on the command line: --methods.l1.scale 0.3. docs/methods.md lists all."""
 
-    l1_start: float = 0.0
-    """Fraction of max_steps trained without L1 at first (stage 0 of ProSparse: substitution only)."""
+    lora: dict[str, Any] | None = None
+    """Train low-rank adapters, norms and biases instead of all weights; merged into the model at the end.
+    Fields: r, alpha, dropout, targets, norms, biases. none trains everything."""
 
-    l1_boundaries: list[float] = field(default_factory=list)
-    """Fractions of max_steps at which the stages of the L1 coefficient end, rising; empty means no L1."""
-
-    l1_targets: list[float] = field(default_factory=list)
-    """L1 coefficient reached at each boundary: constant in the first stage, then along sine curves. The
-    penalty is the mean of |h| over tokens and neurons, summed over blocks; h enters the down projection."""
-
-    l1_scale: float = 1.0
-    """Factor on all l1_targets, to fit a published schedule to another model."""
+    sharpness: dict[str, Any] | None = None
+    """Take every gradient where the loss nearby is higher: {name: sam, rho: 0.05}; other names are
+    sparse_sam_fisher, sparse_sam_dynamic, fisher_sam. An update takes twice as long. docs/methods.md has the
+    fields."""
 
     # ---- data
     dataset: str = "allenai/c4"
@@ -97,9 +99,24 @@ class Recipe:
     """Share of documents held out for evaluation, chosen by a hash of their text, where the data set has no
     validation split."""
 
+    mix_in: dict[str, Any] | None = None
+    """A second data set, which a share of the sequences comes from: {dataset: …, share: 0.2}, and if need be
+    config, revision, text_field, txt_unit and epochs of its own. Evaluation is on the first alone."""
+
+    max_bad_documents: int = _free(100)
+    """Documents that are left out because they are null, no text, damaged JSON or no UTF-8, each with a
+    warning that says where it stands; one more ends the run."""
+
+    data_workers: int = _free(0)
+    """Processes that prepare the data of each training process; 0 leaves it to a thread. Their number changes
+    nothing but speed: look at data_wait in the log."""
+
     # ---- optimisation
     max_steps: int = 1000
     """Optimizer updates in the whole run."""
+
+    extra_steps: int = _free(0)
+    """Updates after max_steps, with what the schedules have come to: to go on with a run that is done."""
 
     global_batch: int = 32
     """Sequences per update, over all processes; a multiple of data_streams."""
@@ -131,8 +148,12 @@ class Recipe:
     clip_norm: float = 1.0
     """Gradients are scaled down to this norm over all parameters; 0 turns clipping off."""
 
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 computes in bfloat16 with float32 master weights and optimizer."""
+    max_skipped: int = _free(10)
+    """Updates whose loss or gradient is not finite are left out; so many in a row end the run."""
+
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """bf16 and fp16 (with a scaled loss) compute in half precision and keep weights and optimizer in
+    float32."""
 
     gradient_checkpointing: bool = _free(False)
     """Recompute activations in backward: less memory, about a third more time."""
@@ -166,14 +187,23 @@ class Recipe:
     tensorboard: bool = _free(True)
     """Write TensorBoard logs beside log.jsonl."""
 
+    trackers: list[str] = field(default_factory=list, metadata={"free": True})
+    """More places for the numbers of log.jsonl, of wandb and trackio; which must be installed."""
+
     progress: bool = _free(True)
     """Show a progress bar."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "patch", _patch(self.patch))
-        hints = typing.get_type_hints(type(self))
-        for f in fields(self):
-            _check_type(f.name, getattr(self, f.name), hints[f.name])
+        methods = self.acting_methods()
+        object.__setattr__(self, "methods", {one.name: one.to_dict() for one in methods})
+        if (lora := self.adapters()) is not None:
+            object.__setattr__(self, "lora", asdict(lora))
+        if (sharpness := self.perturbation()) is not None:
+            object.__setattr__(self, "sharpness", sharpness.to_dict())
+        if (mixed_in := self.mixed_in()) is not None:
+            object.__setattr__(self, "mix_in", asdict(mixed_in))
+        check_types(self)
         for name in [
             "sequence_length",
             "shuffle_buffer",
@@ -186,63 +216,72 @@ class Recipe:
             "save_every",
             "keep_checkpoints",
             "log_every",
+            "max_skipped",
         ]:
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "it must be at least 1")
-        for name in ("mix_until", "l1_start", "warmup", "final_learning_rate", "holdout"):
-            _require(
-                0 <= getattr(self, name) <= 1, name, getattr(self, name), "it must be a fraction, 0 to 1"
-            )
-        for name in ("l1_scale", "weight_decay", "clip_norm", "eval_every", "seed"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "it must be at least 0")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "it must be at least 1")
+        for name in ("warmup", "final_learning_rate", "holdout"):
+            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "it must be a fraction, 0 to 1")
+        at_least_0 = ("weight_decay", "clip_norm", "eval_every", "extra_steps", "seed")
+        for name in (*at_least_0, "max_bad_documents", "data_workers"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "it must be at least 0")
         for name in ("beta1", "beta2"):
-            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "it must be in [0, 1)")
-        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "it must be positive")
-        _require(self.sequence_length >= 2, "sequence_length", self.sequence_length, "it must be at least 2")
-        _require(
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "it must be in [0, 1)")
+        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "it must be positive")
+        require(self.sequence_length >= 2, "sequence_length", self.sequence_length, "it must be at least 2")
+        require(
             self.eval_tokens >= self.sequence_length,
             "eval_tokens",
             self.eval_tokens,
             f"it must hold at least one sequence (sequence_length={self.sequence_length})",
         )
-        _require(
+        require(
             self.global_batch % self.data_streams == 0,
             "global_batch",
             self.global_batch,
             f"each stream gives equally many, so it must be a multiple of data_streams={self.data_streams}",
         )
-        _require(
-            all(0 <= b <= 1 for b in self.l1_boundaries),
-            "l1_boundaries",
-            self.l1_boundaries,
-            "they are fractions of max_steps, 0 to 1",
+        require(
+            self.extra_steps == 0 or self.decay == "constant" or self.final_learning_rate > 0,
+            "extra_steps",
+            self.extra_steps,
+            f"with decay={self.decay!r} and final_learning_rate=0 there is nothing left to learn with",
         )
-        if self.patch == _DENSE and (self.mix_until or self.has_l1):
-            wrong = "mix_until" if self.mix_until else "l1_targets"
-            raise ValueError(
-                f"{wrong}={getattr(self, wrong)!r} has no meaning with patch={_DENSE!r}, the dense baseline; "
-                "leave it out or choose an activation."
-            )
-        try:
-            SineStages(tuple(self.l1_boundaries), tuple(self.l1_targets), self.l1_start)
-        except ValueError as error:
-            raise ValueError(f"l1_boundaries, l1_targets, l1_start: {error}") from None
+        samples = (self.sharpness or {}).get("samples", 0)
+        require(
+            samples <= self.global_batch,
+            "sharpness.samples",
+            samples,
+            f"they are sequences of one batch, and global_batch={self.global_batch}",
+        )
+        for method in methods:
+            method.check(self.sparsity_config())
+        for name in self.trackers:
+            require(name in TRACKERS, "trackers", name, f"choose from {', '.join(TRACKERS)}")
 
     @property
-    def has_l1(self) -> bool:
-        """Whether the L1 coefficient is ever above 0."""
-        return self.l1_scale > 0 and any(t > 0 for t in self.l1_targets)
+    def last_step(self) -> int:
+        """The update after which the run is done."""
+        return self.max_steps + self.extra_steps
 
-    def sparsity_config(self, mix: float = 1.0) -> SparsityConfig | None:
-        """What the model is patched with, at a share ``mix`` of the new activation; None: it stays dense."""
-        if self.patch == _DENSE:
-            return None
-        config = SparsityConfig.read(self.patch)
-        return config.changed(activation=config.activation.with_mix(mix))
+    def acting_methods(self) -> list[Method]:
+        """What acts during training, in its order."""
+        return read_methods(self.methods)
 
-    def l1_schedule(self) -> SineStages:
-        """The L1 coefficient as a function of the step, with ``l1_scale`` applied."""
-        targets = tuple(t * self.l1_scale for t in self.l1_targets)
-        return SineStages(tuple(self.l1_boundaries), targets, self.l1_start).scaled(self.max_steps)
+    def adapters(self) -> Lora | None:
+        """What ``lora`` says."""
+        return None if self.lora is None else Lora.read(self.lora)
+
+    def perturbation(self) -> SharpnessConfig | None:
+        """What ``sharpness`` says."""
+        return None if self.sharpness is None else read_sharpness(self.sharpness)
+
+    def mixed_in(self) -> MixIn | None:
+        """What ``mix_in`` says."""
+        return None if self.mix_in is None else MixIn.read(self.mix_in)
+
+    def sparsity_config(self) -> SparsityConfig | None:
+        """What the model is patched with; None: it stays dense."""
+        return None if self.patch == _DENSE else SparsityConfig.read(self.patch)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -276,7 +315,6 @@ _RENAMED = {
     "activation": "patch, such as `patch: relu` (on the command line `--patch relu`)",
     "threshold": "patch, such as `patch: {activation: {name: fatrelu, threshold: 0.01}}`",
     "shift": "patch, such as `patch: {activation: {name: shifted_relu, shift: 0.1}}`",
-    "mix": "mix_until, the fraction of max_steps over which it grows",
 }
 
 
@@ -300,8 +338,8 @@ def _patch(value: Any) -> str | dict[str, Any]:
         config = SparsityConfig.read(value)
         if config.activation.mix != 1:
             raise ValueError(
-                f"activation.mix={config.activation.mix} is not for a recipe; mix_until says until when the "
-                "original activation is mixed out."
+                f"activation.mix={config.activation.mix} is not for a recipe; the method mixing says "
+                "until when the original activation is mixed out."
             )
     except ValueError as error:
         raise ValueError(f"patch: {error}") from None
@@ -313,29 +351,3 @@ def _patch(value: Any) -> str | dict[str, Any]:
 
 def _default(name: str) -> Any:
     return getattr(Recipe(), name)
-
-
-def _require(ok: bool, name: str, value: Any, mend: str) -> None:
-    if not ok:
-        raise ValueError(f"{name}={value!r} cannot be used: {mend}.")
-
-
-def _check_type(name: str, value: Any, hint: Any) -> None:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if name == "patch":
-        return  # SparsityConfig has checked it
-    if origin is Literal:
-        _require(value in arguments, name, value, f"choose one of {', '.join(arguments)}")
-    elif origin is list:
-        _require(isinstance(value, list), name, value, "it must be a list")
-        for item in value:
-            _check_type(name, item, arguments[0])
-    elif origin is types.UnionType:
-        _require(value is None or isinstance(value, arguments[0]), name, value, "it must be text or none")
-    elif hint is float:
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        _require(number, name, value, "it must be a finite number")
-    elif hint is int:
-        _require(type(value) is int, name, value, "it must be a whole number")
-    else:
-        _require(isinstance(value, hint), name, value, f"it must be of type {hint.__name__}")

@@ -56,6 +56,11 @@ def _jsrelu(p: Tensor) -> Tensor:
     return r + 0.5 * r.square()
 
 
+def _jsrelu_linear(p: Tensor) -> Tensor:
+    d = torch.relu(p - 4)
+    return _jsrelu(p.clamp(max=4)) + (4 * d + d)  # not 5 * d, which a compiler may round once less
+
+
 _ROWS = (
     Activation(
         name="relu",
@@ -94,6 +99,12 @@ _ROWS = (
         name="jsrelu",
         value=lambda p, _: _jsrelu(p),
         slope=lambda p, _: (p > 0).to(p.dtype) + torch.relu(p),
+        silent=lambda p, _: p <= 0,
+    ),
+    Activation(  # the same, numerically controlled: its tangent beyond 4 (code of arXiv 2605.25612)
+        name="jsrelu_linear",
+        value=lambda p, _: _jsrelu_linear(p),
+        slope=lambda p, _: (p > 0).to(p.dtype) + torch.relu(p).clamp(max=4),
         silent=lambda p, _: p <= 0,
     ),
 )

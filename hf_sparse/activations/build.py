@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 from torch import nn
 from transformers.activations import ACT2CLS, ReLUSquaredActivation
 
-from hf_sparse.activations.relu_family import FATReLU, JSReLU, ShiftedReLU
+from hf_sparse.activations.relu_family import FATReLU, JSReLU, JSReLULinear, ShiftedReLU
+from hf_sparse.activations.statistical_topk import StatisticalTopK
+from hf_sparse.activations.topk import TopKActivation
 from triton_ops.activations import TABLE
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ MODULES: dict[str, type[nn.Module]] = {
     "fatrelu": FATReLU,
     "drelu": nn.ReLU,  # the block does as much to its up projection
     "jsrelu": JSReLU,
+    "jsrelu_linear": JSReLULinear,
 }
 """The class for each row of :data:`triton_ops.activations.TABLE`. It is called with the row's parameter, if
 there is one, and keeps it as an attribute of that name.
@@ -58,6 +61,11 @@ def row_of(activation: nn.Module, *, relu_up: bool = False) -> tuple[str, float]
         return None
     parameter = TABLE[name].parameter
     return name, 0.0 if parameter is None else getattr(activation, parameter.name)
+
+
+def gives_zeros(activation: nn.Module) -> bool:
+    """Whether an activation module is known to be exactly zero for silent neurons."""
+    return type(activation) in (StatisticalTopK, TopKActivation) or row_of(activation) is not None
 
 
 def relu_up(name: str) -> bool:

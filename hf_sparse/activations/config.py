@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hf_sparse.activations.build import relu_up, row_of
-from hf_sparse.activations.mixed import MixedActivation
+from hf_sparse.activations.mixed import unmixed
+from hf_sparse.activations.statistical_topk import StatisticalTopK
 from hf_sparse.checks import known, mapping, number, numbers, shown
 from hf_sparse.errors import PatchError
 from hf_sparse.parts import Part
@@ -39,6 +40,7 @@ class ActivationConfig(Part):
     ``"fatrelu"``             ``p if p >= threshold else 0`` (ProSparse, arXiv 2402.13516)
     ``"drelu"``               ReLU on gate and up, gated blocks only (TurboSparse, arXiv 2406.05955)
     ``"jsrelu"``              ``p + p**2 / 2 if p >= 0 else 0`` (J-SquaredReLU, arXiv 2605.25612)
+    ``"jsrelu_linear"``       the same up to 4, its tangent ``12 + 5 * (p - 4)`` beyond
     ========================  ===============================================================
 
     Raises:
@@ -185,10 +187,9 @@ class ActivationConfig(Part):
 
 def _found(block: Block, said: ActivationConfig) -> ActivationConfig:
     """The activation of a patched block, read off its modules."""
-    act: Any = block.activation
-    mix = 1.0
-    if isinstance(act, MixedActivation):
-        act, mix = act.new, act.k
+    act, mix = unmixed(block.activation)
+    if isinstance(act, StatisticalTopK):
+        act = act.activation
     if said.name == ORIGINAL and same_function(act, block.original_activation):
         return said
     row = None if "forward" in vars(act) else row_of(act, relu_up=getattr(block.module, "relu_up", False))

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from hf_sparse.activations.topk import TopKActivation
+
 
 def mixed(original: nn.Module, activation: nn.Module, k: float) -> nn.Module:
-    """``activation``, which may be mixed already, with the share ``k``; itself if that is 1."""
+    """``activation``, which may be mixed already, with the share ``k``; itself if that is 1.
+
+    A selection around it stays around it.
+    """
+    if isinstance(activation, TopKActivation):
+        return TopKActivation(mixed(original, activation.activation, k), activation.topk)
     new = activation.new if isinstance(activation, MixedActivation) else activation
     return new if k == 1 else MixedActivation(original, new, k)
+
+
+def unmixed(activation: nn.Module) -> tuple[nn.Module, float]:
+    """The new activation, without a selection around it, and its share."""
+    if isinstance(activation, TopKActivation):
+        activation = activation.activation
+    return (activation.new, activation.k) if isinstance(activation, MixedActivation) else (activation, 1.0)
 
 
 class MixedActivation(nn.Module):

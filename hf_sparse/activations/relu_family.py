@@ -50,3 +50,16 @@ class JSReLU(nn.Module):
         """Any shape and floating dtype to the same."""
         r = torch.relu(p)
         return r + 0.5 * r.square()
+
+
+class JSReLULinear(JSReLU):
+    """J-SquaredReLU up to 4, and its tangent ``12 + 5 * (p - 4)`` beyond: the slope is at most 5.
+
+    The numerically controlled variant in the code of arXiv 2605.25612.
+    """
+
+    def forward(self, p: Tensor) -> Tensor:
+        """Any shape and floating dtype to the same."""
+        d = torch.relu(p - 4)
+        # Not 5 * d, which a compiler may round once less: all backends are to have the same bits.
+        return super().forward(p.clamp(max=4)) + (4 * d + d)

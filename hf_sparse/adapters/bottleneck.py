@@ -33,15 +33,15 @@ def bottlenecks(blocks: Sequence[Block], modules: Iterable[tuple[str, nn.Module]
         if name not in found and (children := Children.of(module)).owns_activation:
             found[name] = max((size for _, size in children.linears.values()), default=0)
     for name, width in found.items():
-        widths[_layer(name)] = max(widths.get(_layer(name), 0), width)
-    return [block for block in narrow if block.intermediate_size < widths[_layer(block.name)]]
+        widths[layer_of(name)] = max(widths.get(layer_of(name), 0), width)
+    return [block for block in narrow if block.intermediate_size < widths[layer_of(block.name)]]
 
 
 def _narrows(block: Block) -> bool:
     return block.intermediate_size < block.hidden_size
 
 
-def _layer(name: str) -> str:
+def layer_of(name: str) -> str:
     """The outermost numbered module, as those of a ``ModuleList`` are, that ``name`` is or is in."""
     parts = place(name).split(".")
     number = next((index for index, part in enumerate(parts) if part.isdigit()), len(parts))

@@ -19,13 +19,15 @@ def place(name: str) -> str:
     return _WRAPPED.sub("", name)
 
 
-def in_use(module: nn.Module, without: Collection[nn.Module] = ()) -> Iterator[tuple[str, nn.Module]]:
+def in_use(
+    module: nn.Module, name: str = "", *, without: Collection[nn.Module] = ()
+) -> Iterator[tuple[str, nn.Module]]:
     """The modules of ``module`` that its forward can reach now: ``named_modules`` without idle copies.
 
     And without what is in one of ``without``.
     """
     seen = set(without)
-    todo = [("", module)]
+    todo = [(name, module)]
     while todo:
         name, one = todo.pop()
         if one in seen:

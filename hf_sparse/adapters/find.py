@@ -41,7 +41,7 @@ def find_blocks(model: nn.Module, without: Collection[nn.Module] = ()) -> tuple[
     skipped: list[Skipped] = []
     inside: tuple[str, ...] = ()
     known = Known()
-    used = list(in_use(model, without))
+    used = list(in_use(model, without=without))
     for name, module in used:
         if _is_part(module) or f"{name}.".startswith(inside) or not _in_layers(name):
             continue

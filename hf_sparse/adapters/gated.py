@@ -34,6 +34,10 @@ class Gated(LayerRoles):
     def before_down(self) -> tuple[str, ...]:
         return self.gate, self.up
 
+    @property
+    def factor(self) -> str:
+        return self.up
+
     def linears(self, hidden: int, neurons: int) -> dict[str, tuple[int, int]]:
         return {self.gate: (hidden, neurons), self.up: (hidden, neurons), self.down: (neurons, hidden)}
 

@@ -71,6 +71,8 @@ class KeptState:
     """The activation that it came with. No child of the module: this is no module."""
     forward: Any
     """The function of its class that was recognised: other tools replace it."""
+    others: tuple[str, ...] = ()
+    """As :attr:`hf_sparse.modules.SparseBlock.others`."""
     density: float | None = None
     """As :attr:`hf_sparse.modules.SparseBlock.density`."""
 

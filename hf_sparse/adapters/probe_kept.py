@@ -31,18 +31,18 @@ from hf_sparse.adapters.roles import Roles, linear_size, shape
 from hf_sparse.adapters.shapes import recognise
 
 _TOKENS = 3
-_LARGEST = 1 << 20
+LARGEST = 1 << 20
 """Elements of the parameters of a child that still runs: norms do, embeddings do not."""
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-_HOOKS = [name for name in vars(nn.Module()) if "_hooks" in name]
-_RETURNS: tuple[Callable[[Tensor], Any], ...] = (
+HOOKS = [name for name in vars(nn.Module()) if "_hooks" in name]
+RETURNS: tuple[Callable[[Tensor], Any], ...] = (
     lambda x: x,
     lambda x: (x, None),
     lambda x: (x, None, None),
     lambda x: (x,),
 )
 """What modules that do not run may give back."""
-_STATES = ("residual", "hidden", "input", "state")
+STATES = ("residual", "hidden", "input", "state")
 
 
 def recognise_kept(module: nn.Module, known: Known | None = None) -> Roles | None:
@@ -131,7 +131,7 @@ class _Probe:
     def __init__(self, module: nn.Module, act: str, down: str, neurons: int) -> None:
         self.module, self.act, self.down, self.neurons = module, act, down, neurons
         self.run = _Run()
-        self.returns = _RETURNS[0]
+        self.returns = RETURNS[0]
         self.forward: Callable[..., Any] = _nothing
         self.index = 0
         self.states: list[str] = []
@@ -141,7 +141,7 @@ class _Probe:
         """Of all linear layers that may run."""
 
     def roles(self) -> Kept | None:
-        for returns, index in product(_RETURNS, _indices(self.module)):
+        for returns, index in product(RETURNS, _indices(self.module)):
             self.returns, self.index = returns, index
             try:
                 with torch.no_grad(), torch.device("cpu"):
@@ -164,7 +164,7 @@ class _Probe:
                 continue
             if "idx" in one.name:
                 self.others[one.name] = self.index
-            elif one.default is one.empty and any(state in one.name for state in _STATES):
+            elif one.default is one.empty and any(state in one.name for state in STATES):
                 self.states.append(one.name)
             elif one.default is one.empty:
                 self.others[one.name] = None
@@ -247,16 +247,16 @@ class _Probe:
             self.sizes[name] = size
             return _Linear(self, name, size)
         tensors = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
-        if not _runs(module, name, (self.act, self.down)) or sum(_numel(t) for t in tensors) > _LARGEST:
+        if not _runs(module, name, (self.act, self.down)) or sum(numel(t) for t in tensors) > LARGEST:
             return _Opaque(self, module)
         replaced = ("forward", "_old_forward", "_hf_hook")
         own = {k: v for k, v in own_values(module).items() if k not in replaced}
-        own.update((hooks, {}) for hooks in _HOOKS)
+        own.update((hooks, {}) for hooks in HOOKS)
         own["training"] = False
         if "chunk_size_feed_forward" in own:  # some tokens after the other: the same, but not of three tokens
             own["chunk_size_feed_forward"] = 0
-        own["_parameters"] = {k: _made_up(v) for k, v in module._parameters.items()}
-        own["_buffers"] = {k: _made_up(v) for k, v in module._buffers.items()}
+        own["_parameters"] = {k: made_up(v) for k, v in module._parameters.items()}
+        own["_buffers"] = {k: made_up(v) for k, v in module._buffers.items()}
         own["_modules"] = {
             k: None if v is None else self._stand_in(v, _join(name, k)) for k, v in module._modules.items()
         }
@@ -345,14 +345,15 @@ def _range(count: int) -> Tensor:
     return torch.arange(count, device="cpu").to("cpu", torch.float64)
 
 
-def _numel(tensor: Tensor) -> int:
+def numel(tensor: Tensor) -> int:
+    """Elements of a parameter, sharded or not."""
     return math.prod(shape(tensor))
 
 
-def _made_up(tensor: Tensor | None) -> Any:
+def made_up(tensor: Tensor | None) -> Any:
     """Values of no model, for the tensors of what runs may be on the meta device, or sharded."""
     if tensor is None:
         return None
     if not tensor.is_floating_point():
         return torch.zeros(shape(tensor), dtype=tensor.dtype, device="cpu")
-    return torch.linspace(0.6, 1.4, _numel(tensor), dtype=torch.float64).reshape(shape(tensor))
+    return torch.linspace(0.6, 1.4, numel(tensor), dtype=torch.float64).reshape(shape(tensor))

@@ -118,6 +118,11 @@ class LayerRoles(Roles):
         return self.before_down[0]
 
     @property
+    def factor(self) -> str | None:
+        """The layer that is the factor of a gated block and nothing else; None if there is no such one."""
+        return None
+
+    @property
     def names(self) -> tuple[str, ...]:
         return (*self.before_down, self.down, self.act)
 
@@ -141,6 +146,9 @@ class LayerRoles(Roles):
         return [*self.split(found[:-1]), found[-1]]
 
     def watch(self, module: nn.Module, site: Site, fn: Watcher) -> RemovableHandle:
+        leaves = vars(module).get("leaves", {})  # of a patched block
+        if site == "x" and (shifting := [name for name, at in leaves.items() if at == "x"]):
+            return watch_child(module.get_submodule(shifting[-1]), fn, before=False)
         if site in ("x", "y"):
             watched = module
         elif site in ("p", "a") and self.act not in module._modules:

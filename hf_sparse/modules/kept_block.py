@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hf_sparse.activations import row_of
+from hf_sparse.activations import gives_zeros
 from hf_sparse.activations.mixed import mixed
 from hf_sparse.adapters import Block
 from hf_sparse.adapters.copies import copies
@@ -37,6 +37,11 @@ class KeptBlock:
         return self._module.get_submodule(self._roles.act)
 
     @property
+    def others(self) -> tuple[str, ...]:
+        """As :attr:`SparseBlock.others`."""
+        return self._state.others
+
+    @property
     def density(self) -> float | None:
         """As :attr:`SparseBlock.density`."""
         return self._state.density
@@ -52,7 +57,7 @@ class KeptBlock:
         activation = mixed(self._state.original, self.activation, k)
         _put(self._module, self._roles, activation)
         for linear in self._linears():
-            linear.gives_zeros = row_of(activation) is not None
+            linear.gives_zeros = gives_zeros(activation)
 
     def prepare(self, *, certify: bool) -> None:
         """Store the down projection neuron-major. There is nothing to certify in it."""
@@ -107,8 +112,10 @@ class KeptChange:
         return cls(block.module, roles, block.original_activation, downs, None)
 
     @classmethod
-    def to_sparse(cls, block: Block, activation: nn.Module, mix: float) -> KeptChange:
-        """To ``activation``, mixed in at ``mix``."""
+    def to_sparse(
+        cls, block: Block, activation: nn.Module, mix: float, others: tuple[str, ...] = ()
+    ) -> KeptChange:
+        """To ``activation``, mixed in at ``mix``; ``others`` as of :class:`KeptState`."""
         stock = cls.to_stock(block)
         activation = mixed(stock.activation, activation, mix)
         restored = {(id(owner), name): one for owner, name, one in stock.downs}
@@ -116,8 +123,8 @@ class KeptChange:
         for owner, name in down_places(block.module, stock.roles):
             linear = restored.get((id(owner), name), owner._modules[name])
             if type(linear) is nn.Linear and ("forward" not in vars(linear) or hasattr(linear, "_hf_hook")):
-                downs.append((owner, name, SparseLinear(linear, gives_zeros=row_of(activation) is not None)))
-        state = KeptState(stock.roles, stock.activation, type(block.module).forward)
+                downs.append((owner, name, SparseLinear(linear, gives_zeros=gives_zeros(activation))))
+        state = KeptState(stock.roles, stock.activation, type(block.module).forward, others)
         return cls(block.module, stock.roles, activation, downs, state)
 
     def make(self) -> None:

@@ -8,14 +8,15 @@ forward of the stock class itself, so an unchanged activation gives bit-identica
 from __future__ import annotations
 
 import warnings
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from hf_sparse.activations import MixedActivation, row_of
+from hf_sparse.activations import MixedActivation, StatisticalTopK, row_of
 from hf_sparse.activations.mixed import mixed
+from hf_sparse.activations.topk import TopK
 from hf_sparse.adapters.block import replaced_forward
 from hf_sparse.adapters.roles import Roles
 from hf_sparse.errors import PatchError
@@ -58,6 +59,13 @@ class SparseBlock(GuardedModule):
 
     roles: Roles
     relu_up: bool
+    leaves: dict[str, Literal["x", "y"]]
+    """Children of ours that the block calls with its input (``"x"``) or output (``"y"``), to go on with
+    what they give."""
+    topk: TopK | None
+    """What is kept of h, the input of the down projection; None if all of it is."""
+    others: tuple[str, ...]
+    """The names of the parts that it was made with, beside the activation."""
     density: float | None
     """Mean share of active neurons per token, as :func:`hf_sparse.tune` measured it; None if it did not."""
 
@@ -71,6 +79,9 @@ class SparseBlock(GuardedModule):
             _modules={**stock._modules, roles.act: activation},
             roles=roles,
             relu_up=relu_up,
+            leaves={},
+            topk=None,
+            others=(),
             _stock=(stock,),  # in a tuple, so that it is not registered as a child
             # The function that was recognised: other tools replace that of the class.
             _stock_function=type(stock).forward,
@@ -124,7 +135,8 @@ class SparseBlock(GuardedModule):
         self.disclose()
         (stock,) = self._stock
         for name, child in self._modules.items():
-            if name != self.roles.act and not isinstance(child, ParameterLeaf):
+            ours = name in self.leaves or isinstance(child, ParameterLeaf)
+            if name != self.roles.act and not ours:
                 stock._modules[name] = child
         stock.training = self.training
         carry_hooks(self, stock)
@@ -190,12 +202,19 @@ class SparseBlock(GuardedModule):
     def _nothing_else(self) -> bool:
         """Whether no child but those with a role would do anything: whole-block operators call none."""
         for name, child in self._modules.items():
-            if name in self.roles.names or child is None:
+            if name in self.roles.names or name in self.leaves or child is None:
                 continue
             inert = type(child) is nn.Identity or (type(child) is nn.Dropout and not child.training)
             if not inert or child._forward_hooks or child._forward_pre_hooks or "forward" in vars(child):
                 return False
         return True
+
+    def _past_leaves(self, site: Literal["x", "y"], value: Tensor) -> Tensor:
+        """What the leaves at ``site`` make of what passes there."""
+        for name, where in self.leaves.items():
+            if where == site:
+                value = self._child(name)(value)
+        return value
 
     def kernel(self) -> tuple[str, float] | None:
         """What the kernels call the activation; None if it must be called as a module."""
@@ -204,6 +223,19 @@ class SparseBlock(GuardedModule):
             act._forward_hooks or act._forward_pre_hooks or "forward" in vars(act) or hooks_on_all_modules()
         )
         return None if hooked else row_of(act, relu_up=self.relu_up)
+
+    @property
+    def selects(self) -> bool:
+        """Whether it depends on the other neurons of a token which are silent; the operators cannot tell."""
+        return self.topk is not None or type(self.activation) is StatisticalTopK
+
+    @property
+    def gives_zeros(self) -> bool:
+        """Whether h is known to be exactly zero for silent neurons."""
+        return self.selects or self.kernel() is not None
+
+    def _selected(self, h: Tensor) -> Tensor:
+        return h if self.topk is None else self.topk(h)
 
     def _rectified(self, u: Tensor) -> Tensor:
         """The factor of a gated block, with ReLU as far as ``relu_up`` is mixed in."""

@@ -64,9 +64,9 @@ class SparseExperts(SparseBlock):
 
     def _computes_itself(self) -> bool:
         """Whether the forward of the stock class would compute something else."""
-        if self.roles.written is None:
-            return self.relu_up
-        return self.relu_up or not same_function(self.activation, self.original_activation)
+        if self.relu_up or self.topk is not None:
+            return True
+        return self.roles.written is not None and not same_function(self.activation, self.original_activation)
 
     def watch(self, site: Site, fn: Watcher) -> RemovableHandle:
         """As :meth:`hf_sparse.adapters.Block.watch`, for what is inside of the experts: p, a and h."""
@@ -87,8 +87,8 @@ class SparseExperts(SparseBlock):
             if not compiling:
                 self.disclose()  # the weights belong to whoever trains them
             return None
-        slots, activation = call.experts.numel(), self.kernel()
-        if activation is None or not self._nothing_else() or not self._readable(call.x) or not slots:
+        slots = call.experts.numel()
+        if not self.gives_zeros or not self._nothing_else() or not self._readable(call.x) or not slots:
             return None
         if getattr(getattr(self, "config", None), "_experts_implementation", None) not in _SAME:
             return None
@@ -104,6 +104,8 @@ class SparseExperts(SparseBlock):
             if form == "linear":
                 return Way(form, backend, (down, bias))
             (gate, gate_bias), (up, up_bias) = first if len(first) == 2 else (*first, (None, None))
+            activation = self.kernel()
+            assert activation is not None
             return Way(form, backend, (gate, up, down, gate_bias, up_bias, bias), activation)
         if plan.stalls and not compiling:
             give_back(down)
@@ -111,7 +113,7 @@ class SparseExperts(SparseBlock):
 
     def _form(self) -> Form:
         """What an expert is for the operators."""
-        return self.roles.form if self.roles.is_plain_formula else "linear"
+        return self.roles.form if self.roles.is_plain_formula and not self.selects else "linear"
 
     def _each(self, call: Routed, way: Way | None) -> Tensor:
         """Expert by expert with the calls of the stock class, the down projection skipping by ``way``."""
@@ -124,6 +126,7 @@ class SparseExperts(SparseBlock):
             y = call.x[tokens]
             if expert < count:
                 inside = roles.inside(module, y, expert, self._rectified)
+                inside = inside._replace(h=self._selected(inside.h))
                 for site, values in seen.items():
                     values.append(getattr(inside, site))
                 rows.append(tokens)
@@ -143,13 +146,13 @@ class SparseExperts(SparseBlock):
 
     def prepare(self, *, certify: bool) -> None:
         """Store the down projections neuron-major; experts have no certificates."""
-        if self.kernel() is not None and not self.roles.transposed and self._may_lend():
+        if self.gives_zeros and not self.roles.transposed and self._may_lend():
             weight = self._down_weight()
             assert weight is not None
             lend(weight)
 
     def problems(self) -> tuple[list[Problem], str | None]:
-        if self.kernel() is None:
+        if not self.gives_zeros:
             return [], "its activation is not exactly zero, or has a hook"
         weight = self._parameters.get(self.roles.down)
         if weight is None or not self._readable(weight):

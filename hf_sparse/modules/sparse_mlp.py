@@ -13,6 +13,7 @@ from hf_sparse.adapters.roles import LayerRoles, Roles
 from hf_sparse.modules.certified import Certified
 from hf_sparse.modules.ownership import any_lent, give_back, held_elsewhere, is_lent, lend, shares_nothing
 from hf_sparse.modules.sparse_block import SparseBlock, Way, hooks_on_all_modules
+from hf_sparse.modules.stand_in import StandIn
 from hf_sparse.modules.surroundings import has_own_forward, is_plain, overridden, transformed
 from triton_ops import DENSE, Certificate, Problem
 from triton_ops.layout import view_of
@@ -48,14 +49,22 @@ class SparseMLP(SparseBlock):
         """``x [..., D] -> [..., D]``, any floating dtype; by whatever name the stock block calls it."""
         if "forward" in self.__dict__:
             self._forward_ran = True
+        if not self.leaves:
+            return self._forward(args, kwargs)
+        name = None if args else next(iter(kwargs))
+        x = self._past_leaves("x", args[0] if name is None else kwargs[name])
+        given = ((x, *args[1:]), kwargs) if name is None else ((), {**kwargs, name: x})
+        return self._past_leaves("y", self._forward(*given))
+
+    def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         if len(args) == 1 and not kwargs:
             return self._run(args[0], self._way(args[0]))
-        if self.roles.itself or self.relu_up:
+        if self._computes_itself():
             (x,) = (*args, *kwargs.values())
             return self._run(x, self._way(x))
         if not torch.compiler.is_compiling():
             self.disclose()
-        return cast(Tensor, self._stock_function(self._unguarded(), *args, **kwargs))
+        return cast(Tensor, self._stock_function(self._as_stock(), *args, **kwargs))
 
     def dense(self, x: Tensor) -> Tensor:
         """The block with every neuron, as the stock class computes it, to rounding.
@@ -63,14 +72,16 @@ class SparseMLP(SparseBlock):
         Without gradient, where torch multiplies slowly with a weight in the layout for decoding, the down
         projection is :func:`triton_ops.sparse_linear`, which is made for that layout.
         """
-        return self._run(x, self._way(x, skip=False))
+        x = self._past_leaves("x", x)
+        return self._past_leaves("y", self._run(x, self._way(x, skip=False)))
 
     def _way(self, x: Tensor, *, skip: bool = True) -> Way:
         """How to run this call; all that decides it is asked here, once, and the layout is made to fit.
 
         The whole block is one operator if the kernels know the activation and all weights may be read, and
         skipping pays. The down projection alone may skip, too: where a projection before it must be called
-        (an adapter), and in a plain block where there are too many tokens for the whole to pay.
+        (an adapter), where the block selects, and in a plain block where there are too many tokens for the
+        whole to pay.
         """
         compiling = torch.compiler.is_compiling()
         if not compiling and (transformed() or overridden()):
@@ -88,7 +99,8 @@ class SparseMLP(SparseBlock):
         if read is None:
             return _STOCK
         ((down, bias),) = read
-        activation = self.kernel() if skip else None
+        zeros = skip and self.gives_zeros
+        activation = self.kernel() if zeros and not self.selects else None
         called = None if activation is None else self._weights(x, *self.roles.before_down)
         if activation is not None and called is not None:
             first = self.roles.split(called)
@@ -101,7 +113,7 @@ class SparseMLP(SparseBlock):
                 weights = (*[w for w, _ in first], rows, *[b for _, b in first], bias)
                 return Way(form, backend, weights, activation, held)
         plan = triton_ops.plan(down, "linear")
-        if activation is not None and (called is None or self.roles.form == "plain"):
+        if zeros and (called is None or self.roles.form == "plain"):
             backend = plan.backend(tokens, self.density)
             if backend != DENSE and lendable and (rows := neuron_major(down)) is not None:
                 return Way("linear", backend, (rows, bias))
@@ -135,19 +147,36 @@ class SparseMLP(SparseBlock):
 
     def _stock_forward(self, x: Tensor, down: Tensor | None = None) -> Tensor:
         """The forward of the stock class; with ``down`` for the weight of the down projection."""
-        layer = self._child(self.roles.down)
+        layer: Any = None
         if down is not None:
-            layer, own = object.__new__(type(layer)), vars(layer)
+            own = vars(self._child(self.roles.down))
+            layer = object.__new__(type(self._child(self.roles.down)))
             object.__setattr__(
                 layer, "__dict__", {**own, "_parameters": {**own["_parameters"], "weight": down}}
             )
-        if self.relu_up or self.roles.itself:  # the same calls, perhaps with one ReLU more
-            return cast(Tensor, layer(self.hidden(x)))
-        module = self._unguarded()
-        if down is not None:
-            modules = {**self._modules, self.roles.down: layer}
-            object.__setattr__(module, "__dict__", {**self.__dict__, "_modules": modules})
-        return cast(Tensor, self._stock_function(module, x))
+        if self._computes_itself():
+            return cast(Tensor, (layer or self._child(self.roles.down))(self.hidden(x)))
+        return cast(Tensor, self._stock_function(self._as_stock(layer), x))
+
+    def _computes_itself(self) -> bool:
+        """Whether the block makes the calls of the stock class itself, perhaps with one ReLU more."""
+        return self.roles.itself or (self.relu_up and self.roles.factor is None)
+
+    def _as_stock(self, down: Any = None) -> Any:
+        """What the forward of the stock class is given for ``self``; with ``down`` for the down projection.
+
+        With it the block computes what is its own, such as a dropout in training.
+        """
+        module, roles, topk = self._unguarded(), self.roles, self.topk
+        children: dict[str, Any] = {} if down is None else {roles.down: down}
+        if topk is not None:
+            layer = self._child(roles.down) if down is None else down
+            children[roles.down] = lambda h: layer(topk(h))
+        if self.relu_up:
+            assert roles.factor is not None
+            up = self._child(roles.factor)
+            children[roles.factor] = lambda x: self._rectified(up(x))
+        return StandIn(module, children) if children else module
 
     def hidden(self, x: Tensor) -> Tensor:
         """What reaches the down projection, by calls of the modules: ``x [..., D] -> [..., F]``.
@@ -156,21 +185,21 @@ class SparseMLP(SparseBlock):
         """
         p, u = self.roles.project(self._child, x)
         a = self.activation(p)
-        if u is None:
-            return cast(Tensor, a)
-        u = self._rectified(u)
+        return self._selected(cast(Tensor, a) if u is None else self._product(a, self._rectified(u)))
+
+    def _product(self, a: Tensor, u: Tensor) -> Tensor:
         # In place where nobody else can hold the activation's output: for many tokens, another tensor of this
         # size means new pages.
         shared = self.kernel() is None or getattr(self.activation, "inplace", False)
         if torch.is_grad_enabled() or shared or a.dtype != u.dtype:
-            return cast(Tensor, a * u)
-        return cast(Tensor, a.mul_(u))
+            return a * u
+        return a.mul_(u)
 
     def prepare(self, *, certify: bool) -> None:
         """Store the down projection neuron-major and certify; else the first call that skips does so."""
-        self._certified.wanted = certify
+        self._certified.wanted = certify = certify and not self.selects
         self._certified.drop()
-        if self.kernel() is None:
+        if not self.gives_zeros:
             return
         if self._may_lend() and self._is_linear_down() and (down := self.readable(self.roles.down)):
             lend(down.weight)
@@ -224,12 +253,12 @@ class SparseMLP(SparseBlock):
         return self.readable(self.roles.down) is not None and not self._may_lend()
 
     def problems(self) -> tuple[list[Problem], str | None]:
-        if self.kernel() is None:
+        if not self.gives_zeros:
             return [], "its activation is not exactly zero, or has a hook"
         form, down = self.roles.form, self.readable(self.roles.down)
-        whole = all(self.readable(name) is not None for name in self.roles.before_down)
+        whole = not self.selects and all(self.readable(name) is not None for name in self.roles.before_down)
         forms: list[tuple[Form, bool]] = [(form, False)] if whole else []
-        if form == "plain":
+        if form == "plain" or self.selects:
             forms.append(("linear", False))
         if down is None or not forms:
             return [], "its linear layers must be called (an adapter, a hook, quantised or offloaded weights)"

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import hf_sparse
+from support.models import tiny
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 # fmt: off
@@ -122,6 +123,19 @@ def test_generate(tmp_path: Path) -> None:
         assert 0.8 < rows[name]["sparsity"] < 1
 
 
+@pytest.mark.slow
+def test_training_step(tmp_path: Path) -> None:
+    tiny("llama", tie_word_embeddings=True).save_pretrained(tmp_path / "model")
+    names = ["transformers.Trainer, ReLU and L1", "finetune.py, ReLU and L1"]
+    sizes = ("--model", str(tmp_path / "model"), "--batch", "4", "--micro-batch", "2", "--length", "16")
+    first, ours = run("training_step", tmp_path / "r.json", *sizes, "--competitors", *names)["results"]
+    assert [first["trainer"], ours["trainer"]] == names
+    assert ours["loss_after_one_update"] == pytest.approx(first["loss_after_one_update"], rel=1e-5)
+    assert first["share_of_the_first"] == first["memory_share_of_the_first"] == 1
+    assert ours["share_quartiles"][0] <= ours["share_of_the_first"] <= ours["share_quartiles"][1]
+    assert 100 < ours["peak_mib"] == ours["memory_share_of_the_first"] * first["peak_mib"]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("script", ["mlp_decode", "mlp_batch", "mlp_certified"])
@@ -163,6 +177,28 @@ def test_competitors_take_turns_and_the_ratio_is_of_one_turn(harness: Any) -> No
     assert order == ["dense", "sparse"] * 4
     assert times["dense"].median_ms == 2000
     assert (ratios["sparse"].low, ratios["sparse"].median, ratios["sparse"].high) == (2, 2, 2)
+
+
+def test_lora(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    sizes = (
+        "--shape",
+        "64x96",
+        "--layers",
+        "2",
+        "--dtypes",
+        "bfloat16",
+        "--rank",
+        "4",
+        "--sparsity",
+        "0",
+        "90",
+    )
+    with hf_sparse.backend("torch"):  # too small to skip by itself
+        rows = run("lora", tmp_path / "r.json", *sizes)["results"]
+    found = [(row["adapter"], round(row["sparsity"], 1), row["skips"]) for row in rows]
+    places = ("merged", "gate", "up", "down")
+    assert found == [(where, silent, where != "down") for where in places for silent in (0, 0.9)]
 
 
 def test_experts(tmp_path: Path) -> None:

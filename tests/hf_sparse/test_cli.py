@@ -20,7 +20,7 @@ from hf_sparse.cli import main
 from hf_sparse.launch import _with_recipe_path, application
 from triton_ops import BACKENDS
 
-COMMANDS = ("patch", "finetune", "measure", "tune", "generate", "push", "quickstart")
+COMMANDS = ("patch", "finetune", "measure", "tune", "generate", "export", "push", "quickstart")
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -53,7 +53,7 @@ def test_an_error_as_a_process_is_one_line():
     assert result.stderr == "hf-sparse: error: MODEL='./no-such-folder' is no folder.\n"
 
 
-@pytest.mark.parametrize("name", ["patch", "measure", "tune", "generate", "push", "quickstart"])
+@pytest.mark.parametrize("name", ["patch", "measure", "tune", "generate", "export", "push", "quickstart"])
 def test_help_of_each_command_has_an_example(name, capsys):
     with pytest.raises(SystemExit) as end:
         main([name, "--help"])

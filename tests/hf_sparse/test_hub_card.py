@@ -43,6 +43,14 @@ def test_an_unpatched_model_is_not_pushed(tiny_model) -> None:
         hf_sparse.push_to_hub(tiny_model("llama"), "me/m")
 
 
+def test_what_stands_beside_the_activation_is_named(tiny_model) -> None:
+    model = tiny_model("llama")
+    hf_sparse.patch(model, "original", topk={"share": 0.1}, norm_relu=True)
+    text = card(model)
+    assert "with `silu`. They also have `topk (share 0.1)` and `norm_relu`." in text
+    assert "is exactly zero need not be computed" in text
+
+
 def test_an_adapter_is_not_taken_for_a_model(patched) -> None:
     wrapped = get_peft_model(patched, LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(hf_sparse.PatchError, match=r"merge_and_unload"):

@@ -41,7 +41,7 @@ report = hf_sparse.measure(model, texts, **lengths)
 said = {"before": before.to_dict(), "report": report.to_dict()}
 everything = dict(
     tokenizer=tokenizer, report=report, before=before, evaluated_on="allenai/c4", speed="2.1x, one machine",
-    recipe={"patch": "relu", "model": "someone/dense", "dataset": "allenai/c4", "l1_targets": [0.1]},
+    recipe={"patch": "relu", "model": "someone/dense", "dataset": "allenai/c4", "methods": {"l1": {}}},
 )
 said["url"] = hf_sparse.push_to_hub(model, "me/relu", **everything, private=True)
 hf_sparse.push_to_hub(model, "me/relu", revision="wip", commit_message="On a branch")
@@ -62,9 +62,13 @@ hf_sparse.push_to_hub(model, "me/repatched", **everything)
 hf_sparse.patch(model, "fatrelu", threshold=0.5)
 model.push_to_hub("me/repatched")
 
-ids = torch.randint(3, 100, (2, 17))
-for name, other in (("mixtral", tiny("mixtral")), ("jsrelu", tiny("llama")), ("bloom", tiny("bloom"))):
-    hf_sparse.patch(other, "relu" if name != "jsrelu" else name)
+ids, zeroth = torch.randint(3, 100, (2, 17)), {"zeroth_bias": {"positions": 9}}
+for name, kind in (("mixtral", "mixtral"), ("jsrelu", "llama"), ("bloom", "bloom"), ("zeroth", "gpt2")):
+    other = tiny(kind)
+    hf_sparse.patch(other, "relu" if name != "jsrelu" else name, **zeroth if name == "zeroth" else {})
+    for parameter in other.parameters():
+        if tuple(parameter.shape) == (9, 32):
+            torch.nn.init.normal_(parameter)
     hf_sparse.push_to_hub(other, f"me/{name}")
     torch.save([ids, other(ids).logits], f"{out}/{name}.pt")
 gemma = composite("gemma3")
@@ -103,7 +107,7 @@ if "relu" in sys.argv[3:]:
     print(AutoTokenizer.from_pretrained("me/relu")("Return the text").input_ids)
     AutoModelForCausalLM.from_pretrained("me/relu", revision="wip")
 """
-LOADED = ("relu", "jsrelu", "mixtral", "bloom", "gemma3")
+LOADED = ("relu", "jsrelu", "mixtral", "bloom", "gemma3", "zeroth")
 
 
 class Shelf:
@@ -188,7 +192,7 @@ def test_the_card_tells_what_was_measured_and_no_more(shelf) -> None:
     for layer in report["layers"]:
         assert f"| `{layer['name']}` | {layer['neurons']:,} | 0.00% | {layer['sparsity']:.2%} |" in text
     assert "Speed: 2.1x, one machine" in text
-    assert "l1_targets:" in text
+    assert "methods:" in text
     assert "It derives from `someone/dense`." in text
     assert "Not measured" not in text
     bare = shelf.card("mixtral").text

@@ -16,7 +16,7 @@ import hf_sparse
 from hf_sparse import SparsityConfig
 from hf_sparse.activations import is_stock
 from support.activations import FIELDS
-from support.peek import layouts
+from support.peek import layouts, zeroth_biases
 from triton_ops.activations import TABLE
 
 CONFIGS = {
@@ -25,6 +25,11 @@ CONFIGS = {
     "thresholds": SparsityConfig.read("fatrelu", threshold=(0.1, 1 / 3, 0.2)),
     "some_layers": SparsityConfig(layers=(0, 2)),
     "mixed": SparsityConfig.read("jsrelu", mix=0.3),
+    "zeroth_bias": SparsityConfig(zeroth_bias={"positions": 12}),
+    "zeroth_bias_of_some": SparsityConfig(layers=[1], zeroth_bias={"placement": "output", "positions": 64}),
+    "topk": SparsityConfig(activation="original", topk={"share": 0.2}),
+    "statistical_topk": SparsityConfig(statistical_topk={"sparsity": 0.8}),
+    "norm_relu": SparsityConfig(norm_relu=True),
 }
 STOCK_EXPRESSIBLE = {"original", *filter(is_stock, TABLE)}
 
@@ -39,6 +44,8 @@ def test_round_trip_is_bit_identical(tiny_model, input_ids, tmp_path, family, na
     model = tiny_model(family)
     stock = model(input_ids).logits
     hf_sparse.patch(model, CONFIGS[name])
+    for table in zeroth_biases(model):
+        torch.nn.init.normal_(table)
     expected = model(input_ids).logits
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -70,7 +77,7 @@ assert "hf_sparse" not in sys.modules
 def test_without_hf_sparse_the_model_is_the_same_or_refused(tiny_model, family, input_ids, tmp_path) -> None:
     expected = {}
     for name, config in CONFIGS.items():
-        if config.activation.relu_up and family != "llama":
+        if (config.activation.relu_up or config.others) and family != "llama":
             continue
         model = tiny_model(family)
         hf_sparse.patch(model, config)

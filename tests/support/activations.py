@@ -32,7 +32,8 @@ def points(name: str, dtype: torch.dtype) -> Tensor:
     t = torch.tensor([typical_threshold(name)], dtype=dtype)
     eps = torch.finfo(dtype).eps
     around = torch.cat([t, -t, t * (1 + eps), t * (1 - eps)])
-    return torch.cat([torch.linspace(-4, 4, 33, dtype=dtype), torch.tensor([-8.0, 8.0]).to(dtype), around])
+    far = torch.tensor([-8.0, 4.1, 6.3, 8.0, 19.7]).to(dtype)
+    return torch.cat([torch.linspace(-4, 4, 33, dtype=dtype), far, around])
 
 
 def assert_bits_of_the_reference(

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 SIZES = {
     "hidden_size": 32,
@@ -60,6 +68,17 @@ def tiny(model_type: str, **changes: object) -> PreTrainedModel:
     sizes |= _OWN.get(model_type, {})
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(sizes | changes)))
     for parameter in model.parameters():  # the default scale of 0.02 would hide an error in the MLPs
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def tiny_t5(**changes: object) -> PreTrainedModel:
+    """A T5 1.0 with ReLU, which drops nothing in training."""
+    sizes: dict[str, object] = {"vocab_size": 128, "d_model": 32, "d_kv": 8, "d_ff": 88, "num_layers": 2}
+    sizes |= {"num_heads": 4, "dropout_rate": 0.0, "decoder_start_token_id": 0, "eos_token_id": None}
+    model = T5ForConditionalGeneration(T5Config(**(sizes | changes)))
+    for parameter in model.parameters():
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.2)
     return model.eval()

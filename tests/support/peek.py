@@ -28,6 +28,11 @@ def down_weight(block: SparseBlock | SparseLinear) -> Tensor:
     return own["_modules"][name].weight if stacked is None else stacked
 
 
+def zeroth_biases(model: nn.Module) -> list[Tensor]:
+    """The tables of zeroth biases in a model, in its order."""
+    return [table for name, table in model.named_parameters() if "zeroth_bias" in name]
+
+
 def layouts(model: nn.Module) -> set[bool]:
     """Whether down projections are stored neuron by neuron."""
     return {triton_ops.is_neuron_major(down_weight(block)) for block in sparse_blocks(model)}

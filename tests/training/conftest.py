@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -77,7 +78,8 @@ def command(tiny: Path, texts: Path) -> Callable[..., list[str]]:
             elif isinstance(value, list):
                 options += [f"--{name}", *map(str, value)]
             else:
-                options += [f"--{name}", str(value)]
+                text = json.dumps(value) if isinstance(value, dict) else str(value)
+                options += [f"--{name}", text]
         if processes == 1:
             return [sys.executable, str(FINETUNE), *options]
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]

@@ -16,7 +16,14 @@ RECIPE = {"data_streams": 2, "seed": 1}
 
 def progress(step: int) -> Progress:
     streams = {v: StreamState(epoch=0, block=3, reader={"at": v}, document=2, token=7) for v in range(2)}
-    return Progress(step, step * 100, {"loss": [0.1, 2.5]}, streams)
+    return Progress(
+        step,
+        step * 100,
+        skipped=2,
+        pending={"loss": [0.1, 2.5]},
+        methods={"controller": {"sum": 0.1}},
+        streams=streams,
+    )
 
 
 @pytest.fixture

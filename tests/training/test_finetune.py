@@ -28,7 +28,7 @@ def held_out_batches(line, tokenizer):
 
 def test_train_save_reload(command, in_process, tmp_path, tokenizer):
     output = tmp_path / "run"
-    line = command(output, max_steps=40, l1_boundaries=[1.0], l1_targets=[0.05])
+    line = command(output, max_steps=40, methods={"l1": {"boundaries": [1.0], "targets": [0.05]}})
     in_process(line)
 
     first, last = records(output, "eval")[0], records(output, "eval")[-1]
@@ -48,7 +48,7 @@ def test_train_save_reload(command, in_process, tmp_path, tokenizer):
 
 def test_the_log_has_every_step_and_setting(command, in_process, tmp_path):
     output = tmp_path / "run"
-    in_process(command(output, max_steps=10, log_every=4, warmup=0.2, mix_until=0.4))
+    in_process(command(output, max_steps=10, log_every=4, warmup=0.2, methods={"mixing": {"until": 0.4}}))
     train = records(output, "train")
     assert [r["step"] for r in train] == [4, 8, 10]
     assert [r["tokens"] for r in train] == [4 * 128, 8 * 128, 10 * 128]
@@ -63,7 +63,10 @@ def test_the_log_has_every_step_and_setting(command, in_process, tmp_path):
 @pytest.mark.slow
 def test_l1_raises_sparsity_over_plain_substitution_on_the_same_tokens(command, in_process, tmp_path):
     found = {}
-    for name, l1 in (("relu", {}), ("l1", {"l1_boundaries": [0.3, 1.0], "l1_targets": [1.0, 5.0]})):
+    for name, l1 in (
+        ("relu", {}),
+        ("l1", {"methods": {"l1": {"boundaries": [0.3, 1.0], "targets": [1.0, 5.0]}}}),
+    ):
         in_process(command(tmp_path / name, max_steps=60, **l1))
         found[name] = records(tmp_path / name, "eval")[-1]
     assert found["l1"]["sparsity"] > found["relu"]["sparsity"] + 0.1
@@ -81,7 +84,7 @@ def test_the_dense_baseline_is_the_stock_model(command, in_process, tmp_path):
     "changes", [{"micro_batch": 2}, {"micro_batch": 3}, {"gradient_checkpointing": True}]
 )
 def test_memory_settings_do_not_change_what_is_learned(changes, command, in_process, tmp_path):
-    l1 = {"l1_boundaries": [1.0], "l1_targets": [1.0], "log_every": 1}
+    l1 = {"methods": {"l1": {"boundaries": [1.0], "targets": [1.0]}}, "log_every": 1}
     for name, extra in (("a", {}), ("b", changes)):
         in_process(command(tmp_path / name, **l1, **extra))
     a, b = (records(tmp_path / name, "train") for name in ("a", "b"))
@@ -155,3 +158,31 @@ def test_real_llama_on_real_c4(assets, command, in_process, tmp_path):
     assert after["perplexity"] < original["perplexity"]  # C4 is new to it
     assert math.isclose(after["perplexity"], math.exp(after["loss"]))
     assert after["sparsity"] > 0.35
+
+
+def test_lora_trains_adapters_norms_and_biases_and_is_merged(command, in_process, tiny, tmp_path):
+    output = tmp_path / "lora"
+    methods = {"l1": {"boundaries": [1.0], "targets": [0.1]}}
+    in_process(command(output, lora={"r": 4, "alpha": 8}, methods=methods))
+    trained = AutoModelForCausalLM.from_pretrained(output / "final")
+    before = AutoModelForCausalLM.from_pretrained(tiny).state_dict()
+    after = trained.state_dict()
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if "norm" in name or "proj" in name}
+    for name in changed:
+        if "proj" in name:
+            assert torch.linalg.matrix_rank(after[name] - before[name], rtol=1e-3) <= 4
+    first, *_, last = records(output, "eval")
+    assert last["loss"] < first["loss"]
+    sequences = [{"input_ids": torch.arange(64).view(4, 16)}]
+    assert measure(trained, sequences).sparsity > 0.1
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [({"r": 0}, "lora.r=0"), ({"rank": 2}, "unknown fields in lora: rank"), ("all", "lora is a mapping")],
+)
+def test_a_bad_field_of_lora_is_named(lora, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(lora=lora)

@@ -20,8 +20,7 @@ FIELDS = {
     "eval_every": 10,
     "save_every": 15,
     "eval_tokens": 336,  # 21 sequences: the processes get different numbers
-    "l1_boundaries": [0.5, 1.0],
-    "l1_targets": [0.5, 2.0],
+    "methods": {"l1": {"boundaries": [0.5, 1.0], "targets": [0.5, 2.0]}},
 }
 
 

@@ -24,7 +24,10 @@ RECIPES = sorted((ROOT / "training" / "recipes").glob("*.yaml"))
             {"patch": {"activation": {"name": "fatrelu", "threshold": -1}}},
             r"patch: activation\.threshold=-1\.0",
         ),
-        ({"patch": {"activation": {"name": "relu", "mix": 0.5}}}, r"patch: activation\.mix=0.5.*mix_until"),
+        (
+            {"patch": {"activation": {"name": "relu", "mix": 0.5}}},
+            r"patch: activation\.mix=0.5.*method mixing",
+        ),
         ({"patch": {"treshold": 1}}, "patch: unknown fields in the config: treshold"),
         ({"patch": 3}, "patch: config=3 is neither"),
         ({"max_steps": 0}, "max_steps=0.*at least 1"),
@@ -33,22 +36,26 @@ RECIPES = sorted((ROOT / "training" / "recipes").glob("*.yaml"))
         ({"learning_rate": 0.0}, "learning_rate=0.0.*positive"),
         ({"warmup": 100.0}, "warmup=100.0.*fraction"),
         ({"global_batch": 12}, "global_batch=12.*data_streams=8"),
-        ({"l1_targets": [1.0]}, "boundaries has 0 values and targets 1"),
-        ({"l1_boundaries": [0.5, 2.0], "l1_targets": [1.0, 1.0]}, "l1_boundaries.*fractions"),
-        ({"l1_boundaries": [0.5, 0.4], "l1_targets": [1.0, 1.0]}, "do not rise"),
-        ({"patch": "none", "mix_until": 0.5}, "mix_until=0.5.*dense baseline"),
+        ({"methods": {"l1": {"targets": [1.0]}}}, "l1: boundaries has 0 values and targets 1"),
         (
-            {"patch": "original", "l1_boundaries": [1.0], "l1_targets": [1.0]},
-            r"l1_targets=\[1.0\].*dense baseline",
+            {"methods": {"l1": {"boundaries": [0.5, 2.0], "targets": [1.0, 1.0]}}},
+            r"methods\.l1\.boundaries.*fractions",
         ),
+        ({"methods": {"l1": {"boundaries": [0.5, 0.4], "targets": [1.0, 1.0]}}}, "do not rise"),
+        ({"methods": {"l1": {"boundaries": 1}}}, r"methods\.l1\.boundaries=1.*list"),
+        ({"methods": {"l1": {"target": [1]}}}, r"unknown fields in methods\.l1: target; known: .*targets"),
+        ({"methods": {"l2": {}}}, "unknown fields in methods: l2; known: .*l1"),
+        ({"methods": ["l1"]}, "methods is a mapping"),
+        ({"patch": "none", "methods": {"mixing": {}}}, r"methods\.mixing.*dense baseline"),
+        ({"patch": "original", "methods": {"l1": {}}}, r"methods\.l1.*dense baseline"),
         (
             {"patch": {"activation": {"name": "relu", "threshold": 0.1}}},
             r"patch: activation\.threshold=0.1 has no meaning.*'fatrelu'",
         ),
         ({"eval_tokens": 10}, "eval_tokens=10.*sequence_length=1024"),
         ({"resume": "yes"}, "resume='yes'.*bool"),
-        ({"revision": 3}, "revision=3.*text or none"),
-        ({"precision": "fp16"}, "precision='fp16'.*fp32, bf16"),
+        ({"revision": 3}, "revision=3.*text, or none"),
+        ({"precision": "fp8"}, "precision='fp8'.*fp32, bf16, fp16"),
     ],
 )
 def test_a_bad_field_is_refused_by_name_value_and_mend(changes, message):
@@ -58,14 +65,20 @@ def test_a_bad_field_is_refused_by_name_value_and_mend(changes, message):
 
 def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path):
     file = tmp_path / "r.yaml"
-    file.write_text("learning_rate: 1e-4\nmax_steps: 7\nl1_boundaries: [0.5, 1]\nl1_targets: [1e-2, 2]\n")
-    recipe = parse_recipe(["--config", str(file), "--max-steps", "9", "--l1_targets", "3", "4", "--resume"])
+    file.write_text(
+        "learning_rate: 1e-4\nmax_steps: 7\nmethods: {l1: {boundaries: [0.5, 1], targets: [1e-2, 2]}}\n"
+    )
+    line = ["--config", str(file), "--max-steps", "9", "--methods.l1.targets", "[3, 4]", "--resume"]
+    recipe = parse_recipe([*line, "--patch.activation=jsrelu", "--methods.mixing.until=1e-1"])
     assert recipe.learning_rate == 1e-4
     assert recipe.max_steps == 9
-    assert recipe.l1_targets == [3.0, 4.0]
+    assert recipe.methods["l1"]["targets"] == [3, 4]
+    assert recipe.methods["l1"]["boundaries"] == [0.5, 1]
+    assert recipe.methods["mixing"] == {"until": 0.1}
+    assert recipe.patch == "jsrelu"
     assert recipe.resume
     assert recipe.seed == Recipe().seed
-    assert parse_recipe(["--config", str(file), "--l1_boundaries", "--l1_targets"]).has_l1 is False
+    assert parse_recipe(["--config", str(file), "--methods", "{}"]).methods == {}
 
 
 @pytest.mark.parametrize(
@@ -123,8 +136,6 @@ def test_patch_is_a_sparsity_config_in_the_file_and_on_the_command_line(tmp_path
     again = Recipe(**json.loads(json.dumps(recipe.to_dict())))
     assert again == recipe
     assert again.changed(recipe.to_dict()) == []
-    if config is not None:
-        assert recipe.sparsity_config(mix=0.5).activation.mix == 0.5
 
 
 @pytest.mark.parametrize(
@@ -132,7 +143,10 @@ def test_patch_is_a_sparsity_config_in_the_file_and_on_the_command_line(tmp_path
     [
         (["--activation", "relu"], "--activation is no field of a recipe; it is part of patch"),
         (["--threshold=0.1"], "fatrelu, threshold"),
-        (["--mix", "0.1"], "mix_until"),
+        (["--methods.l1.scale"], "--methods.l1.scale: expected one value"),
+        (["--methods.l1.scale", "--resume"], "--methods.l1.scale: expected one value"),
+        (["--methods.l1.scales=2"], "unknown fields in methods.l1: scales"),
+        (["--seed.a=2"], "seed"),
         (["--max-stepz", "1"], "unrecognized arguments: --max-stepz"),
         (["--patch", "{activation: [relu"], "neither a name nor a mapping"),
         (["--patch", "fatrelu2"], "patch: activation.name='fatrelu2' is not known"),
@@ -161,8 +175,8 @@ def test_shipped_recipes_are_valid(path):
 
 
 def test_the_prosparse_recipe_is_the_published_schedule():
-    recipe = Recipe(**{**load_yaml(ROOT / "training/recipes/prosparse.yaml"), "max_steps": 16500})
-    schedule = recipe.l1_schedule()
+    (l1,) = Recipe(**load_yaml(ROOT / "training/recipes/prosparse.yaml")).acting_methods()
+    schedule = l1.schedule(16500)
     assert [round(b) for b in schedule.boundaries] == [6000, 10000, 12000, 16000, 16500]
     assert round(schedule.start) == 5000
     assert schedule.targets == (5e-3, 5e-2, 5e-2, 2e-1, 2e-1)
@@ -174,7 +188,7 @@ def test_recipes_that_are_compared_train_on_the_same_tokens():
     )
     for other in (relu, prosparse):
         differing = {c.split(":")[0] for c in other.changed(dense.to_dict())}
-        assert differing <= {"patch", "l1_start", "l1_boundaries", "l1_targets"}
+        assert differing <= {"patch", "methods"}
 
 
 def test_a_changed_field_matters_or_not():

@@ -22,10 +22,10 @@ FIELDS = {
     "eval_every": 16,
     "log_every": 3,
     "micro_batch": 3,
-    "mix_until": 0.25,
-    "l1_start": 0.2,
-    "l1_boundaries": [0.5, 1.0],
-    "l1_targets": [0.5, 2.0],
+    "methods": {
+        "mixing": {"until": 0.25},
+        "l1": {"start": 0.2, "boundaries": [0.5, 1.0], "targets": [0.5, 2.0]},
+    },
     "epochs": 2,
 }
 
@@ -68,7 +68,8 @@ def same_result(a: Path, b: Path) -> None:
         records = read_log(output / "log.jsonl")
         assert records.pop(0)["kind"] == "run"
         for record in records:
-            record.pop("tokens_per_second", None)
+            for name in ("tokens_per_second", "data_wait"):
+                record.pop(name, None)
         logs.append(records)
     assert logs[0] == logs[1]
 

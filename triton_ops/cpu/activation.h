@@ -33,6 +33,13 @@ struct jsrelu : relu {
   }
 };
 
+struct jsrelu_linear : relu {
+  template <class W, class V> static V value(V p, V t) {
+    const V c = p > 4.0f ? V{} + 4.0f : p, d = rounded<W>(p - c);
+    return rounded<W>(jsrelu::value<W>(c, t) + rounded<W>(4.0f * d + d));
+  }
+};
+
 struct shifted_relu : relu {
   template <class V> static auto silent(V p, V t) { return p <= t; }
   template <class W, class V> static V value(V p, V t) { return rounded<W>(p - t); }

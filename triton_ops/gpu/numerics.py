@@ -21,6 +21,7 @@ SHIFTED_RELU = tl.constexpr(TABLE["shifted_relu"].code)
 FATRELU = tl.constexpr(TABLE["fatrelu"].code)
 DRELU = tl.constexpr(TABLE["drelu"].code)
 JSRELU = tl.constexpr(TABLE["jsrelu"].code)
+JSRELU_LINEAR = tl.constexpr(TABLE["jsrelu_linear"].code)
 
 
 @triton.jit
@@ -70,6 +71,10 @@ def activate(p, t, KIND: tl.constexpr, dtype: tl.constexpr):
         a = p * p
     elif KIND == JSRELU:
         a = p + 0.5 * round_to(p * p, dtype)
+    elif KIND == JSRELU_LINEAR:
+        c = tl.where(p > 4.0, 4.0, p)
+        d = round_to(p - c, dtype)
+        a = round_to(c + 0.5 * round_to(c * c, dtype), dtype) + round_to(4.0 * d + d, dtype)
     elif KIND == SHIFTED_RELU:
         a = p - t
     else:
