@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from recipe import Recipe
+from task import Task
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -59,8 +60,15 @@ class Batch:
 
     input_ids: Tensor
     """int64 [global_batch / W, sequence_length]"""
+    labels: Tensor
+    """int64 [global_batch / W, T]"""
     states: dict[int, StreamState]
     """Of each stream of this process, after this batch."""
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What the model is given."""
+        return {"input_ids": self.input_ids, "labels": self.labels}
 
 
 class Stream:
@@ -156,7 +164,7 @@ class TrainingData:
         """Continue from ``states``, one for each stream that this process serves.
 
         Raises:
-            ValueError: ``world_size`` does not divide ``recipe.data_streams``.
+            ValueError: ``world_size`` does not divide ``recipe.data_streams``, or as of :class:`task.Task`.
 
         """
         if recipe.data_streams % world_size:
@@ -165,13 +173,14 @@ class TrainingData:
                 "use a number of processes that divides it, or set data_streams to a multiple of it."
             )
         self._per_stream = recipe.global_batch // recipe.data_streams
+        self._task = Task(recipe, tokenizer)
         tokenise = Tokeniser(tokenizer)
         self._streams = {
             v: Stream(
                 partial(source.read, "train", part=v, parts=recipe.data_streams),
                 tokenise,
                 index=v,
-                sequence_length=recipe.sequence_length,
+                sequence_length=recipe.raw_length,
                 shuffle_buffer=recipe.shuffle_buffer,
                 seed=recipe.seed,
                 epochs=recipe.epochs,
@@ -201,7 +210,8 @@ class TrainingData:
     def _next(self) -> Batch:
         rows = [row for stream in self._streams.values() for row in islice(stream, self._per_stream)]
         states = {v: copy.deepcopy(stream.state) for v, stream in self._streams.items()}
-        return Batch(torch.tensor(rows, dtype=torch.int64), states)
+        places = [(v, one.sequences - n) for v, one in states.items() for n in range(self._per_stream, 0, -1)]
+        return Batch(**self._task.examples(torch.tensor(rows, dtype=torch.int64), places), states=states)
 
 
 def open_documents(recipe: Recipe) -> Documents:
@@ -230,7 +240,7 @@ def evaluation_data(
     """Sequences to evaluate on, and which documents training must therefore leave out.
 
     They come, in order, from the validation split, else from the share ``recipe.holdout`` of the training
-    documents that a hash of their text selects. Returns int64 [up to eval_tokens // S, S].
+    documents that a hash of their text selects. Returns int64 [up to eval_tokens // R, R], R raw_length.
 
     Raises:
         ValueError: there is not enough held-out text for one sequence.
@@ -238,7 +248,8 @@ def evaluation_data(
     """
     split = "validation" if source.has_validation else "train"
     chosen = HeldOut(1.0 if source.has_validation else recipe.holdout)
-    wanted = recipe.eval_tokens // recipe.sequence_length * recipe.sequence_length
+    length = recipe.raw_length
+    wanted = recipe.eval_tokens // length * length
     row: list[int] = []
     used: list[str] = []
     documents = (text for text, _ in source.read(split, None) if text in chosen)
@@ -247,13 +258,13 @@ def evaluation_data(
         used.append(text)
         if len(row) >= wanted:
             break
-    count = min(len(row), wanted) // recipe.sequence_length
+    count = min(len(row), wanted) // length
     if count == 0:
         raise ValueError(
             f"the held-out text of dataset={recipe.dataset!r} has {len(row)} tokens, fewer than one sequence "
-            f"of {recipe.sequence_length}; add a validation file, or raise holdout={recipe.holdout} "
+            f"of {length}; add a validation file, or raise holdout={recipe.holdout} "
             "or lower sequence_length."
         )
-    sequences = torch.tensor(row[: count * recipe.sequence_length]).view(count, recipe.sequence_length)
+    sequences = torch.tensor(row[: count * length]).view(count, length)
     # A text of the validation split may stand in the training split as well.
     return sequences, HeldOut(0.0 if source.has_validation else recipe.holdout, used)

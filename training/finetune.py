@@ -22,11 +22,13 @@ from arguments import parse_recipe
 from checkpoint import CheckpointError, Checkpoints, Progress, publish, read_state, write_whole
 from data import DataExhaustedError, TrainingData, evaluation_data, open_documents
 from evaluation import as_record, evaluate
+from loading import load
 from loop import Run, build_optimizer, train
 from lora import add_lora
 from recipe import Recipe
 from run_log import RunLog, read_log
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from task import Task
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 import hf_sparse
@@ -68,9 +70,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"than the {accelerator.num_processes} processes; raise it, or add held-out text."
         )
     say(f"evaluation on {held_out_sequences.numel():,} held-out tokens")
+    to_evaluate = Task(recipe, tokenizer).held_out(held_out_sequences)
 
     def evaluation(of: torch.nn.Module) -> SparsityReport:
-        return evaluate(accelerator, of, held_out_sequences, batch_size=recipe.micro_batch)
+        return evaluate(accelerator, of, to_evaluate, batch_size=recipe.micro_batch)
 
     done = read_state(checkpoint)["step"] if checkpoint else None
     dense_loss = recorded_loss(output / "log.jsonl") if checkpoint else None
@@ -96,8 +99,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         model,
         recipe.max_steps,
         mean=lambda value: accelerator.reduce(value, "mean"),
-        dense=lambda: load(recipe).to(accelerator.device).eval(),
-        dense_loss=dense_loss,
+        # What has random weights is nothing to learn from or to be as good as.
+        dense=None if recipe.from_scratch else lambda: load(recipe).to(accelerator.device).eval(),
+        dense_loss=None if recipe.from_scratch else dense_loss,
     )
     acting = ActingTogether(recipe.acting_methods(), setting)
     acting.before_step((done or 0) + 1)
@@ -153,12 +157,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         say(summary(output))
     accelerator.wait_for_everyone()
     accelerator.end_training()
-
-
-def load(recipe: Recipe) -> PreTrainedModel:
-    """The pretrained model, in float32, as it was published."""
-    revision = recipe.revision or "main"
-    return AutoModelForCausalLM.from_pretrained(recipe.model, revision=revision, dtype=torch.float32)
 
 
 def find_checkpoint(recipe: Recipe, checkpoints: Checkpoints) -> Path | None:
