@@ -77,8 +77,8 @@ class TrainingData:
         """Continue from ``states``, one for each stream that this process serves.
 
         Raises:
-            ValueError: ``world_size`` does not divide ``recipe.data_streams``, the data set to mix in cannot be
-                used, or as of :class:`task.Task`.
+            ValueError: ``world_size`` does not divide ``recipe.data_streams``, the data set to mix in
+                cannot be used, or as of :class:`task.Task`.
 
         """
         if recipe.data_streams % world_size:

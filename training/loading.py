@@ -43,6 +43,7 @@ def load(recipe: Recipe) -> PreTrainedModel:
         )
     if not recipe.from_scratch:
         return auto.from_pretrained(recipe.model, revision=revision, dtype=torch.float32)
+    config.name_or_path = ""  # it has no base model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         return auto.from_config(config, dtype=torch.float32)

@@ -86,6 +86,7 @@ def test_weights_are_random_and_the_seed_decides_on_them(tiny):
         return model.model.layers[0].mlp.up_proj.weight
 
     published = load(Recipe(model=str(tiny))).model.layers[0].mlp.up_proj.weight
+    assert load(Recipe(model=str(tiny), from_scratch=True)).name_or_path == ""  # it has no base model
     torch.manual_seed(123)
     first = fresh()
     assert torch.equal(first, fresh())

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import re
+from contextlib import closing
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from data import Batch, TrainingData, evaluation_data, open_documents
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recipe import Recipe
 from span_corruption import SpanCorruption, lengths
 from task import Task
 from transformers import AutoTokenizer
+
+from support.runs import sentences, write_jsonl
 
 FIRST, LAST = 3, 22  # the ids of the sentinels of the tiny T5; its end is 1
 
@@ -88,6 +94,38 @@ def test_the_place_alone_decides(t5_tokenizer):
     assert len({tuple(row) for row in corrupted.tolist()}) == 3
     assert not torch.equal(other.examples(same, places)["input_ids"], corrupted)
     assert torch.equal(task.held_out(texts)["labels"], other.held_out(texts)["labels"])
+
+
+def test_processes_and_interruptions_change_no_example(t5_tokenizer, texts, tmp_path):
+    """With a second data set mixed in, whose sequences count as well."""
+    other = write_jsonl(tmp_path / "more.jsonl", sentences(200, 7))
+    recipe = Recipe(
+        dataset=str(texts),
+        mix_in={"dataset": str(other), "share": 0.4},
+        task="span_corruption",
+        sequence_length=20,
+        global_batch=16,
+        eval_tokens=320,
+    )
+    source = open_documents(recipe)
+    _, held_out = evaluation_data(recipe, source, t5_tokenizer)
+
+    def batches(count: int, **arguments: Any) -> list[Batch]:
+        with closing(iter(TrainingData(recipe, source, t5_tokenizer, held_out, **arguments))) as data:
+            return list(islice(data, count))
+
+    def rows(*parts: Batch) -> list[list[list[int]]]:
+        return [
+            [*pair] for one in parts for pair in zip(one.input_ids.tolist(), one.labels.tolist(), strict=True)
+        ]
+
+    whole = batches(4)
+    ids = rows(*whole)
+    assert len({str(row) for row in ids}) == 4 * 16
+    two = [batches(4, rank=rank, world_size=2) for rank in (0, 1)]
+    for step in range(4):
+        assert sorted(rows(whole[step])) == sorted(rows(two[0][step], two[1][step]))
+    assert rows(*batches(2, states=whole[1].states)) == rows(*whole[2:])
 
 
 def test_a_tokenizer_with_too_few_sentinels_is_refused(tokenizer, t5_tokenizer):
