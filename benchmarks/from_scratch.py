@@ -2,10 +2,10 @@
 
     OMP_NUM_THREADS=1 python benchmarks/from_scratch.py --dataset TEXT
 
-trains a small T5 by span corruption and a small decoder on the same text, each in five variants of the recipes
-t5_scratch and decoder_scratch, and writes docs/results/from_scratch.json and a table. TEXT is a folder of
-documents with a validation split, as docs/training.md says. A run takes a few minutes on one core; what was
-interrupted goes on where it stood when the command is given again.
+trains a small T5 by span corruption and a small decoder on the same text, each in five variants of the
+recipes t5_scratch and decoder_scratch, and writes docs/results/from_scratch.json and a table. TEXT is a
+folder of documents with a validation split, as docs/training.md says. A run takes a few minutes on one core;
+what was interrupted goes on where it stood when the command is given again.
 """
 
 from __future__ import annotations

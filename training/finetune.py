@@ -115,8 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model,
         recipe.max_steps,
         mean=lambda value: accelerator.reduce(value, "mean"),
-        # What has random weights is nothing to learn from or to be as good as.
-        dense=None if recipe.from_scratch else lambda: load(recipe).to(accelerator.device).eval(),
+        dense=lambda: dense(recipe).to(accelerator.device).eval(),
         dense_loss=None if recipe.from_scratch else dense_loss,
     )
     acting = ActingTogether(recipe.acting_methods(), setting)
@@ -177,6 +176,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         say(f"the report is {write_report(output)}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
+
+
+def dense(recipe: Recipe) -> PreTrainedModel:
+    """The model before the patch, to learn from.
+
+    Raises:
+        ValueError: it has random weights.
+
+    """
+    if recipe.from_scratch:
+        raise ValueError(
+            f"with from_scratch there is no dense model to learn from: leave {', '.join(recipe.methods)} out."
+        )
+    return load(recipe)
 
 
 def find_checkpoint(recipe: Recipe, checkpoints: Checkpoints) -> Path | None:
