@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from arguments import load_yaml
+from evaluation import _batches
 from loading import load, sized_config
 from recipe import Recipe
 from run_log import read_log
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import hf_sparse
+from hf_sparse.metrics import measure
 from support.runs import TRAINING
 
 MODULES = {
@@ -114,6 +116,17 @@ def test_what_a_config_leaves_open_follows(tiny_t5, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     sized = sized_config(str(tmp_path), "main", {"num_hidden_layers": 5, "hidden_size": 16})
     assert (sized.num_layers, sized.num_decoder_layers, sized.d_model) == (5, 5, 16)
+
+
+def test_what_fills_the_share_of_a_process_is_not_counted(tiny_t5):
+    """Three sequences of four that this process goes through, as the other one has four."""
+    model = load(Recipe(model=str(tiny_t5), task="span_corruption"))
+    own = {"input_ids": torch.randint(23, 160, (3, 9)), "labels": torch.randint(23, 160, (3, 4))}
+    filled = list(_batches(own, 4, 2))
+    assert [len(batch["input_ids"]) for batch in filled] == [2, 2]
+    expected, found = measure(model, [own]), measure(model, filled)
+    assert found.layers == expected.layers
+    assert found.loss == pytest.approx(expected.loss, rel=1e-6)
 
 
 @pytest.mark.parametrize(
