@@ -14,15 +14,15 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
+import training_runs
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from training_runs import of_kind
 from transformers import LlamaConfig, PreTrainedTokenizerFast, T5Config
 
 from hf_sparse.documents import Documents
@@ -41,6 +41,7 @@ COMMON = {
     "save_every": 200,
     "log_every": 5,
     "learning_rate": 3e-3,
+    "gradient_checkpointing": False,
 }
 TABLE, CLIP, CLAMP = {"positions": LENGTH}, {"zeroth_clip": {"share": 0.1}}, {"norm_clamp": {}}
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -71,9 +72,8 @@ def main() -> None:
     found = []
     for seed, model, variant in product(arguments.seeds, arguments.models, VARIANTS):
         output = arguments.runs / f"{model}-{variant.replace(' ', '-')}-{seed}"
-        if not (output / "final").exists():
-            train(model, variant, seed, output, arguments.runs / "models", arguments.dataset, fields)
-        found.append({"model": model, "variant": variant, "seed": seed, **told(output)})
+        log = train(model, variant, seed, output, arguments.runs / "models", arguments.dataset, fields)
+        found.append({"model": model, "variant": variant, "seed": seed, **told(log)})
     date = datetime.now(timezone.utc).strftime("%Y-%m-%d")
     whole = {"date": date, "cpu": processor_name(), "threads": os.environ.get("OMP_NUM_THREADS")}
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
@@ -128,31 +128,22 @@ def prepare(folder: Path, dataset: str) -> None:
 
 def train(
     model: str, variant: str, seed: int, output: Path, configs: Path, dataset: str, fields: dict[str, Any]
-) -> None:
-    """One run, or the rest of it."""
+) -> list[dict[str, Any]]:
+    """The log of one run."""
     patch, methods = VARIANTS[variant]
-    given = {**fields, "model": configs / model, "dataset": dataset, "seed": seed, "output_dir": output}
-    given |= {"patch": json.dumps(patch), "methods": json.dumps(methods)}
-    options = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    recipe = str(ROOT / "training" / "recipes" / f"{model}_scratch.yaml")
-    flags = ["--resume", "--no-tensorboard", "--no-progress", "--no-gradient-checkpointing"]
-    finetune = str(ROOT / "training" / "finetune.py")
-    subprocess.run([sys.executable, finetune, "--config", recipe, *options, *flags], check=True)
+    own = {"model": configs / model, "dataset": dataset, "seed": seed, "patch": patch, "methods": methods}
+    return training_runs.train(output, f"{model}_scratch", {**fields, **own})
 
 
-def told(output: Path) -> dict[str, Any]:
+def told(records: list[dict[str, Any]]) -> dict[str, Any]:
     """Of a finished run: every evaluation, and the density in training, over all of it and its last tenth."""
-    records = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     evaluated = [
-        {"step": r["step"], "loss": r["loss"], "density": 1 - r["sparsity"]}
-        for r in records
-        if r["kind"] == "eval"
+        {"step": r["step"], "loss": r["loss"], "density": 1 - r["sparsity"]} for r in of_kind(records, "eval")
     ]
-    trained = [1 - r["sparsity"] for r in records if r["kind"] == "train"]
+    trained = [1 - r["sparsity"] for r in of_kind(records, "train")]
     tenth = trained[-max(len(trained) // 10, 1) :]
-    about = next(r for r in records if r["kind"] == "run")
     return {
-        "parameters": about["parameters"],
+        "parameters": of_kind(records, "run")[0]["parameters"],
         "training_density": statistics.fmean(trained),
         "training_density_end": statistics.fmean(tenth),
         "evaluations": evaluated,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,9 @@ def script() -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPT.parent))
+        spec.loader.exec_module(module)
     return module
 
 
@@ -35,12 +36,11 @@ def test_the_density_at_a_loss_is_that_of_its_first_crossing(script):
         script.at_loss(run, 4.0)
 
 
-def test_a_run_is_told_from_its_log(script, tmp_path):
+def test_a_run_is_told_from_its_log(script):
     records: list[dict[str, Any]] = [{"kind": "run", "parameters": 7}]
     records += [{"kind": "train", "sparsity": 0.05 * n} for n in range(20)]
     records += [{"kind": "eval", "step": 9, "loss": 3.0, "sparsity": 0.9}]
-    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, records)))
-    told = script.told(tmp_path)
+    told = script.told(records)
     assert told["training_density"] == pytest.approx(1 - 0.05 * 9.5)
     assert told["training_density_end"] == pytest.approx(1 - 0.05 * 18.5)
     assert told["evaluations"] == [evaluation(9, 3.0, pytest.approx(0.1))]
