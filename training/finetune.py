@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     log.close()
     if accelerator.is_main_process:
         say(summary(output))
-        say(f"the report is {write_report(output)}")
+        say(f"the report is {write_report(output, recipe.to_dict())}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
