@@ -1,5 +1,7 @@
 """Activation-sparse MLPs for Hugging Face models: patch, finetune, run, measure."""
 
+from typing import TYPE_CHECKING, Any
+
 from hf_sparse._version import __version__
 from hf_sparse.activations import ActivationConfig
 from hf_sparse.config import SparsityConfig
@@ -13,10 +15,14 @@ from hf_sparse.patching import inspect, patch, prepare, set_mix, unpatch
 from hf_sparse.tuning import TuneReport, tune
 from triton_ops import backend
 
+if TYPE_CHECKING:
+    from hf_sparse.integrations.trainer import SparsityCallback
+
 __all__ = [
     "ActivationConfig",
     "PatchError",
     "PatchReport",
+    "SparsityCallback",
     "SparsityConfig",
     "SparsityReport",
     "TuneReport",
@@ -34,5 +40,14 @@ __all__ = [
     "uninstall",
     "unpatch",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "SparsityCallback":  # imports the training part of transformers
+        from hf_sparse.integrations.trainer import SparsityCallback
+
+        return SparsityCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 install()

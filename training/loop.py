@@ -89,10 +89,8 @@ def train(run: Run, progress: Progress) -> Progress:
             progress.step, progress.tokens = step, progress.tokens + tokens_per_update
             progress.streams = batch.states
             if bad := [name for name, value in values.items() if not math.isfinite(value)]:
-                progress.skipped, progress.skipped_in_a_row = (
-                    progress.skipped + 1,
-                    progress.skipped_in_a_row + 1,
-                )
+                progress.skipped += 1
+                progress.skipped_in_a_row += 1
                 if progress.skipped_in_a_row >= recipe.max_skipped:
                     raise FloatingPointError(diagnosis(run, progress, bad))
             else:

@@ -68,7 +68,7 @@ def measure(
         batch_size=batch_size,
         max_tokens=max_tokens,
     )
-    counters = [_ZeroCounter(block) for block in blocks]
+    counters = [ZeroCounter(block) for block in blocks]
     loss = 0.0
     tokens = predicted = 0
     takes_positions = "position_ids" in signature(bare.forward).parameters
@@ -117,7 +117,7 @@ def measure(
     )
 
 
-class _ZeroCounter:
+class ZeroCounter:
     """Counts, while entered, the exact zeros in what reaches one block's down projection."""
 
     def __init__(self, block: Block) -> None:
@@ -130,7 +130,7 @@ class _ZeroCounter:
         self.mask: Tensor | None = None
         """Int ``[B, S]``, 0 at padding; None means there is none."""
 
-    def __enter__(self) -> _ZeroCounter:
+    def __enter__(self) -> ZeroCounter:
         self._handle = self._block.watch("h", self._count)
         return self
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import hf_sparse
+from support.models import tiny
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 # fmt: off
@@ -120,6 +121,19 @@ def test_generate(tmp_path: Path) -> None:
         assert rows[name]["same_greedy_tokens_as_dense"] == [3, 3]
         assert rows[name]["batch"] == 2
         assert 0.8 < rows[name]["sparsity"] < 1
+
+
+@pytest.mark.slow
+def test_training_step(tmp_path: Path) -> None:
+    tiny("llama", tie_word_embeddings=True).save_pretrained(tmp_path / "model")
+    names = ["transformers.Trainer, ReLU and L1", "finetune.py, ReLU and L1"]
+    sizes = ("--model", str(tmp_path / "model"), "--batch", "4", "--micro-batch", "2", "--length", "16")
+    first, ours = run("training_step", tmp_path / "r.json", *sizes, "--competitors", *names)["results"]
+    assert [first["trainer"], ours["trainer"]] == names
+    assert ours["loss_after_one_update"] == pytest.approx(first["loss_after_one_update"], rel=1e-5)
+    assert first["share_of_the_first"] == first["memory_share_of_the_first"] == 1
+    assert ours["share_quartiles"][0] <= ours["share_of_the_first"] <= ours["share_quartiles"][1]
+    assert 100 < ours["peak_mib"] == ours["memory_share_of_the_first"] * first["peak_mib"]
 
 
 @pytest.mark.gpu

@@ -1,0 +1,1 @@
+"""Other people's training loops, driving the methods of this package."""
