@@ -93,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if not checkpoint:
         log.write("run", 0, about)
+        if accelerator.is_main_process:
+            (output / ORIGINAL).unlink(missing_ok=True)  # of a run before
         if not is_sharded(accelerator):  # a sharded model may not fit one device as a whole
             model.to(accelerator.device)
             with accelerator.autocast():
