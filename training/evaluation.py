@@ -37,9 +37,9 @@ def keep(report: SparsityReport, file: Path) -> None:
     _of_the_model(report).to_json(file)
 
 
-def kept(file: Path) -> SparsityReport:
-    """The report in a file."""
-    return SparsityReport.from_json(file)
+def kept(file: Path) -> SparsityReport | None:
+    """The report in a file; None if there is none, as of the original of a sharded model."""
+    return SparsityReport.from_json(file) if file.exists() else None
 
 
 def as_record(report: SparsityReport) -> dict[str, Any]:

@@ -96,6 +96,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if not checkpoint:
         log.write("run", 0, about)
+        if accelerator.is_main_process:
+            (output / ORIGINAL).unlink(missing_ok=True)  # of a run before
         if not is_sharded(accelerator):  # a sharded model may not fit one device as a whole
             model.to(accelerator.device)
             with accelerator.autocast():
@@ -173,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     log.close()
     if accelerator.is_main_process:
         say(summary(output))
-        say(f"the report is {write_report(output)}")
+        say(f"the report is {write_report(output, recipe.to_dict())}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
