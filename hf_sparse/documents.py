@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-_FORMATS = {
-    ".json": "json",
-    ".jsonl": "json",
-    ".json.gz": "json",
-    ".jsonl.gz": "json",
-    ".parquet": "parquet",
-    ".txt": "text",
-    ".txt.gz": "text",
-}
+from hf_sparse.bad_documents import BadDocuments
+from hf_sparse.connection import WAITS, Attempts, retried
+from hf_sparse.document_files import FORMATS, Files, GetState, format_of
+from hf_sparse.document_streams import Streamed
+
 _VALIDATION_WORDS = {"validation", "valid", "val", "dev", "eval", "evaluation"}
 _IGNORED_WORDS = {"test"}
-
-GetState = Callable[[], dict[str, Any]]
 
 
 class Documents:
@@ -34,11 +30,15 @@ class Documents:
         revision: branch, tag or commit of a Hub data set.
         text_field: the column that holds the text.
         txt_unit: what one document is in txt files: ``"paragraph"``, ``"line"`` or ``"document"``.
+        max_bad_documents: how many documents that cannot be used are left out, with a warning each, in one
+            pass; None means any number. They are null, no text, no JSON, or no UTF-8.
+        waits: seconds before each attempt to get a lost connection back.
 
     Raises:
         ImportError: the ``datasets`` package is not installed.
         ValueError: the data set has no readable files, or files of several formats.
         FileNotFoundError: a local path does not exist.
+        ConnectionError: the Hub was not reached, after all attempts.
 
     """
 
@@ -50,89 +50,86 @@ class Documents:
         revision: str | None = None,
         text_field: str = "text",
         txt_unit: str = "paragraph",
+        max_bad_documents: int | None = 100,
+        waits: Sequence[float] = WAITS,
     ) -> None:
-        try:
-            from datasets import get_dataset_split_names
-        except ImportError as error:
-            raise ImportError("reading a data set needs: pip install 'hf-sparse[train]'") from error
-        self._name, self._field = dataset, text_field
-        self._load: dict[str, Any]
+        if find_spec("datasets") is None:
+            raise ImportError("reading a data set needs: pip install 'hf-sparse[train]'")
+        self._name, self._field, self._waits = dataset, text_field, waits
+        self._max_bad = max_bad_documents
+        self._source: Files | Streamed
         if is_local(dataset):
             root = Path(dataset).expanduser()
             if not root.exists():
                 raise FileNotFoundError(f"dataset={dataset!r} does not exist.")
-            kind, splits = _local_files(root)
-            self._load = {"path": kind, "data_files": splits}
-            if kind == "text":
-                # The text builder names its one column "text".
-                self._load["sample_by"], self._field = txt_unit, "text"
-            names = list(splits)
+            self._source = Files(*_local_files(root), text_field, txt_unit)
         else:
             config = config or ("en" if dataset == "allenai/c4" else None)
-            self._load = {"path": dataset, "name": config, "revision": revision}
-            names = get_dataset_split_names(dataset, config, revision=revision)
-        self.splits: list[str] = list(names)
-        self.has_validation = "validation" in names
-        self._opened: dict[str, Any] = {}
+            hub = Streamed(dataset, config, revision, text_field)
+            self._source = retried(lambda: hub.as_files(txt_unit) or hub, f"dataset={dataset!r}", waits)
+        self.splits = retried(lambda: list(self._source.splits), f"dataset={dataset!r}", waits)
+        self.has_validation = "validation" in self.splits
 
     def read(
-        self, split: str, state: dict[str, Any] | None, *, part: int = 0, parts: int = 1
+        self,
+        split: str,
+        state: dict[str, Any] | None,
+        *,
+        part: int = 0,
+        parts: int = 1,
+        bad: BadDocuments | None = None,
     ) -> Iterator[tuple[str, GetState]]:
         """Texts of part ``part`` of ``parts`` of a split, in order, from ``state`` on (None: the beginning).
 
-        With each text comes a function that gives the state just after it, until the next text is taken. Rows
-        whose text is null are left out.
+        With each text comes a function that gives the state just after it, until the next text is taken; its
+        ``"bad"`` is the number of documents left out so far. ``bad``, from :meth:`bad_documents`, tells that
+        number at any time.
 
         Raises:
-            ValueError: the text column is missing, or holds something else than text, or nothing but nulls.
+            ValueError: too many documents cannot be used, or all of them; a file is damaged as a whole.
+            ConnectionError: the connection was lost, and did not come back.
 
         """
-        from datasets.distributed import split_dataset_by_node
-
         if split not in self.splits:
             raise ValueError(f"dataset={self._name!r} has no {split} split, only {', '.join(self.splits)}.")
-        # A fresh object for each pass: a data set that was given a state starts from it every time.
-        data = split_dataset_by_node(self._open(split), rank=part, world_size=parts)
+        bad = bad or self.bad_documents(split, part=part, parts=parts)
         if state is not None:
-            data.load_state_dict(state)
-        nulls, texts = 0, 0
-        for row in data:
-            text = row.get(self._field)
-            if isinstance(text, str):
-                texts += 1
-                yield text, data.state_dict
-            elif text is None and self._field in row:
-                nulls += 1
-            else:
-                have = (
-                    f"has columns {', '.join(row)}" if text is None else f"holds {type(text).__name__} there"
-                )
-                raise ValueError(
-                    f"text_field={self._field!r} is no text: the {split} split of {self._name!r} {have}."
-                )
-        if nulls and not texts and state is None:
-            where = f"the {split} split of {self._name!r}"
-            if parts > 1:
-                where += f", part {part + 1} of {parts}"
-            raise ValueError(
-                f"text_field={self._field!r} is null in every row of {where} ({nulls:,} rows); name the "
-                "column that holds the text."
-            )
+            bad.continued(state["bad"])
+        at: GetState | None = None if state is None else (lambda: state["at"])
+        attempts = Attempts(f"dataset={self._name!r}", self._waits)
+        while True:
+            try:
+                for row, get_state in self._source.rows(split, at and at(), part, parts):
+                    at = get_state
+                    attempts.succeeded()
+                    if row.problem is None:
+                        bad.good()
+                        yield row.text, partial(_state, at, bad)
+                    else:
+                        bad.found(row.place, row.problem)
+                break
+            except Exception as error:
+                attempts.failed(error)  # goes on after the row that came last
+        bad.ended()
 
-    def _open(self, split: str) -> Any:
-        from datasets import load_dataset
+    def bad_documents(self, split: str, *, part: int = 0, parts: int = 1) -> BadDocuments:
+        """What counts the documents that :meth:`read` leaves out."""
+        where = f"the {split} split of {self._name!r}"
+        if parts > 1:
+            where += f", part {part + 1} of {parts},"
+        return BadDocuments(where, self._field, self._max_bad)
 
-        if split not in self._opened:
-            self._opened[split] = load_dataset(**self._load, split=split, streaming=True)
-        return self._opened[split]
+
+def _state(at: GetState, bad: BadDocuments) -> dict[str, Any]:
+    return {"at": at(), "bad": bad.count}
 
 
 def _local_files(root: Path) -> tuple[str, dict[str, list[str]]]:
-    """The ``datasets`` builder for a file or folder, and its files by split."""
+    """The format of a file or folder, and its files by split."""
     files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
-    found = {path: kind for path in files if (kind := _format(path))}
+    found = {path: kind for path in files if (kind := format_of(path.name))}
     if not found:
-        raise ValueError(f"dataset={str(root)!r} has no file of a known format ({', '.join(_FORMATS)}).")
+        raise ValueError(f"dataset={str(root)!r} has no file of a known format ({', '.join(FORMATS)}).")
     if len(kinds := sorted(set(found.values()))) > 1:
         raise ValueError(
             f"dataset={str(root)!r} mixes {' and '.join(kinds)} files; keep one format in a folder."
@@ -149,13 +146,6 @@ def _local_files(root: Path) -> tuple[str, dict[str, list[str]]]:
             continue
         splits.setdefault(split, []).append(str(path.absolute()))
     return kinds[0], splits
-
-
-def _format(path: Path) -> str | None:
-    # Endings, longest first: "a.json.gz" is json, and "v1.2.txt" is text.
-    return next(
-        (k for ending, k in sorted(_FORMATS.items(), reverse=True) if path.name.endswith(ending)), None
-    )
 
 
 class HeldOut:

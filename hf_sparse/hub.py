@@ -23,6 +23,7 @@ from hf_sparse.metrics import SparsityReport
 from hf_sparse.model_card import write_model_card
 from hf_sparse.patch_report import PatchReport
 from hf_sparse.patching import inspect, transformers_model
+from hf_sparse.training_facts import with_facts
 from hf_sparse.tuning import TuneReport
 
 _WEIGHTS = [
@@ -60,7 +61,9 @@ def push_to_hub(
     hf_sparse``. The card says what follows from the model (what was patched, how to load it, which runtimes
     compute something else) and what is given here; nothing else is claimed. Of a README that is there only
     marked sections and our metadata change. Files of weights of an earlier push, which would be loaded in
-    the place of these, are removed by the commit.
+    the place of these, are removed by the commit. What training/finetune.py made, loaded from its folder and
+    unchanged, brings its report, the one before, evaluated_on, the recipe and datasets along where None is
+    given.
 
     Args:
         model: a patched model of transformers, with all its weights in this process.
@@ -97,17 +100,16 @@ def push_to_hub(
         raise ValueError(f"create_pr=True makes a branch of its own; leave out revision={revision!r}.")
     if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
         raise ValueError(f"tokenizer={tokenizer!r} has no save_pretrained; give the object, not its name.")
-    facts = Facts.read(
-        base,
-        patched,
-        report=report,
-        before=before,
-        evaluated_on=evaluated_on,
-        speed=speed,
-        recipe=recipe,
-        base_model=base_model,
-        datasets=datasets,
-    )
+    given = {
+        "report": report,
+        "before": before,
+        "evaluated_on": evaluated_on,
+        "speed": speed,
+        "recipe": recipe,
+        "base_model": base_model,
+        "datasets": datasets,
+    }
+    facts = Facts.read(base, patched, **with_facts(base, given))
     api = HfApi(token=token, library_name="hf_sparse", library_version=__version__)
     with _explained(repo_id):  # before anything large is written
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from run_log import read_log
+from surroundings import machine
 
-from triton_ops.processor import processor_name
 from triton_ops.table import table as columns
 
 
@@ -73,11 +71,6 @@ def table(runs: list[dict[str, Any]]) -> str:
                 f"{name}: " + "; ".join(f"{r['name']} {v}" for r, v in zip(runs, values, strict=True))
             )
     return "\n".join(lines)
-
-
-def machine() -> dict[str, Any]:
-    """Processor, and how much of it this process may use."""
-    return {"cpu": processor_name(), "cores": os.cpu_count(), "python": platform.python_version()}
 
 
 def _row(name: str, tokens: int, found: dict[str, Any]) -> list[str]:

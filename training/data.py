@@ -3,54 +3,43 @@
 The data is divided into V streams. Each stream reads its documents in order, shuffles blocks of them,
 tokenises them and cuts the endless row of tokens into sequences; a global batch takes equally many sequences
 from every stream. Process r of W serves the streams v with v % W == r. So 1, 2, 4 or 8 processes see the same
-batches.
+batches, and so they do with any number of workers that prepare them. A second data set that is mixed in has
+streams of its own, and a stream of the recipe takes from its two by turns (``mix_in.py``).
 
 The position of a stream is a few numbers and the reader's own state (``StreamState``), exact to the token.
 """
 
 from __future__ import annotations
 
-import copy
-import random
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
+from data_workers import Round, from_workers, rounds
+from mix_in import MixIn, Turns
 from recipe import Recipe
+from stream import DataExhaustedError, MixedStream, Stream, StreamState
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hf_sparse.documents import Documents, HeldOut
-from hf_sparse.windows import TOKENISE_AT_ONCE, Tokeniser, tokenised
+from hf_sparse.windows import Tokeniser, tokenised
+
+__all__ = [
+    "Batch",
+    "DataExhaustedError",
+    "StreamState",
+    "TrainingData",
+    "evaluation_data",
+    "open_documents",
+]
 
 _BATCHES_AHEAD = 2
-
-
-class DataExhaustedError(RuntimeError):
-    """The data ended before the run did."""
-
-
-@dataclass
-class StreamState:
-    """Where a stream stands.
-
-    The next token is number ``token`` of document ``document``, in shuffled order, of the block that begins
-    where ``reader`` stands.
-    """
-
-    epoch: int = 0
-    block: int = 0
-    reader: dict[str, Any] | None = None
-    """State of the reader at the beginning of the block; None is the beginning of the data."""
-    document: int = 0
-    token: int = 0
-    sequences: int = 0
-    """Sequences served since the beginning of the run."""
 
 
 @dataclass(frozen=True)
@@ -63,84 +52,8 @@ class Batch:
     """Of each stream of this process, after this batch."""
 
 
-class Stream:
-    """One of the V streams: an iterator of sequences (lists of ``sequence_length`` token ids).
-
-    ``state`` is the position after the sequence last returned. Continue from a state by passing it in.
-
-    Raises:
-        DataExhaustedError: while iterating, when all epochs are used up. The tokens left over then, fewer
-            than a sequence, are dropped.
-
-    """
-
-    def __init__(
-        self,
-        read: Callable[[dict[str, Any] | None], Iterator[tuple[str, Callable[[], dict[str, Any]]]]],
-        tokenise: Callable[[list[str]], list[list[int]]],
-        *,
-        index: int,
-        sequence_length: int,
-        shuffle_buffer: int,
-        seed: int,
-        epochs: int,
-        held_out: HeldOut,
-        state: StreamState | None = None,
-    ) -> None:
-        self._read, self._tokenise = read, tokenise
-        self._index, self._length, self._block_size = index, sequence_length, shuffle_buffer
-        self._seed, self._epochs, self._held_out = seed, epochs, held_out
-        self.state = copy.deepcopy(state) or StreamState()
-        self._iterator = self._sequences()
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return self
-
-    def __next__(self) -> list[int]:
-        return next(self._iterator)
-
-    def _sequences(self) -> Iterator[list[int]]:
-        served, skip = self.state.sequences, self.state.token
-        row: list[int] = []
-        for place, tokens in self._documents():
-            start, skip = skip, 0
-            while len(row) + len(tokens) - start >= self._length:
-                stop = start + self._length - len(row)
-                row += tokens[start:stop]
-                start, served = stop, served + 1
-                self.state = StreamState(**{**place, "token": start, "sequences": served})
-                yield row
-                row = []
-            row += tokens[start:]
-        raise DataExhaustedError(
-            f"the data ended: stream {self._index} gave {served:,} sequences of {self._length} tokens in "
-            f"{self._epochs} pass{'es' if self._epochs > 1 else ''} over it"
-        )
-
-    def _documents(self) -> Iterator[tuple[dict[str, Any], list[int]]]:
-        """Tokenised documents from the current state on, each with its place."""
-        state, first = self.state, self.state.document
-        reader, block = state.reader, state.block
-        for epoch in range(state.epoch, self._epochs):
-            documents = self._read(reader)
-            while texts := list(islice(documents, self._block_size)):
-                order = list(range(len(texts)))
-                # A string seeds through SHA-512: the same order on every machine and Python version.
-                random.Random(f"{self._seed}/{epoch}/{self._index}/{block}").shuffle(order)
-                place = {"epoch": epoch, "block": block, "reader": reader}
-                for begin in range(first, len(order), TOKENISE_AT_ONCE):
-                    chosen = order[begin : begin + TOKENISE_AT_ONCE]
-                    # Held-out texts become empty documents, so that places do not depend on what is held out.
-                    kept = ["" if texts[i][0] in self._held_out else texts[i][0] for i in chosen]
-                    for offset, tokens in enumerate(self._tokenise(kept)):
-                        yield {**place, "document": begin + offset}, tokens
-                reader, first = texts[-1][1](), 0
-                block += 1
-            reader, first, block = None, 0, 0
-
-
 class TrainingData:
-    """The batches of one process, prepared a little ahead in a background thread."""
+    """The batches of one process, prepared a little ahead in a background thread or in worker processes."""
 
     def __init__(
         self,
@@ -156,7 +69,8 @@ class TrainingData:
         """Continue from ``states``, one for each stream that this process serves.
 
         Raises:
-            ValueError: ``world_size`` does not divide ``recipe.data_streams``.
+            ValueError: ``world_size`` does not divide ``recipe.data_streams``, or the data set to mix in
+                cannot be used.
 
         """
         if recipe.data_streams % world_size:
@@ -164,62 +78,109 @@ class TrainingData:
                 f"{world_size} processes cannot share data_streams={recipe.data_streams} evenly; "
                 "use a number of processes that divides it, or set data_streams to a multiple of it."
             )
-        self._per_stream = recipe.global_batch // recipe.data_streams
+        self._recipe, self._world_size = recipe, world_size
+        sources = [source]
+        if (mix_in := recipe.mixed_in()) is not None:
+            sources.append(open_documents(recipe, mix_in))
         tokenise = Tokeniser(tokenizer)
         self._streams = {
-            v: Stream(
-                partial(source.read, "train", part=v, parts=recipe.data_streams),
-                tokenise,
-                index=v,
-                sequence_length=recipe.sequence_length,
-                shuffle_buffer=recipe.shuffle_buffer,
-                seed=recipe.seed,
-                epochs=recipe.epochs,
-                held_out=held_out,
-                state=(states or {}).get(v),
-            )
+            v: partial(_stream, recipe, sources, tokenise, held_out, v, (states or {}).get(v))
             for v in range(rank, recipe.data_streams, world_size)
         }
 
     def __iter__(self) -> Generator[Batch, None, None]:
-        """Endless; close the iterator to stop the thread.
+        """Endless; close the iterator to stop what prepares it.
 
         Raises:
-            DataExhaustedError: see :class:`Stream`.
+            DataExhaustedError: see :class:`stream.Stream`.
+            ValueError: more than ``max_bad_documents`` of this process's documents cannot be used.
+            ChildProcessError: a worker died.
 
         """
+        each = self._recipe.global_batch // self._recipe.data_streams
+        if workers := min(self._recipe.data_workers, len(self._streams)):
+            for one in from_workers(self._streams, each, workers):
+                yield self._batch(one)
+            return
+        own = rounds({v: build() for v, build in self._streams.items()}, each)
         with ThreadPoolExecutor(1, thread_name_prefix="data") as pool:
-            ahead: deque[Future[Batch]] = deque(pool.submit(self._next) for _ in range(_BATCHES_AHEAD))
+            ahead: deque[Future[Round]] = deque(pool.submit(next, own) for _ in range(_BATCHES_AHEAD))
             try:
                 while True:
-                    batch = ahead.popleft().result()
-                    ahead.append(pool.submit(self._next))
-                    yield batch
+                    one = ahead.popleft().result()
+                    ahead.append(pool.submit(next, own))
+                    yield self._batch(one)
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
 
-    def _next(self) -> Batch:
-        rows = [row for stream in self._streams.values() for row in islice(stream, self._per_stream)]
-        states = {v: copy.deepcopy(stream.state) for v, stream in self._streams.items()}
-        return Batch(torch.tensor(rows, dtype=torch.int64), states)
+    def _batch(self, one: Round) -> Batch:
+        rows = np.concatenate([one[v][0] for v in self._streams])
+        states = {v: one[v][1] for v in self._streams}
+        check_bad(sum(state.all_bad for state in states.values()), self._recipe)
+        return Batch(torch.from_numpy(rows), states)
 
 
-def open_documents(recipe: Recipe) -> Documents:
-    """The data set of a recipe; errors as of :class:`hf_sparse.documents.Documents`.
+def check_bad(count: int, recipe: Recipe) -> None:
+    """Refuse more documents that cannot be used than the recipe allows.
+
+    Raises:
+        ValueError: there are more.
+
+    """
+    if count > recipe.max_bad_documents:
+        raise ValueError(
+            f"max_bad_documents={recipe.max_bad_documents}, and {count:,} documents cannot be used; the "
+            "warnings above say where they stand. Mend the data, or raise max_bad_documents, and --resume."
+        )
+
+
+def _stream(
+    recipe: Recipe,
+    sources: list[Documents],
+    tokenise: Tokeniser,
+    held_out: HeldOut,
+    index: int,
+    state: StreamState | None,
+) -> Stream | MixedStream:
+    shared: dict[str, Any] = {
+        "index": index,
+        "streams": recipe.data_streams,
+        "sequence_length": recipe.sequence_length,
+        "shuffle_buffer": recipe.shuffle_buffer,
+        "seed": recipe.seed,
+        "held_out": held_out,
+    }
+    first = Stream(sources[0], tokenise, epochs=recipe.epochs, state=state, **shared)
+    if (mix_in := recipe.mixed_in()) is None:
+        return first
+    inner = state and state.second
+    second = Stream(sources[1], tokenise, epochs=mix_in.epochs, state=inner, of="mix_in.", **shared)
+    return MixedStream(first, second, Turns(mix_in.share, index, recipe.data_streams))
+
+
+def open_documents(recipe: Recipe, mix_in: MixIn | None = None) -> Documents:
+    """The data set of a recipe, or the one that is mixed in; errors as of :class:`Documents`.
 
     Raises:
         ValueError: there is nothing to train on.
     """
+    if mix_in is None:
+        name, config, revision = recipe.dataset, recipe.dataset_config, recipe.dataset_revision
+    else:
+        name, config, revision = mix_in.dataset, mix_in.config, mix_in.revision
+    one = mix_in or recipe
     documents = Documents(
-        recipe.dataset,
-        config=recipe.dataset_config,
-        revision=recipe.dataset_revision,
-        text_field=recipe.text_field,
-        txt_unit=recipe.txt_unit,
+        name,
+        config=config,
+        revision=revision,
+        text_field=one.text_field,
+        txt_unit=one.txt_unit,
+        max_bad_documents=recipe.max_bad_documents,
     )
     if "train" not in documents.splits:
         raise ValueError(
-            f"dataset={recipe.dataset!r} has no train split, only {', '.join(documents.splits)}."
+            f"{'mix_in.' if mix_in else ''}dataset={name!r} has no train split, only "
+            f"{', '.join(documents.splits)}."
         )
     return documents
 

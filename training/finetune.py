@@ -21,11 +21,16 @@ from accelerate.utils import DistributedType, set_seed
 from arguments import parse_recipe
 from checkpoint import CheckpointError, Checkpoints, Progress, publish, read_state, write_whole
 from data import DataExhaustedError, TrainingData, evaluation_data, open_documents
-from evaluation import as_record, evaluate
+from evaluation import LATEST, ORIGINAL, as_record, evaluate, keep, kept
+from final_card import write_final_card
+from final_report import write_report
 from loop import Run, build_optimizer, train
 from lora import add_lora
 from recipe import Recipe
 from run_log import RunLog, read_log
+from surroundings import machine, versions
+from trackers import begin_tracking, installed
+from training_sparsity import TrainingSparsity
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
@@ -39,7 +44,8 @@ from triton_ops.table import table
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a recipe from its beginning, or from its last checkpoint, to its end."""
     recipe = parse_recipe(argv)
-    accelerator = Accelerator(mixed_precision="no" if recipe.precision == "fp32" else recipe.precision)
+    precision = "no" if recipe.precision == "fp32" else recipe.precision
+    accelerator = Accelerator(mixed_precision=precision, log_with=installed(recipe.trackers) or None)
     output = Path(recipe.output_dir).expanduser()
     say = accelerator.print
     if not (recipe.progress and accelerator.is_main_process):
@@ -69,18 +75,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     say(f"evaluation on {held_out_sequences.numel():,} held-out tokens")
 
-    def evaluation(of: torch.nn.Module) -> SparsityReport:
-        return evaluate(accelerator, of, held_out_sequences, batch_size=recipe.micro_batch)
+    def evaluation(of: torch.nn.Module, file: str = LATEST) -> SparsityReport:
+        report = evaluate(accelerator, of, held_out_sequences, batch_size=recipe.micro_batch)
+        if accelerator.is_main_process:
+            keep(report, output / file)
+        return report
 
     done = read_state(checkpoint)["step"] if checkpoint else None
     dense_loss = recorded_loss(output / "log.jsonl") if checkpoint else None
-    log = RunLog(output, main=accelerator.is_main_process, tensorboard=recipe.tensorboard, after_step=done)
+    about = describe(recipe, accelerator, model)
+    log = RunLog(
+        output,
+        main=accelerator.is_main_process,
+        tensorboard=recipe.tensorboard,
+        after_step=done,
+        track=begin_tracking(accelerator, output, about, continues=checkpoint is not None),
+    )
     if not checkpoint:
-        log.write("run", 0, describe(recipe, accelerator, model))
+        log.write("run", 0, about)
         if not is_sharded(accelerator):  # a sharded model may not fit one device as a whole
             model.to(accelerator.device)
             with accelerator.autocast():
-                original = evaluation(model)
+                original = evaluation(model, ORIGINAL)
             dense_loss = original.loss
             log.write("original", 0, as_record(original))
             say(f"original model: perplexity {original.perplexity:.2f}, sparsity {original.sparsity:.1%}")
@@ -101,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     acting = ActingTogether(recipe.acting_methods(), setting)
     acting.before_step((done or 0) + 1)
+    sparsity = TrainingSparsity(model)
     if recipe.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     model, optimizer = accelerator.prepare(model, build_optimizer(recipe, model))
@@ -140,17 +157,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         checkpoints=checkpoints,
         log=log,
         evaluate=lambda: evaluation(model),
+        sparsity=sparsity,
     )
     if perturbation:
         checkpoints.also(lambda folder: perturbation.save(folder / "sharpness.safetensors"))
     train(run, progress)
 
     # The result.
+    sparsity.detach()
     acting.detach()
-    save_final(accelerator, model, tokenizer, output)
+    save_final(accelerator, model, tokenizer, recipe, output)
     log.close()
     if accelerator.is_main_process:
         say(summary(output))
+        say(f"the report is {write_report(output)}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
@@ -217,13 +237,17 @@ def describe(recipe: Recipe, accelerator: Accelerator, model: PreTrainedModel) -
         "parameters": sum(p.numel() for p in model.parameters()),
         "processes": accelerator.num_processes,
         "device": str(accelerator.device.type),
-        "hf_sparse": hf_sparse.__version__,
-        "torch": torch.__version__,
+        "versions": versions(),
+        "machine": machine(),
     }
 
 
 def save_final(
-    accelerator: Accelerator, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, output: Path
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    output: Path,
 ) -> None:
     """Write the trained model, adapters merged, and its tokenizer to ``output/final``, as a whole."""
     bare = accelerator.unwrap_model(model)
@@ -232,8 +256,19 @@ def save_final(
     state = None if is_adapted else accelerator.get_state_dict(model)
     if accelerator.is_main_process:
         aside, final = write_whole(output / "final")
-        bare.save_pretrained(aside, state_dict=state)
+        # Saving takes tied weights out of the mapping that it gets.
+        bare.save_pretrained(aside, state_dict=None if state is None else dict(state))
         tokenizer.save_pretrained(aside)
+        write_final_card(
+            aside,
+            final,
+            bare,
+            state or bare.state_dict(),
+            tokenizer,
+            recipe,
+            report=kept(output / LATEST),
+            before=kept(output / ORIGINAL),
+        )
         publish(aside, final)
     accelerator.wait_for_everyone()
 

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from checkpoint import Checkpoints, Progress
-from data import Batch, DataExhaustedError, TrainingData
+from data import Batch, DataExhaustedError, TrainingData, check_bad
 from evaluation import as_record
+from progress_bar import ProgressBar
 from recipe import Recipe
 from run_log import RunLog
+from speed import Speed
 from stopping import STATUS, Stop, stop_on_sigterm
 from torch import Tensor, nn
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from training_sparsity import TrainingSparsity
 
 from hf_sparse.methods import Acting, Term
 from hf_sparse.metrics import SparsityReport
@@ -41,6 +43,7 @@ class Run:
     checkpoints: Checkpoints
     log: RunLog
     evaluate: Callable[[], SparsityReport]
+    sparsity: TrainingSparsity
 
 
 def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.AdamW:
@@ -70,48 +73,42 @@ def train(run: Run, progress: Progress) -> Progress:
     """
     recipe, accelerator = run.recipe, run.accelerator
     tokens_per_update = recipe.global_batch * recipe.sequence_length
-    speed = _Speed(progress.tokens)
+    speed = Speed(progress.tokens)
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_sigterm())
         batches = stack.enter_context(closing(iter(run.data)))
         bar = stack.enter_context(
-            tqdm(
-                total=recipe.last_step,
-                initial=progress.step,
-                desc="training",
-                unit="step",
-                dynamic_ncols=True,
-                disable=not (recipe.progress and accelerator.is_main_process),
+            ProgressBar(
+                recipe.last_step, progress.step, shown=recipe.progress and accelerator.is_main_process
             )
         )
         run.model.train()
         while progress.step < recipe.last_step:
             step = progress.step + 1
-            batch = _next_batch(batches, step, recipe)
+            with speed.waiting():
+                batch = _next_batch(batches, step, recipe)
             values, stopped = update(run, batch, step, stop)
             progress.step, progress.tokens = step, progress.tokens + tokens_per_update
             progress.streams = batch.states
             if bad := [name for name, value in values.items() if not math.isfinite(value)]:
-                progress.skipped, progress.skipped_in_a_row = (
-                    progress.skipped + 1,
-                    progress.skipped_in_a_row + 1,
-                )
+                progress.skipped += 1
+                progress.skipped_in_a_row += 1
                 if progress.skipped_in_a_row >= recipe.max_skipped:
                     raise FloatingPointError(diagnosis(run, progress, bad))
             else:
                 progress.skipped_in_a_row = 0
                 for name, value in values.items():
                     progress.pending.setdefault(name, []).append(value)
-            bar.update()
+            bar.step()
 
             last = step == recipe.last_step
-            if step % recipe.log_every == 0 or last:
+            if is_logged(recipe, step):
                 means = {name: math.fsum(one) / len(one) for name, one in progress.pending.items()}
                 now = {"learning_rate": learning_rate(recipe, step), **run.acting.values()}
                 done = {"tokens": progress.tokens, "skipped_updates": progress.skipped}
-                record = {**means, **now, **done, "tokens_per_second": speed(progress.tokens)}
+                record = {**means, **now, **done, **_seen(run, progress), **speed(progress.tokens)}
                 run.log.write("train", step, record)
-                bar.set_postfix(loss=f"{means.get('loss', math.nan):.3f}", refresh=False)
+                bar.tell(means, record)
                 progress.pending = {}
             if last or (recipe.eval_every and step % recipe.eval_every == 0):
                 with speed.paused():
@@ -134,6 +131,11 @@ def train(run: Run, progress: Progress) -> Progress:
                     )
                 raise SystemExit(STATUS)
     return progress
+
+
+def is_logged(recipe: Recipe, step: int) -> bool:
+    """Whether update ``step`` has a record in the log."""
+    return step % recipe.log_every == 0 or step == recipe.last_step
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
@@ -186,6 +188,8 @@ def gradients(run: Run, batch: Batch, step: int, stop: Stop) -> dict[str, Tensor
         # Sequences count equally, in whatever pieces they come.
         weight = len(ids) / len(batch.input_ids)
         last = i == len(micro_batches) - 1
+        if is_logged(run.recipe, step):
+            run.sparsity.begin(step, i)
         with nullcontext() if last else accelerator.no_sync(run.model):
             terms = backward(run, ids, step, weight)
         for name, term in terms.items():
@@ -221,8 +225,24 @@ def _next_batch(batches: Iterator[Batch], step: int, recipe: Recipe) -> Batch:
     except DataExhaustedError as error:
         raise DataExhaustedError(
             f"{error}, and the run needs more at step {step} of {recipe.last_step}. Lower max_steps to "
-            f"{step - 1} or less, set epochs above {recipe.epochs} to go over the data again, or add data."
+            f"{step - 1} or less, raise these epochs to go over the data again, or add data."
         ) from None
+
+
+def _seen(run: Run, progress: Progress) -> dict[str, Any]:
+    """What the log record of an update says of activations and documents, over all processes.
+
+    Raises:
+        ValueError: more documents than allowed cannot be used.
+
+    """
+
+    def total(own: Tensor) -> Tensor:
+        return run.accelerator.reduce(own.to(run.accelerator.device), "sum")
+
+    bad = int(total(torch.tensor([sum(state.all_bad for state in progress.streams.values())])))
+    check_bad(bad, run.recipe)
+    return {"bad_documents": bad, **run.sparsity.result(total)}
 
 
 def diagnosis(run: Run, progress: Progress, bad: list[str]) -> str:
@@ -237,22 +257,3 @@ def diagnosis(run: Run, progress: Progress, bad: list[str]) -> str:
         f"row, up to step {progress.step}, at learning rate {rate:.3g}; {where}. Start again in a new "
         "output_dir with a lower learning_rate, clip_norm or penalty."
     )
-
-
-class _Speed:
-    """Tokens per second since the last call, without pauses."""
-
-    def __init__(self, tokens: int) -> None:
-        self._tokens, self._since, self._pause = tokens, time.perf_counter(), 0.0
-
-    def __call__(self, tokens: int) -> float:
-        now = time.perf_counter()
-        rate = (tokens - self._tokens) / max(now - self._since - self._pause, 1e-9)
-        self._tokens, self._since, self._pause = tokens, now, 0.0
-        return round(rate, 1)
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        begin = time.perf_counter()
-        yield
-        self._pause += time.perf_counter() - begin

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from lora import Lora
+from mix_in import MixIn
 
 from hf_sparse.activations.config import ORIGINAL
 from hf_sparse.config import SparsityConfig
@@ -18,6 +19,8 @@ from hf_sparse.fields import check_types, require
 from hf_sparse.methods import Method, read_methods
 from hf_sparse.sharpness import SharpnessConfig
 from hf_sparse.sharpness import read as read_sharpness
+
+TRACKERS = ("wandb", "trackio")
 
 _DENSE = "none"
 
@@ -96,6 +99,18 @@ class Recipe:
     """Share of documents held out for evaluation, chosen by a hash of their text, where the data set has no
     validation split."""
 
+    mix_in: dict[str, Any] | None = None
+    """A second data set, which a share of the sequences comes from: {dataset: …, share: 0.2}, and if need be
+    config, revision, text_field, txt_unit and epochs of its own. Evaluation is on the first alone."""
+
+    max_bad_documents: int = _free(100)
+    """Documents that are left out because they are null, no text, damaged JSON or no UTF-8, each with a
+    warning that says where it stands; one more ends the run."""
+
+    data_workers: int = _free(0)
+    """Processes that prepare the data of each training process; 0 leaves it to a thread. Their number changes
+    nothing but speed: look at data_wait in the log."""
+
     # ---- optimisation
     max_steps: int = 1000
     """Optimizer updates in the whole run."""
@@ -172,6 +187,9 @@ class Recipe:
     tensorboard: bool = _free(True)
     """Write TensorBoard logs beside log.jsonl."""
 
+    trackers: list[str] = field(default_factory=list, metadata={"free": True})
+    """More places for the numbers of log.jsonl, of wandb and trackio; which must be installed."""
+
     progress: bool = _free(True)
     """Show a progress bar."""
 
@@ -183,6 +201,8 @@ class Recipe:
             object.__setattr__(self, "lora", asdict(lora))
         if (sharpness := self.perturbation()) is not None:
             object.__setattr__(self, "sharpness", sharpness.to_dict())
+        if (mixed_in := self.mixed_in()) is not None:
+            object.__setattr__(self, "mix_in", asdict(mixed_in))
         check_types(self)
         for name in [
             "sequence_length",
@@ -201,7 +221,8 @@ class Recipe:
             require(getattr(self, name) >= 1, name, getattr(self, name), "it must be at least 1")
         for name in ("warmup", "final_learning_rate", "holdout"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "it must be a fraction, 0 to 1")
-        for name in ("weight_decay", "clip_norm", "eval_every", "extra_steps", "seed"):
+        at_least_0 = ("weight_decay", "clip_norm", "eval_every", "extra_steps", "seed")
+        for name in (*at_least_0, "max_bad_documents", "data_workers"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "it must be at least 0")
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "it must be in [0, 1)")
@@ -234,6 +255,8 @@ class Recipe:
         )
         for method in methods:
             method.check(self.sparsity_config())
+        for name in self.trackers:
+            require(name in TRACKERS, "trackers", name, f"choose from {', '.join(TRACKERS)}")
 
     @property
     def last_step(self) -> int:
@@ -251,6 +274,10 @@ class Recipe:
     def perturbation(self) -> SharpnessConfig | None:
         """What ``sharpness`` says."""
         return None if self.sharpness is None else read_sharpness(self.sharpness)
+
+    def mixed_in(self) -> MixIn | None:
+        """What ``mix_in`` says."""
+        return None if self.mix_in is None else MixIn.read(self.mix_in)
 
     def sparsity_config(self) -> SparsityConfig | None:
         """What the model is patched with; None: it stays dense."""

@@ -1,9 +1,10 @@
-"""The log of a run: ``log.jsonl``, one JSON object per line, and TensorBoard."""
+"""The log of a run: ``log.jsonl``, one JSON object per line; its numbers for TensorBoard and trackers."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,18 @@ class RunLog:
 
     """
 
-    def __init__(self, folder: Path, *, main: bool, tensorboard: bool, after_step: int | None = None) -> None:
-        """``after_step``: the step that the run continues from; None starts afresh."""
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        main: bool,
+        tensorboard: bool,
+        after_step: int | None = None,
+        track: Callable[[dict[str, float], int], None] | None = None,
+    ) -> None:
+        """Continue from ``after_step``; None starts afresh. ``track`` gets the numbers, too."""
         self._file = self._board = None
+        self._track = track
         if not main:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -43,14 +53,13 @@ class RunLog:
             return
         self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self._file.flush()
-        if self._board is not None and kind != "run":
-            for name, value in values.items():
-                scalars = value.items() if isinstance(value, dict) else [("", value)]
-                for sub, number in scalars:
-                    if isinstance(number, int | float):
-                        tag = "/".join(part for part in (kind, name, sub) if part)
-                        self._board.add_scalar(tag, number, step)
+        numbers = {} if kind == "run" else _numbers(kind, values)
+        if self._board is not None:
+            for tag, number in numbers.items():
+                self._board.add_scalar(tag, number, step)
             self._board.flush()
+        if self._track is not None and numbers:
+            self._track(numbers, step)
 
     def close(self) -> None:
         """Close the files."""
@@ -68,6 +77,16 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return records
+
+
+def _numbers(kind: str, values: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a record, also those of mappings in it, by ``kind/name`` or ``kind/name/key``."""
+    found: dict[str, float] = {}
+    for name, value in values.items():
+        for sub, number in value.items() if isinstance(value, dict) else [("", value)]:
+            if isinstance(number, int | float):
+                found["/".join(part for part in (kind, name, sub) if part)] = number
+    return found
 
 
 def _keep_until(path: Path, step: int | None) -> None:

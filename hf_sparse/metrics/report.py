@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,10 @@ class LayerSparsity:
     """Tokens measured, without padding."""
     zeros: int
     """How many of the ``tokens * neurons`` values are exactly zero."""
+    dead: int | None = None
+    """Neurons that were zero for every token; None if not known, as of experts, or of added files."""
+    active: int | None = field(default=None, repr=False, compare=False)
+    """Bit i is set if neuron i was not: reports with it add up to one that knows ``dead``."""
 
     @property
     def sparsity(self) -> float:
@@ -45,7 +50,14 @@ class LayerSparsity:
                 f"{self.name} of {self.neurons} neurons and {other.name} of {other.neurons} are not one "
                 "block; only reports of the same model add up."
             )
-        return replace(self, tokens=self.tokens + other.tokens, zeros=self.zeros + other.zeros)
+        active = None if self.active is None or other.active is None else self.active | other.active
+        return replace(
+            self,
+            tokens=self.tokens + other.tokens,
+            zeros=self.zeros + other.zeros,
+            dead=None if active is None else self.neurons - active.bit_count(),
+            active=active,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +89,12 @@ class SparsityReport:
     def density(self) -> float:
         """``1 - sparsity``."""
         return 1 - self.sparsity
+
+    @property
+    def dead(self) -> int | None:
+        """Neurons that were zero for every token; None if that is not known of each block."""
+        counts = [layer.dead for layer in self.layers]
+        return None if None in counts else sum(count for count in counts if count is not None)
 
     @property
     def perplexity(self) -> float:
@@ -152,6 +170,7 @@ class SparsityReport:
                     "tokens": layer.tokens,
                     "zeros": layer.zeros,
                     "sparsity": _finite(layer.sparsity),
+                    "dead": layer.dead,
                 }
                 for layer in self.layers
             ],
@@ -165,19 +184,19 @@ class SparsityReport:
         return text
 
     @classmethod
-    def from_json(cls, path: str | os.PathLike[str]) -> SparsityReport:
-        """The report in a file that :meth:`to_json` wrote.
+    def from_dict(cls, data: Mapping[str, Any]) -> SparsityReport:
+        """The report that :meth:`to_dict` gave as ``data``.
 
         Raises:
-            OSError: the file cannot be read.
-            ValueError: it is no such file.
+            ValueError: it is none.
 
         """
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
             layers = tuple(
                 LayerSparsity(
-                    name=str(one["name"]), **{k: _count(one[k]) for k in ("neurons", "tokens", "zeros")}
+                    name=str(one["name"]),
+                    dead=None if one.get("dead") is None else _count(one["dead"]),
+                    **{k: _count(one[k]) for k in ("neurons", "tokens", "zeros")},
                 )
                 for one in data["layers"]
             )
@@ -189,16 +208,28 @@ class SparsityReport:
                 predicted_tokens=_count(data["predicted_tokens"]),
                 sequence_length=None if window is None else _count(window),
             )
-            possible = any(one.tokens for one in layers) and all(
-                one.zeros <= one.tokens * one.neurons for one in layers
-            )
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise ValueError(
-                f"{path} is no report of a measurement: {type(error).__name__}: {error}"
-            ) from None
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from None
+        possible = any(one.tokens for one in layers) and all(
+            one.zeros <= one.tokens * one.neurons and (one.dead or 0) <= one.neurons for one in layers
+        )
         if not possible:
-            raise ValueError(f"{path} is no report of a measurement: its numbers contradict each other.")
+            raise ValueError("its numbers contradict each other.")
         return report
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike[str]) -> SparsityReport:
+        """The report in a file that :meth:`to_json` wrote.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it is no such file.
+
+        """
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is no report of a measurement: {error}") from None
 
     def plot(self, path: str | os.PathLike[str], *, before: SparsityReport | None = None) -> Path:
         """Draw sparsity by layer into an image file; its ending (png, svg, pdf) chooses the format.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 from inspect import signature
 from typing import Any
 
@@ -121,8 +122,10 @@ class ZeroCounter:
 
     def __init__(self, block: Block) -> None:
         self._block = block
-        self._zeros: Tensor | None = None
-        self._tokens = 0
+        self._nonzeros: Tensor | None = None
+        """int64 [F]: tokens for which each neuron is not zero."""
+        self._of_experts = False
+        self._tokens = self._values = 0
         self._neurons = block.intermediate_size
         self.mask: Tensor | None = None
         """Int ``[B, S]``, 0 at padding; None means there is none."""
@@ -147,13 +150,22 @@ class ZeroCounter:
                 )
             h_TF = h_TF[is_text]
         # count_nonzero takes NaN for a value, as it should be: NaN is not silence.
-        zeros = h_TF.numel() - torch.count_nonzero(h_TF)
-        self._zeros = zeros if self._zeros is None else self._zeros + zeros
+        nonzeros_F = torch.count_nonzero(h_TF, dim=0)
+        self._nonzeros = nonzeros_F if self._nonzeros is None else self._nonzeros + nonzeros_F
+        self._of_experts |= tokens is not None  # a column is a neuron of each of them
         self._tokens += len(h_TF)
+        self._values += h_TF.numel()
 
     def result(self) -> LayerSparsity:
-        zeros = 0 if self._zeros is None else int(self._zeros)
-        return LayerSparsity(name=self._block.name, neurons=self._neurons, tokens=self._tokens, zeros=zeros)
+        layer = LayerSparsity(name=self._block.name, neurons=self._neurons, tokens=self._tokens, zeros=0)
+        if self._nonzeros is None:
+            return layer
+        layer = replace(layer, zeros=self._values - int(self._nonzeros.sum()))
+        if self._of_experts or len(self._nonzeros) != self._neurons:
+            return layer
+        bits = "".join("1" if active else "0" for active in (self._nonzeros > 0).flip(0).tolist())
+        active = int(bits, 2)
+        return replace(layer, dead=self._neurons - active.bit_count(), active=active)
 
 
 def _loss(output: Any, input_ids: Tensor, mask: Tensor | None, labels: Tensor | None) -> tuple[float, int]:

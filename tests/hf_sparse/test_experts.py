@@ -180,6 +180,7 @@ def test_what_is_measured_is_what_reaches_the_down_projections(moe_type) -> None
     assert all(0.2 < layer.sparsity < 0.8 for layer in ours)
     routed = [layer for layer, block in zip(ours, find_blocks(model)[0], strict=True) if routes(block)]
     assert routed
+    assert all(layer.dead is None for layer in routed)  # which expert a zero is of is not counted
     if moe_type != "longcat_flash":  # identities have no neurons
         assert {layer.tokens for layer in routed} == {2 * int(mask.sum())}
 

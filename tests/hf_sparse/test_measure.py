@@ -355,3 +355,30 @@ def test_a_report_comes_back_from_its_file_and_nothing_else_does(tiny_model, tmp
         path.write_text(json.dumps(wrong))
         with pytest.raises(ValueError, match=r"r\.json is no report of a measurement"):
             hf_sparse.SparsityReport.from_json(path)
+
+
+def test_dead_neurons_are_those_that_no_token_activates(tiny_model) -> None:
+    model = tiny_model("llama")
+    hf_sparse.patch(model, "relu")
+    parts = [{"input_ids": torch.tensor([[5, 9]])}, {"input_ids": torch.tensor([[7, 3, 8]])}]
+    seen: dict[str, list[torch.Tensor]] = {}
+    downs = {name: m for name, m in model.named_modules() if name.endswith("down_proj")}
+    for name, module in downs.items():
+        module.register_forward_pre_hook(lambda m, args, name=name: seen.setdefault(name, []).append(args[0]))
+    whole = hf_sparse.measure(model, parts)
+    expected = [int((torch.cat([h[0] for h in seen[name]]) == 0).all(0).sum()) for name in downs]
+    assert [layer.dead for layer in whole.layers] == expected
+    assert sum(expected) == whole.dead > 0
+    # Of parts each knows which neurons are dead, and not only how many.
+    assert sum(hf_sparse.measure(model, [part]) for part in parts).dead == whole.dead
+    assert hf_sparse.measure(model, parts[:1]).dead > whole.dead
+
+
+def test_dead_neurons_go_through_a_file_as_a_number(tiny_model, tmp_path) -> None:
+    model = tiny_model("llama")
+    hf_sparse.patch(model, "relu")
+    report = hf_sparse.measure(model, [{"input_ids": torch.arange(3, 20)[None]}])
+    report.to_json(tmp_path / "r.json")
+    read = hf_sparse.SparsityReport.from_json(tmp_path / "r.json")
+    assert read.dead == report.dead
+    assert (read + report).dead is None

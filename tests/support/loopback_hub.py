@@ -28,7 +28,8 @@ class LoopbackHub:
     ``repositories`` maps ``"name"`` of a model or ``"datasets/name"`` of a data set to its files, those of
     a branch being ``"name@branch"``; ``requests`` lists ``"METHOD path"``. ``private`` has what a repository
     was to be when it was made. Connections whose path has a key of ``cut`` in it are lost in the middle of
-    the request, as often as it says. Tokens other than ``TOKEN`` are refused, as is writing with
+    the request, as often as it says; those whose path has a key of ``cut_short`` in the middle of the file
+    that is read. Tokens other than ``TOKEN`` are refused, as is writing with
     ``READ_TOKEN``.
     """
 
@@ -40,6 +41,7 @@ class LoopbackHub:
         self.requests: list[str] = []
         self.private: dict[str, str | None] = {}
         self.cut: dict[str, int] = {}
+        self.cut_short: dict[str, int] = {}
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
 
@@ -197,7 +199,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _read(self) -> None:
         path = self._path()
-        if self._refused(writes=False):
+        if self._lost(path) or self._refused(writes=False):
             return
         if path == "/api/whoami-v2":
             self._json({"name": "me", "type": "user", "orgs": []})
@@ -238,6 +240,13 @@ class _Handler(BaseHTTPRequestHandler):
             "ETag": f'"{hashlib.sha256(whole).hexdigest()}"',
             "Accept-Ranges": "bytes",
         }
+        key = next((key for key, times in self.hub.cut_short.items() if times and key in name), None)
+        if key is not None and self.command == "GET":
+            self.hub.cut_short[key] -= 1
+            self._send(status, content, headers, upto=len(content) // 2)
+            self.close_connection = True
+            self.connection.shutdown(SHUT_RDWR)
+            return
         if status == 206:
             headers["Content-Range"] = f"bytes {begin}-{begin + len(content) - 1}/{len(whole)}"
         self._send(status, content, headers)
@@ -285,13 +294,13 @@ class _Handler(BaseHTTPRequestHandler):
     def _missing(self, code: str) -> None:
         self._send(404, b"", {"X-Error-Code": code})
 
-    def _send(self, status: int, content: bytes, headers: Mapping[str, str]) -> None:
+    def _send(self, status: int, content: bytes, headers: Mapping[str, str], upto: int | None = None) -> None:
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(content))}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(content)
+            self.wfile.write(content[:upto])
 
 
 def _entry(name: str, content: bytes) -> dict[str, object]:

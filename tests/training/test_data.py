@@ -255,6 +255,7 @@ def rows_with_nulls(folder, nulls: set[int], count: int = 60) -> list[str]:
     return [text for i, text in enumerate(texts) if i not in nulls]
 
 
+@pytest.mark.filterwarnings("ignore:a document is left out")
 @pytest.mark.parametrize("nulls", [{0}, {59}, {4, 5, 6, 31}, set(range(0, 60, 2))])
 @pytest.mark.slow
 def test_null_texts_are_left_out_and_a_run_continues_to_the_token(tmp_path, tokenizer, nulls):
@@ -270,6 +271,7 @@ def test_null_texts_are_left_out_and_a_run_continues_to_the_token(tmp_path, toke
             assert expected.states == found.states
 
 
+@pytest.mark.filterwarnings("ignore:a document is left out")
 def test_a_state_leads_to_the_texts_after_it_with_nulls_around(tmp_path):
     rows_with_nulls(tmp_path, {0, 3, 4, 9}, count=12)
     documents = open_documents(recipe_for(tmp_path))
@@ -286,10 +288,10 @@ def test_nothing_but_nulls_is_said(tmp_path):
     rows_with_nulls(tmp_path, set(range(12)), count=12)
     documents = open_documents(recipe_for(tmp_path))
     with pytest.raises(
-        ValueError, match=r"text_field='text' is null in every row of the train .* \(12 rows\)"
+        ValueError, match=r"text_field='text' is no text in the train .* none of 12 .*is null"
     ):
         list(documents.read("train", None))
-    with pytest.raises(ValueError, match=r"part 2 of 4 \(3 rows\)"):
+    with pytest.raises(ValueError, match=r"part 2 of 4.* none of 3 documents"):
         list(documents.read("train", None, part=1, parts=4))
 
 
