@@ -88,16 +88,7 @@ def save(args: argparse.Namespace, folder: Path) -> dict[str, Path]:
     if args.model:
         model = AutoModelForCausalLM.from_pretrained(args.model)
     else:
-        config = LlamaConfig(
-            hidden_size=576,
-            intermediate_size=1536,
-            num_hidden_layers=30,
-            num_attention_heads=9,
-            num_key_value_heads=3,
-            vocab_size=49152,
-            tie_word_embeddings=True,
-        )
-        model = LlamaForCausalLM(config)
+        model = LlamaForCausalLM(harness.smollm2())
     found = {"dense": folder / "dense", "patched": folder / "patched"}
     model.save_pretrained(found["dense"])
     hf_sparse.patch(model, "fatrelu", threshold=0.1)

@@ -57,7 +57,9 @@ def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.AdamW:
         {"params": decayed, "weight_decay": recipe.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(recipe.beta1, recipe.beta2))
+    betas = (recipe.beta1, recipe.beta2)
+    # Fused: several times as fast on a CPU, and no temporary copies of the parameters on a GPU.
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=betas, fused=True)
 
 
 def train(run: Run, progress: Progress) -> Progress:
