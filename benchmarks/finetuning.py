@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/finetuning.py --model MODEL --dataset TEXT --name finetuning
 
-trains MODEL with every variant below, for each of --seeds, and writes docs/results/NAME.json, NAME.svg and a table.
+trains MODEL with every variant below, for each of --seeds, writes docs/results/NAME.json and NAME.svg, and
+prints a table.
 --steps, --learning-rate, --sequence-length and --batch set what all of them share, --l1-scale the scale of
 coefficients that were published for LLaMA2-7B. A sharpness variant takes twice the time of the others and the
 same tokens. What was interrupted goes on where it stood when the command is given again.
