@@ -116,7 +116,7 @@ class Documents:
         """What counts the documents that :meth:`read` leaves out."""
         where = f"the {split} split of {self._name!r}"
         if parts > 1:
-            where += f", part {part + 1} of {parts},"
+            where += f" (part {part + 1} of {parts})"
         return BadDocuments(where, self._field, self._max_bad)
 
 

@@ -20,7 +20,7 @@ def evaluation_texts(
 
     Those of the validation split or, where a data set has none, the share ``holdout`` of its documents that a
     hash of their text selects: all by default; the training application leaves out of training what its own
-    field ``holdout`` selects, by the same hash.
+    field ``holdout`` selects, by the same hash. Documents that cannot be used are left out, with a warning.
 
     Args:
         dataset: ``"tiny"``, a Hub id, a local file, or a local folder of json, jsonl, parquet or txt files.
@@ -35,7 +35,7 @@ def evaluation_texts(
     if dataset == EMBEDDED:
         yield from python_corpus().held_out
         return
-    documents = Documents(dataset, config=config, text_field=text_field)
+    documents = Documents(dataset, config=config, text_field=text_field, max_bad_documents=None)
     if documents.has_validation:
         yield from (text for text, _ in documents.read("validation", None))
     else:

@@ -29,16 +29,16 @@ def write_final_card(
     tokenizer: PreTrainedTokenizerBase,
     recipe: Recipe,
     *,
-    report: SparsityReport,
+    report: SparsityReport | None,
     before: SparsityReport | None,
 ) -> None:
     """Write the README of ``folder``, where ``model`` was saved with the weights ``state``, and the facts.
 
     ``named`` is where the folder will be, as the user calls it. Of a dense model, which no card of hf_sparse
-    is about, nothing is written.
+    is about, and without a measurement nothing is written.
     """
     patched = hf_sparse.inspect(model)
-    if not patched.patched:
+    if not patched.patched or report is None:
         return
     told = essential(recipe)
     given: dict[str, Any] = {

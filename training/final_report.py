@@ -15,8 +15,8 @@ from hf_sparse.metrics import DEFINITION
 Record = dict[str, Any]
 
 
-def write_report(folder: Path) -> Path:
-    """Write ``report.md`` of the run in ``folder``, and plots if matplotlib is installed."""
+def write_report(folder: Path, recipe: Record) -> Path:
+    """Write ``report.md`` of the run of ``recipe`` in ``folder``, and plots if matplotlib is installed."""
     records = read_log(folder / "log.jsonl")
     about = next(record for record in records if record["kind"] == "run")
     original = next((record for record in records if record["kind"] == "original"), None)
@@ -27,7 +27,7 @@ def write_report(folder: Path) -> Path:
         from final_plots import draw_layers, draw_run
 
         plots = [draw_run(folder, trained, evaluated), draw_layers(folder, original, evaluated)]
-    recipe = about["recipe"]
+    about["recipe"] = recipe  # some of it may be another one than when the run began
     parts = [
         f"# {folder.resolve().name}: {recipe['model']}, trained for activation sparsity",
         _told(about, trained, evaluated),

@@ -24,29 +24,17 @@ from data import DataExhaustedError, TrainingData, evaluation_data, open_documen
 from evaluation import LATEST, ORIGINAL, as_record, evaluate, keep, kept
 from final_card import write_final_card
 from final_report import write_report
+from loading import load
 from loop import Run, build_optimizer, train
 from lora import add_lora
 from recipe import Recipe
 from run_log import RunLog, read_log
-from sharding import (
-    fit,
-    is_sharded,
-    reads_no_weights,
-    size,
-    whole_in_every_process,
-    whole_state,
-    without_weights,
-)
+from sharding import fit, is_sharded, reads_no_weights, size, whole_in_every_process, whole_state
 from surroundings import machine, versions
+from task import Task
 from trackers import begin_tracking, installed
 from training_sparsity import TrainingSparsity
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 import hf_sparse
@@ -80,9 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The model, before anything is changed.
     set_seed(recipe.seed)
     tokenizer = AutoTokenizer.from_pretrained(recipe.model, revision=recipe.revision or "main")
-    model: Any = load(
-        recipe, empty=reads_no_weights(accelerator)
-    )  # with lora a PeftModel, prepared whatever accelerate makes of it
+    # With lora it becomes a PeftModel, prepared it is whatever accelerate makes of it.
+    model: Any = load(recipe, empty=reads_no_weights(accelerator))
     check_length(recipe, model)
 
     # The text: what to evaluate on, and therefore not to train on.
@@ -94,9 +81,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"than the {accelerator.num_processes} processes; raise it, or add held-out text."
         )
     say(f"evaluation on {held_out_sequences.numel():,} held-out tokens")
+    to_evaluate = Task(recipe, tokenizer).held_out(held_out_sequences)
 
     def evaluation(of: torch.nn.Module, file: str = LATEST) -> SparsityReport:
-        report = evaluate(accelerator, of, held_out_sequences, batch_size=recipe.micro_batch)
+        report = evaluate(accelerator, of, to_evaluate, batch_size=recipe.micro_batch)
         if accelerator.is_main_process:
             keep(report, output / file)
         return report
@@ -113,6 +101,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if not checkpoint:
         log.write("run", 0, about)
+        if accelerator.is_main_process:
+            (output / ORIGINAL).unlink(missing_ok=True)  # of a run before
         if not is_sharded(accelerator):  # a sharded model may not fit one device as a whole
             model.to(accelerator.device)
             with accelerator.autocast():
@@ -132,8 +122,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         model,
         recipe.max_steps,
         mean=lambda value: accelerator.reduce(value, "mean"),
-        dense=lambda: load_dense(recipe, accelerator).to(accelerator.device).eval(),
-        dense_loss=dense_loss,
+        dense=lambda: dense(recipe, accelerator).to(accelerator.device).eval(),
+        dense_loss=None if recipe.from_scratch else dense_loss,
     )
     acting = ActingTogether(recipe.acting_methods(), setting)
     acting.before_step((done or 0) + 1)
@@ -190,22 +180,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     log.close()
     if accelerator.is_main_process:
         say(summary(output))
-        say(f"the report is {write_report(output)}")
+        say(f"the report is {write_report(output, recipe.to_dict())}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
-def load(recipe: Recipe, *, empty: bool = False) -> PreTrainedModel:
-    """The pretrained model, in float32, as it was published; if ``empty``, with weights still to come."""
-    revision = recipe.revision or "main"
-    if empty:
-        config = AutoConfig.from_pretrained(recipe.model, revision=revision)
-        return without_weights(lambda: AutoModelForCausalLM.from_config(config, dtype=torch.float32))
-    return AutoModelForCausalLM.from_pretrained(recipe.model, revision=revision, dtype=torch.float32)
+def dense(recipe: Recipe, accelerator: Accelerator) -> PreTrainedModel:
+    """The model before the patch, to learn from: whole in every process, however that one is sharded.
 
+    Raises:
+        ValueError: it has random weights.
 
-def load_dense(recipe: Recipe, accelerator: Accelerator) -> PreTrainedModel:
-    """The same beside the model in training: whole in every process, however that one is sharded."""
+    """
+    if recipe.from_scratch:
+        raise ValueError(
+            f"with from_scratch there is no dense model to learn from: leave {', '.join(recipe.methods)} out."
+        )
     with whole_in_every_process(accelerator):
         return load(recipe)
 
@@ -291,7 +281,7 @@ def save_final(
             tokenizer,
             recipe,
             report=kept(output / LATEST),
-            before=kept(output / ORIGINAL) if (output / ORIGINAL).exists() else None,  # not of a sharded run
+            before=kept(output / ORIGINAL),
         )
         publish(aside, final)
     accelerator.wait_for_everyone()

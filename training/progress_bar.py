@@ -30,7 +30,7 @@ class ProgressBar:
 
     def tell(self, means: Mapping[str, float], record: Mapping[str, Any]) -> None:
         """Show the ``means`` of the terms of the loss, and what else is in a ``record`` of the log."""
-        said = {"loss": f"{means['loss']:.3f}"}
+        said = {"loss": f"{means['loss']:.3f}"} if means else {}  # none if every update was left out
         if (sparsity := record.get("sparsity")) is not None:
             said["sparsity"] = f"{sparsity:.1%}"
         said |= {name: f"{value:.3g}" for name, value in means.items() if name not in _NOT_SHOWN}

@@ -12,6 +12,7 @@ import pytest
 from datasets import Dataset
 
 from hf_sparse.documents import Documents
+from hf_sparse.texts import evaluation_texts
 
 BAD_LINES = {
     '{"text": null}': "is null",
@@ -164,3 +165,10 @@ def test_other_unicode_is_refused_and_a_mark_at_the_beginning_is_no_text(tmp_pat
         texts(Documents(str(tmp_path)))
     (tmp_path / "a.txt").write_text("one\n\ntwo", encoding="utf-8-sig")
     assert texts(Documents(str(tmp_path))) == ["one", "two"]
+
+
+def test_a_measurement_leaves_out_any_number_of_them(tmp_path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", [*good(1), *['{"text": null}'] * 300, *good(2)])
+    with pytest.warns(RuntimeWarning) as caught:
+        assert list(evaluation_texts(str(path))) == ["text 1", "text 2"]
+    assert len(caught) == 100  # more are not named

@@ -34,7 +34,8 @@ def memory() -> int:
 def main() -> None:
     os.environ.update(SETTINGS)
     sys.path.insert(0, str(Path(__file__).parents[2] / "training"))
-    from finetune import load, load_dense
+    from finetune import dense as load_dense
+    from loading import load
     from recipe import Recipe
     from sharding import reads_no_weights
 

@@ -151,3 +151,24 @@ def test_a_finished_run_that_is_resumed_writes_them_again(finished, command, in_
         (finished / "final" / FILE).read_text()
     )
     assert "perplexity" in (output / "final/README.md").read_text()
+
+
+def test_without_a_measurement_of_the_original_the_card_has_that_of_the_model(
+    finished, command, in_process, tmp_path
+):
+    """As after a sharded run, whose original may fit no device."""
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    (output / "measured/original.json").unlink()
+    in_process(command(output, max_steps=8, methods={"mixing": {"until": 0.5}}, resume=True))
+    assert "Not measured: the dense model, speed." in (output / "final/README.md").read_text()
+
+
+def test_adapters_are_merged_and_told_of_by_the_names_of_the_model(command, in_process, tmp_path):
+    in_process(command(tmp_path / "run", max_steps=4, lora={"r": 2}))
+    names = ["model.layers.0.mlp", "model.layers.1.mlp"]
+    for kind in ("original", "train", "eval"):
+        assert list(records(tmp_path / "run", kind)[-1]["layers"]) == names
+    facts = with_facts(AutoModelForCausalLM.from_pretrained(tmp_path / "run/final"), NOTHING)
+    assert [layer.name for layer in facts["report"].layers] == names
+    assert "| perplexity |" in (tmp_path / "run/final/README.md").read_text()

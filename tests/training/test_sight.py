@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib.util import find_spec
 
 import pytest
@@ -13,7 +14,7 @@ from training_sparsity import TrainingSparsity
 import hf_sparse
 from hf_sparse.objectives import L1Penalty
 from support.models import untrained_llama
-from support.runs import run
+from support.runs import run, sentences, write_jsonl
 
 
 def records(output, kind):
@@ -92,6 +93,25 @@ def test_the_log_has_sparsity_while_training_and_dead_neurons(command, in_proces
         assert one["bad_documents"] == 0
     for record in records(tmp_path / "a", "eval"):
         assert record["dead"] == sum(record["dead_by_layer"].values()) >= 0
+
+
+@pytest.mark.filterwarnings("ignore:a document is left out")
+def test_bad_documents_are_counted_over_all_streams_and_passes_and_limited(command, in_process, tmp_path):
+    lines = [json.dumps({"text": text}) + "\n" for text in sentences(60, 0)]
+    lines[20:20] = ["{\n"] * 9  # in every stream
+    write_jsonl(tmp_path / "text/valid.jsonl", sentences(60, 2))
+    (tmp_path / "text/train.jsonl").write_text("".join(lines))
+    fields = {"dataset": tmp_path / "text", "max_steps": 30, "log_every": 10, "save_every": 5, "epochs": 9}
+    in_process(command(tmp_path / "run", **fields))
+    assert [r["bad_documents"] for r in records(tmp_path / "run", "train")][1:] == [9, 9]
+    assert "9 documents could not be used" in (tmp_path / "run/report.md").read_text()
+
+    with pytest.raises(ValueError, match=r"max_bad_documents=8, and 9 documents cannot be used"):
+        in_process(command(tmp_path / "few", max_bad_documents=8, **fields))
+    in_process(command(tmp_path / "few", max_bad_documents=9, resume=True, **fields))
+    for name in ("train", "eval"):
+        for one, other in zip(records(tmp_path / "few", name), records(tmp_path / "run", name), strict=True):
+            assert one["loss"] == other["loss"]
 
 
 def test_the_bar_tells_loss_sparsity_penalty_and_speed(command, in_process, tmp_path, capsys):
