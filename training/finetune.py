@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The model, before anything is changed.
     set_seed(recipe.seed)
     tokenizer = AutoTokenizer.from_pretrained(recipe.model, revision=recipe.revision or "main")
-    # With lora it becomes a PeftModel, prepared it is whatever accelerate makes of it.
+    # Later a PeftModel, with lora, and whatever accelerate makes of it.
     model: Any = load(recipe, empty=reads_no_weights(accelerator))
     check_length(recipe, model)
 
