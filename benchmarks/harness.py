@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LlamaConfig
 
 from triton_ops.processor import processor_name
 from triton_ops.table import table as columns
@@ -239,6 +240,19 @@ def provenance(device: str) -> dict[str, Any]:
         "transformers": _version("transformers"),
         "system": f"{platform.system()} {platform.machine()}",
     }
+
+
+def smollm2() -> LlamaConfig:
+    """The shape of SmolLM2-135M."""
+    return LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+    )
 
 
 def _version(package: str) -> str | None:

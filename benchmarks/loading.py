@@ -4,7 +4,8 @@
     python benchmarks/loading.py                    # a Llama of the shape of SmolLM2-135M, random weights
 
 The checkpoint is saved twice, as it is and patched (FATReLU, so that loading cannot do without this package).
-Each is loaded by new processes that take turns, all of which import the same packages first. Memory is the
+Each is loaded by new processes that take turns, all of which import the same packages first. Beside the time
+that passes there is that of the processor, of all threads: what else is running is in it less. Memory is the
 peak of what the process had in RAM. Patching is timed on the meta device, at the shape of Llama-3-8B.
 """
 
@@ -31,14 +32,14 @@ import hf_sparse
 from transformers import AutoModelForCausalLM
 AutoModelForCausalLM.from_config  # imported before the clock runs
 from transformers.models.llama import modeling_llama
-start = time.perf_counter()
+start = time.perf_counter(), time.process_time()
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-seconds = time.perf_counter() - start
+seconds, busy = time.perf_counter() - start[0], time.process_time() - start[1]
 for parameter in model.parameters():
     parameter.sum()  # what is mapped from the file is read
 kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 patched = hf_sparse.inspect(model).config is not None
-print(json.dumps({"seconds": seconds, "mib": kib / 1024, "patched": patched}))
+print(json.dumps({"seconds": seconds, "busy": busy, "mib": kib / 1024, "patched": patched}))
 """
 
 
@@ -87,16 +88,7 @@ def save(args: argparse.Namespace, folder: Path) -> dict[str, Path]:
     if args.model:
         model = AutoModelForCausalLM.from_pretrained(args.model)
     else:
-        config = LlamaConfig(
-            hidden_size=576,
-            intermediate_size=1536,
-            num_hidden_layers=30,
-            num_attention_heads=9,
-            num_key_value_heads=3,
-            vocab_size=49152,
-            tie_word_embeddings=True,
-        )
-        model = LlamaForCausalLM(config)
+        model = LlamaForCausalLM(harness.smollm2())
     found = {"dense": folder / "dense", "patched": folder / "patched"}
     model.save_pretrained(found["dense"])
     hf_sparse.patch(model, "fatrelu", threshold=0.1)
@@ -109,8 +101,7 @@ def save(args: argparse.Namespace, folder: Path) -> dict[str, Path]:
 
 
 def loading(folders: dict[str, Path], args: argparse.Namespace) -> list[dict[str, Any]]:
-    seconds: dict[str, list[float]] = {name: [] for name in folders}
-    mib: dict[str, list[float]] = {name: [] for name in folders}
+    seconds, busy, mib = ({name: list[float]() for name in folders} for _ in range(3))
     for repeat in range(args.repeats + 1):
         for name, folder in folders.items():
             command = [sys.executable, "-c", LOAD, str(folder)]
@@ -119,6 +110,7 @@ def loading(folders: dict[str, Path], args: argparse.Namespace) -> list[dict[str
                 raise SystemExit(f"wrong result, no timing: {name} was loaded as {found}")
             if repeat:
                 seconds[name].append(found["seconds"])
+                busy[name].append(found["busy"])
                 mib[name].append(found["mib"])
     weights = "random, of the shape of SmolLM2-135M" if args.model is None else args.model.name
     return [
@@ -128,6 +120,8 @@ def loading(folders: dict[str, Path], args: argparse.Namespace) -> list[dict[str
             "model": weights,
             "time": harness.Timing.of(seconds[name]),
             "slower": harness.Ratio.of(seconds[name], seconds["dense"]),
+            "processor_time": harness.Timing.of(busy[name]),
+            "more_processor_time": harness.Ratio.of(busy[name], busy["dense"]),
             "peak_mib": sorted(mib[name])[len(mib[name]) // 2],
             "more_memory": harness.Ratio.of(mib[name], mib["dense"]),
         }

@@ -351,13 +351,16 @@ def lora(result: Result) -> str:
 
 def loading(result: Result) -> str:
     patch, dense, patched = result.rows
-    more = patched["time"]["median_ms"] - dense["time"]["median_ms"]
+
+    def both(field: str) -> str:
+        one, other = (row[field]["median_ms"] for row in (dense, patched))
+        return f"{one:.0f} ms as it is and {other:.0f} ms patched ({(other / one - 1) * 100:+.1f} %)"
+
     about = f"""
-        Loading {patched["model"]} takes {dense["time"]["median_ms"]:.0f} ms as it is and
-        {patched["time"]["median_ms"]:.0f} ms patched: {more:.0f} ms more, once, for finding its blocks, which is
-        {percent(more / dense["time"]["median_ms"])} of so small a model's time, and grows with the number of layers, not
-        with their size. Peak memory is {dense["peak_mib"]:.0f} and {patched["peak_mib"]:.0f} MiB. Patching a model of the
-        shape of {NAMES[patch["shape"]]} takes {patch["time"]["median_ms"]:.0f} ms."""
+        Loading {patched["model"]} takes {both("time")}, of the processor {both("processor_time")}; medians of
+        {patched["time"]["repeats"]} turns. The difference is for finding its blocks, once; it grows with the number of
+        layers, not with their size. Peak memory is {dense["peak_mib"]:.0f} and {patched["peak_mib"]:.0f} MiB. Patching a
+        model of the shape of {NAMES[patch["shape"]]} takes {patch["time"]["median_ms"]:.0f} ms."""
     return f"""\
 {result.conditions} [All rows](../benchmarks/results/loading.json).
 

@@ -6,9 +6,10 @@
 
 Each competitor is a process of its own, with the same model, batches and optimizer settings (AdamW, clipped,
 decay on matrices); they make one update after the other, so only one works at a time. The time of an update
-is from the end of the one before to its own, with batch, schedule and log. Memory is the peak of the process
-in RAM, or on a GPU what torch allocated there. Before any timing, competitors that are to train alike have to
-have the same loss after the first update.
+is from the end of the one before to its own, with batch, schedule and log. ``finetune.py`` is the whole
+program: it reads, shuffles and tokenises text meanwhile, and then gets the batch that all have; the Trainer
+has its tokens at hand. Memory is the peak of the process in RAM, or on a GPU what torch allocated there.
+Before any timing, competitors that are to train alike have to have the same loss after the first update.
 """
 
 from __future__ import annotations
@@ -16,22 +17,25 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import harness
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import hf_sparse
-from hf_sparse.methods import Acting, ActingTogether, Training, read_methods
+from hf_sparse.assets import TINY_MODEL
+from hf_sparse.assets.corpus import python_corpus
 
 L1 = {"l1": {"boundaries": [1.0], "targets": [0.1]}}
 THEIRS, OURS = "transformers.Trainer", "finetune.py"
@@ -48,6 +52,7 @@ STEPS = 1_000_000  # of the schedules; a run ends with its turns
 def main() -> None:
     parser = harness.parser(__doc__, repeats=9)
     parser.add_argument("--model", type=Path, help="folder of a model; default: random weights")
+    parser.add_argument("--text", type=Path, help="folder of text; default: the documentation of Python")
     parser.add_argument("--batch", type=int, default=8, help="sequences in an update")
     parser.add_argument("--micro-batch", type=int, default=4, help="sequences in a forward")
     parser.add_argument("--length", type=int, default=256, help="tokens in a sequence")
@@ -62,7 +67,8 @@ def main() -> None:
         return
     conditions = harness.begin(args)
     with tempfile.TemporaryDirectory() as folder:
-        args.model = args.model or random_model(Path(folder))
+        args.model = args.model or random_model(Path(folder) / "random")
+        args.text = args.text or python_corpus().write(Path(folder) / "text")
         rows = compare(args)
     print(harness.table([cells(row) for row in rows]))
     harness.save(args.out, conditions, rows)
@@ -70,17 +76,9 @@ def main() -> None:
 
 
 def random_model(folder: Path) -> Path:
-    """Of the shape of SmolLM2-135M."""
-    config = LlamaConfig(
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        vocab_size=49152,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    """Of the shape of SmolLM2-135M, with the tokenizer of the embedded model."""
+    LlamaForCausalLM(harness.smollm2()).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TINY_MODEL).save_pretrained(folder)
     return folder
 
 
@@ -92,7 +90,8 @@ class Competitor:
 
     def __init__(self, name: str, args: argparse.Namespace) -> None:
         options = {"model": args.model, "batch": args.batch, "micro-batch": args.micro_batch}
-        options |= {"length": args.length, "device": args.device, "threads": torch.get_num_threads()}
+        options |= {"length": args.length, "device": args.device, "text": args.text}
+        options["threads"] = torch.get_num_threads()
         command = [sys.executable, __file__, "--only", name]
         command += [text for key, value in options.items() for text in (f"--{key}", str(value))]
         self._process = subprocess.Popen(
@@ -160,17 +159,14 @@ class Turns:
 def work(args: argparse.Namespace) -> None:
     """Be the competitor ``args.only``, until there are no more turns."""
     torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
+    if args.device == "cpu":
+        os.environ["ACCELERATE_USE_CPU"] = "true"
     trainer, methods = COMPETITORS[args.only]
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    if methods:
-        hf_sparse.patch(model, "relu")
-    model.to(args.device).train()
     with tempfile.TemporaryDirectory() as folder:
-        (theirs if trainer == THEIRS else ours)(model, methods, args, Path(folder))
+        (theirs if trainer == THEIRS else ours)(methods, args, Path(folder))
 
 
-def batches(model: PreTrainedModel, args: argparse.Namespace) -> Iterator[Tensor]:
+def batches(model: Any, args: argparse.Namespace) -> Iterator[Tensor]:
     """Without end, int64 ``[batch, length]``, the same for all."""
     generator = torch.Generator().manual_seed(1)
     while True:
@@ -178,7 +174,7 @@ def batches(model: PreTrainedModel, args: argparse.Namespace) -> Iterator[Tensor
 
 
 @torch.no_grad()
-def held_out_loss(model: PreTrainedModel, args: argparse.Namespace) -> float:
+def held_out_loss(model: Any, args: argparse.Namespace) -> float:
     """On the first micro-batch, in evaluation mode."""
     ids = next(batches(model, args))[: args.micro_batch].to(args.device)
     loss = model.eval()(input_ids=ids, labels=ids).loss.item()
@@ -186,10 +182,13 @@ def held_out_loss(model: PreTrainedModel, args: argparse.Namespace) -> float:
     return float(loss)
 
 
-def theirs(model: PreTrainedModel, methods: dict[str, Any], args: argparse.Namespace, folder: Path) -> None:
+def theirs(methods: dict[str, Any], args: argparse.Namespace, folder: Path) -> None:
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     turns = Turns(args.device)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    if methods:
+        hf_sparse.patch(model, "relu")
 
     class Data(torch.utils.data.IterableDataset[dict[str, Tensor]]):
         def __iter__(self) -> Iterator[dict[str, Tensor]]:
@@ -217,69 +216,57 @@ def theirs(model: PreTrainedModel, methods: dict[str, Any], args: argparse.Names
         logging_steps=LOG_EVERY,
         save_strategy="no",
         report_to=[],
-        disable_tqdm=True,
         use_cpu=args.device == "cpu",
     )
     callbacks: list[TrainerCallback] = [hf_sparse.SparsityCallback(methods)] if methods else []
     Trainer(model, arguments, train_dataset=Data(), callbacks=[*callbacks, Told()]).train()
 
 
-def ours(model: PreTrainedModel, methods: dict[str, Any], args: argparse.Namespace, folder: Path) -> None:
+def ours(methods: dict[str, Any], args: argparse.Namespace, folder: Path) -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
-    from accelerate import Accelerator
-    from checkpoint import Checkpoints, Progress
-    from data import Batch
-    from loop import Run, build_optimizer, train
-    from recipe import Recipe
-    from run_log import RunLog
+    import finetune
+    import loop
 
     turns = Turns(args.device)
+    update = loop.update
+    tokens: list[Iterator[Tensor]] = []
 
-    class Told(ActingTogether):
-        def after_step(self, step: int) -> None:
-            super().after_step(step)
-            turns.end(lambda: held_out_loss(model, args))
+    def told(run: Any, batch: Any, *more: Any) -> Any:
+        model = run.accelerator.unwrap_model(run.model)
+        if not tokens:
+            tokens.append(batches(model, args))
+            turns.wait()
+        values = update(run, replace(batch, input_ids=next(tokens[0])), *more)
+        turns.end(lambda: held_out_loss(model, args))
+        return values
 
-    recipe = Recipe(
-        patch="relu" if methods else "none",
-        methods=methods,
-        max_steps=STEPS,
-        data_streams=1,
-        global_batch=args.batch,
-        micro_batch=args.micro_batch,
-        sequence_length=args.length,
-        learning_rate=RATE,
-        warmup=0.0,
-        decay="constant",
-        weight_decay=DECAY,
-        beta1=BETAS[0],
-        beta2=BETAS[1],
-        clip_norm=CLIP,
-        log_every=LOG_EVERY,
-        eval_every=0,
-        save_every=STEPS,
-        progress=False,
-    )
-    accelerator = Accelerator(cpu=args.device == "cpu")
-    acting: Acting = Told(read_methods(methods), Training(model, STEPS))
-    prepared, optimizer = accelerator.prepare(model, build_optimizer(recipe, model))
-    log = RunLog(folder, main=True, tensorboard=False)
-    data: Any = (Batch(ids, {}) for ids in batches(model, args))
-    checkpoints = Checkpoints(accelerator, folder, 1)
-    run = Run(
-        recipe=recipe,
-        accelerator=accelerator,
-        model=prepared,
-        optimizer=optimizer,
-        acting=acting,
-        perturbation=None,
-        data=data,
-        checkpoints=checkpoints,
-        log=log,
-        evaluate=lambda: None,
-    )
-    turns.wait()
-    train(run, Progress())
+    loop.update = told
+    options = {
+        "model": args.model,
+        "dataset": args.text,
+        "output-dir": folder,
+        "patch": "relu" if methods else "none",
+        "methods": json.dumps(methods),
+        "max-steps": STEPS,
+        "epochs": STEPS,
+        "data-streams": 1,
+        "global-batch": args.batch,
+        "micro-batch": args.micro_batch,
+        "sequence-length": args.length,
+        "learning-rate": RATE,
+        "warmup": 0,
+        "decay": "constant",
+        "weight-decay": DECAY,
+        "beta1": BETAS[0],
+        "beta2": BETAS[1],
+        "clip-norm": CLIP,
+        "log-every": LOG_EVERY,
+        "eval-every": 0,
+        "eval-tokens": args.length,
+        "save-every": STEPS,
+    }
+    arguments = [text for key, value in options.items() for text in (f"--{key}", str(value))]
+    finetune.main([*arguments, "--no-tensorboard"])
 
 
 # ---- the comparison

@@ -94,9 +94,9 @@ def listed(parts: Sequence[Part]) -> str:
     return f"Parts with MLP blocks of a known shape: {found or 'none'}."
 
 
-def own_blocks(model: nn.Module) -> tuple[list[Block], list[Skipped]]:
+def own_blocks(model: nn.Module, without: Collection[nn.Module] = ()) -> tuple[list[Block], list[Skipped]]:
     """What :func:`find_blocks` finds in ``model`` outside of the parts that have a config of their own."""
-    blocks, skipped = find_blocks(model)
+    blocks, skipped = find_blocks(model, without)
     if not isinstance(model, PreTrainedModel):
         return blocks, skipped
     others = tuple(f"{name}." for name, _, path in _inner(model, nested(model.config)) if path)

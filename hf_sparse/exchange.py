@@ -8,7 +8,6 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from hf_sparse import checkpoint_block
 from hf_sparse.activations import build_activation
 from hf_sparse.activations.config import same_function
 from hf_sparse.adapters import Block
@@ -16,12 +15,14 @@ from hf_sparse.adapters.copies import active
 from hf_sparse.adapters.experts import Experts
 from hf_sparse.adapters.kept import owners
 from hf_sparse.adapters.roles import shape
+from hf_sparse.adapters.split import is_split, splitting
+from hf_sparse.adapters.walk import modules_of
 from hf_sparse.checks import shown
 from hf_sparse.config import PARTS, SparsityConfig
 from hf_sparse.errors import PatchError
 from hf_sparse.modules import KeptChange, SparseBlock, SparseExperts, SparseGatedMLP, SparsePlainMLP
 from hf_sparse.modules.zeroth_bias import follow
-from hf_sparse.stock import UnpatchedActivation
+from hf_sparse.stock import placeholders
 
 
 def choose(model: PreTrainedModel, blocks: list[Block], config: SparsityConfig) -> list[Block]:
@@ -55,9 +56,15 @@ def choose(model: PreTrainedModel, blocks: list[Block], config: SparsityConfig) 
                 )
         if by := block.replaced_forward:
             raise PatchError(
-                f"the forward of {block.name} was replaced by {by} (Liger's use_liger_kernel does so, and "
-                "tensor parallelism of experts), which would undo the patch; turn that off for the MLP, or "
-                "load a model that was patched before it was saved."
+                f"the forward of {block.name} was replaced by {by} (Liger's use_liger_kernel does so), which "
+                "would undo the patch; turn that off for the MLP, or load a model that was patched before it "
+                "was saved."
+            )
+        if is_split(block.module) and not block.stays and splitting(block.module) is None:
+            raise PatchError(
+                f"{block.name} is split between processes in a way that cannot be carried over to another "
+                "module. Patch the model before: hf_sparse.patch and save_pretrained without a "
+                "distributed_config, then from_pretrained of that with it."
             )
     return chosen
 
@@ -89,8 +96,10 @@ def _sparse(block: Block, config: SparsityConfig, index: int) -> SparseBlock | K
     if isinstance(block.roles, Experts):
         kind = SparseExperts
     sparse = kind(_stock_block(block), block.roles, activation, relu_up=config.activation.relu_up)
-    sparse.set_mix(config.activation.mix)
-    sparse.others = others
+    if config.activation.mix != 1:
+        sparse.set_mix(config.activation.mix)
+    if others:
+        sparse.others = others
     for name, part in config.others:
         part.build(sparse, index)
         _keep_trained(name, block.module, sparse)
@@ -133,13 +142,12 @@ def put_back(model: nn.Module, blocks: Sequence[Block], activation: str) -> None
     for block in blocks:
         for owner, name in owners(block.module, block.roles.act):
             owner._modules[name] = ACT2FN[activation]
-    for module in model.modules():  # such as a mixer
-        for name, child in module._modules.items():
-            if isinstance(child, UnpatchedActivation):
-                module._modules[name] = ACT2FN[activation]
-        for name, value in vars(module).items():
-            if isinstance(value, str) and value == checkpoint_block.KEY:
-                vars(module)[name] = activation
+    for module in modules_of(model):  # such as a mixer
+        children, texts = placeholders(module)
+        for name in children:
+            module._modules[name] = ACT2FN[activation]
+        for name in texts:
+            vars(module)[name] = activation
 
 
 def outside(
@@ -172,7 +180,7 @@ def exchange(
             one.make()
         else:
             exchanged[id(copy.module)] = one
-    for owner in list(model.modules()):
+    for owner in modules_of(model):
         for name, child in owner._modules.items():
             if child is not None and id(child) in exchanged:
                 owner._modules[name] = exchanged[id(child)]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hf_sparse.adapters.bottleneck import layer_of
 from hf_sparse.adapters.copies import copies
 from hf_sparse.adapters.probe_norms import UnclearError, feeding_norms
+from hf_sparse.adapters.walk import modules_of
 from hf_sparse.checks import known, mapping
 from hf_sparse.errors import PatchError
 from hf_sparse.parts import Part
@@ -97,8 +98,10 @@ def _norms(model: nn.Module, chosen: Sequence[Block], blocks: Sequence[Block]) -
 
 
 def _with_hook(model: nn.Module, blocks: Sequence[Block]) -> Iterator[nn.Module]:
+    if all(rectified not in module._forward_hooks.values() for module in modules_of(model)):
+        return
     for name in dict.fromkeys(layer_of(block.name) for block in blocks):
-        for module in model.get_submodule(name).modules():
+        for module in modules_of(model.get_submodule(name)):
             if rectified in module._forward_hooks.values():
                 yield module
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from weakref import WeakKeyDictionary, ref
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from hf_sparse import checkpoint_block
 from hf_sparse.adapters import Block, require_blocks
+from hf_sparse.adapters.walk import modules_of
 from hf_sparse.composite import inner_models, own_blocks
 from hf_sparse.exchange import choose, exchange, new_modules, outside, put_back
 from hf_sparse.stock import put_back_around, refuse_missing_block, refuse_other_activation, unpatched
@@ -24,41 +28,62 @@ def patch_from_config(model: PreTrainedModel) -> None:
         ValueError: the block is malformed, or does not fit the model or the rest of its config.
 
     """
-    inner = [(name, one) for name, one in inner_models(model) if checkpoint_block.has(one.config)]
+    inner = [one for _, one in inner_models(model) if checkpoint_block.has(one.config)]
     is_inner = model.base_model is model
-    for _, one in inner:
+    for one in inner:
         _patch_from_own_config(one, may_be_some=is_inner)
-    _patch_from_own_config(model, may_be_some=is_inner)
+    done = _done_inside(model)
+    _patch_from_own_config(model, may_be_some=is_inner, done=done)
     has_own = checkpoint_block.has(model.config)
     # Placeholders of an inner model that was not patched stay: they raise.
     if (inner or has_own) and not (is_inner and has_own):
-        put_back_around(model, [name for name, _ in inner])
+        put_back_around(model, [*inner, *done])
 
 
-def _patch_from_own_config(model: PreTrainedModel, *, may_be_some: bool) -> None:
+_done: WeakKeyDictionary[PreTrainedModel, tuple[int, list[ref[nn.Module]]]] = WeakKeyDictionary()
+"""Models that have just been patched wholly: how many blocks they have, and all their modules."""
+
+
+def _done_inside(model: PreTrainedModel) -> dict[PreTrainedModel, int]:
+    """The inner model of the same config, if it has been patched wholly, with the number of its blocks.
+
+    And if since then no module of it has come or gone: then there is nothing to be found in it.
+    """
+    inner = model.base_model
+    if not isinstance(inner, PreTrainedModel) or inner not in model._modules.values():
+        return {}
+    count, modules = _done.pop(inner, (0, []))
+    unchanged = modules_of(inner) == [one() for one in modules]
+    return {inner: count} if unchanged and inner.config is model.config else {}
+
+
+def _patch_from_own_config(
+    model: PreTrainedModel, *, may_be_some: bool, done: Mapping[PreTrainedModel, int] = MappingProxyType({})
+) -> None:
     record = checkpoint_block.read(model.config)
     if record is None:
         refuse_missing_block(model.config)
         return
     with checkpoint_block.refusing():
         record.agree(model.config)
-        blocks, _ = own_blocks(model)
+        blocks, _ = own_blocks(model, without=done)
+        count = len(blocks) + sum(done.values())
         todo = [block for block in blocks if not block.is_patched]
         if record.field is None:
             _let_go(todo)
         if not record.config.uniform:
-            if may_be_some and len(blocks) != record.blocks:
+            if may_be_some and count != record.blocks:
                 if record.field is None:
                     _hold_back(todo)
                 return
-            if record.blocks != len(blocks):
+            if record.blocks != count:
                 raise ValueError(
                     f"blocks={record.blocks} is not the number of MLP blocks of this {type(model).__name__}, "
-                    f"which is {len(blocks)}; load it with all its layers."
+                    f"which is {count}; load it with all its layers."
                 )
-            if len(todo) < len(blocks):
+            if len(todo) < count:
                 return
-        if not blocks and not may_be_some:
+        if not count and not may_be_some:
             require_blocks(model)
             raise ValueError(f"{type(model).__name__} has no MLP block outside of its parts; take it out.")
         if not todo:
@@ -71,6 +96,7 @@ def _patch_from_own_config(model: PreTrainedModel, *, may_be_some: bool) -> None
         config = record.config.fitted(model, chosen)
         new, around = new_modules(todo, chosen, config), outside(model, todo, chosen, config)
         exchange(model, todo, new, around)
+        _done[model] = count, [ref(one) for one in modules_of(model)]
 
 
 def _hold_back(blocks: Sequence[Block]) -> None:

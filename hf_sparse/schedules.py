@@ -93,7 +93,8 @@ def learning_rate_share(
 
     Rises linearly over ``warmup`` updates (the last of them uses the full rate), then falls to ``final`` at
     update ``steps``: along half a cosine (``"cosine"``), a line (``"linear"``), or not at all
-    (``"constant"``).
+    (``"constant"``). ``"inverse_sqrt"`` is ``sqrt(warmup / step)`` as in the T5 paper (arXiv 1910.10683),
+    with a ``warmup`` of at least 1, and stays at ``final`` where it would fall below.
 
     Raises:
         ValueError: an unknown ``decay``.
@@ -105,12 +106,14 @@ def learning_rate_share(
         return step / warmup
     if decay == "constant":
         return 1.0
+    if decay == "inverse_sqrt":
+        return max(final, math.sqrt(max(warmup, 1) / min(step, steps)))
     progress = min((step - warmup) / max(steps - warmup, 1), 1.0)
     shape = (1 + math.cos(math.pi * progress)) / 2 if decay == "cosine" else 1 - progress
     return final + (1 - final) * shape
 
 
-DECAYS = ("cosine", "linear", "constant")
+DECAYS = ("cosine", "linear", "constant", "inverse_sqrt")
 """Shapes accepted by :func:`learning_rate_share`."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -17,6 +17,7 @@ from hf_sparse.activations.known import STOCK_ACTIVATIONS
 from hf_sparse.adapters.copies import place
 from hf_sparse.adapters.kept import MARK, KeptState
 from hf_sparse.adapters.roles import linear_size, shape
+from hf_sparse.adapters.walk import modules_of
 from hf_sparse.checkpoint_block import KEY, Record, is_plain, names_activation, read
 from hf_sparse.composite import Part, Path, nested
 from hf_sparse.errors import PatchError
@@ -166,35 +167,33 @@ def refuse_other_activation(
             )
 
 
-def put_back_around(model: PreTrainedModel, patched: Sequence[str]) -> None:
+def placeholders(module: nn.Module) -> tuple[list[str], list[str]]:
+    """Names of the children and of the attributes that are what a config made of the name ``"hf_sparse"``."""
+    if type(module) is nn.Linear:  # most modules are, and torch's know no config
+        return [], []
+    children = [name for name, child in module._modules.items() if isinstance(child, UnpatchedActivation)]
+    return children, [name for name, value in vars(module).items() if type(value) is str and value == KEY]
+
+
+def put_back_around(model: PreTrainedModel, patched: Collection[nn.Module]) -> None:
     """Stock activations in what the config of a patched model feeds outside of it.
 
     Such as a connector between the parts of a composite, or a head. They are what stock transformers builds
-    there. ``patched``: the inner models that have a config of their own.
+    there. ``patched``: inner models in which there is nothing to be put back.
     """
-    inside = tuple(f"{name}." for name in patched)
-    todo: list[tuple[str, nn.Module]] = [
-        (name, module)
-        for name, module in model.named_modules()
-        if not f"{name}.".startswith(inside)
-        and (
-            any(isinstance(child, UnpatchedActivation) for child in module.children())
-            or any(isinstance(value, str) and value == KEY for value in vars(module).values())
-        )
-    ]
+    found = [(module, placeholders(module)) for module in modules_of(model, without=patched)]
+    todo = {module: names for module, names in found if names != ([], [])}
     if not todo:
         return
     built = _named(build_stock(model, None, None))
-    for name, module in todo:
+    for name, module in model.named_modules():
         stock = built.get(name)
-        if stock is None:  # what is left in place raises when it is called
+        if module not in todo or stock is None:  # what is left in place raises when it is called
             continue
-        for child_name, child in module._modules.items():
-            if isinstance(child, UnpatchedActivation):
-                module._modules[child_name] = stock._modules[child_name]
-        for attribute, value in vars(module).items():
-            if isinstance(value, str) and value == KEY:
-                vars(module)[attribute] = vars(stock)[attribute]
+        children, texts = todo[module]
+        for child in children:
+            module._modules[child] = stock._modules[child]
+        vars(module).update((text, vars(stock)[text]) for text in texts)
 
 
 def stock_name(

@@ -24,6 +24,7 @@ from data_workers import Round, from_workers, rounds
 from mix_in import MixIn, Turns
 from recipe import Recipe
 from stream import DataExhaustedError, MixedStream, Stream, StreamState
+from task import Task
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -48,8 +49,15 @@ class Batch:
 
     input_ids: Tensor
     """int64 [global_batch / W, sequence_length]"""
+    labels: Tensor
+    """int64 [global_batch / W, T]"""
     states: dict[int, StreamState]
     """Of each stream of this process, after this batch."""
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What the model is given."""
+        return {"input_ids": self.input_ids, "labels": self.labels}
 
 
 class TrainingData:
@@ -69,8 +77,8 @@ class TrainingData:
         """Continue from ``states``, one for each stream that this process serves.
 
         Raises:
-            ValueError: ``world_size`` does not divide ``recipe.data_streams``, or the data set to mix in
-                cannot be used.
+            ValueError: ``world_size`` does not divide ``recipe.data_streams``, the data set to mix in
+                cannot be used, or as of :class:`task.Task`.
 
         """
         if recipe.data_streams % world_size:
@@ -82,6 +90,7 @@ class TrainingData:
         sources = [source]
         if (mix_in := recipe.mixed_in()) is not None:
             sources.append(open_documents(recipe, mix_in))
+        self._task = Task(recipe, tokenizer)
         tokenise = Tokeniser(tokenizer)
         self._streams = {
             v: partial(_stream, recipe, sources, tokenise, held_out, v, (states or {}).get(v))
@@ -117,7 +126,9 @@ class TrainingData:
         rows = np.concatenate([one[v][0] for v in self._streams])
         states = {v: one[v][1] for v in self._streams}
         check_bad(sum(state.all_bad for state in states.values()), self._recipe)
-        return Batch(torch.from_numpy(rows), states)
+        each = self._recipe.global_batch // self._recipe.data_streams
+        places = [(v, state.all_sequences - n) for v, state in states.items() for n in range(each, 0, -1)]
+        return Batch(**self._task.examples(torch.from_numpy(rows), places), states=states)
 
 
 def check_bad(count: int, recipe: Recipe) -> None:
@@ -145,7 +156,7 @@ def _stream(
     shared: dict[str, Any] = {
         "index": index,
         "streams": recipe.data_streams,
-        "sequence_length": recipe.sequence_length,
+        "sequence_length": recipe.raw_length,
         "shuffle_buffer": recipe.shuffle_buffer,
         "seed": recipe.seed,
         "held_out": held_out,
@@ -191,7 +202,7 @@ def evaluation_data(
     """Sequences to evaluate on, and which documents training must therefore leave out.
 
     They come, in order, from the validation split, else from the share ``recipe.holdout`` of the training
-    documents that a hash of their text selects. Returns int64 [up to eval_tokens // S, S].
+    documents that a hash of their text selects. Returns int64 [up to eval_tokens // R, R], R raw_length.
 
     Raises:
         ValueError: there is not enough held-out text for one sequence.
@@ -199,7 +210,8 @@ def evaluation_data(
     """
     split = "validation" if source.has_validation else "train"
     chosen = HeldOut(1.0 if source.has_validation else recipe.holdout)
-    wanted = recipe.eval_tokens // recipe.sequence_length * recipe.sequence_length
+    length = recipe.raw_length
+    wanted = recipe.eval_tokens // length * length
     row: list[int] = []
     used: list[str] = []
     documents = (text for text, _ in source.read(split, None) if text in chosen)
@@ -208,13 +220,13 @@ def evaluation_data(
         used.append(text)
         if len(row) >= wanted:
             break
-    count = min(len(row), wanted) // recipe.sequence_length
+    count = min(len(row), wanted) // length
     if count == 0:
         raise ValueError(
             f"the held-out text of dataset={recipe.dataset!r} has {len(row)} tokens, fewer than one sequence "
-            f"of {recipe.sequence_length}; add a validation file, or raise holdout={recipe.holdout} "
+            f"of {length}; add a validation file, or raise holdout={recipe.holdout} "
             "or lower sequence_length."
         )
-    sequences = torch.tensor(row[: count * recipe.sequence_length]).view(count, recipe.sequence_length)
+    sequences = torch.tensor(row[: count * length]).view(count, length)
     # A text of the validation split may stand in the training split as well.
     return sequences, HeldOut(0.0 if source.has_validation else recipe.holdout, used)

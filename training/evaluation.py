@@ -19,16 +19,16 @@ ORIGINAL, LATEST = "measured/original.json", "measured/latest.json"
 
 
 def evaluate(
-    accelerator: Accelerator, model: nn.Module, sequences: Tensor, *, batch_size: int
+    accelerator: Accelerator, model: nn.Module, inputs: dict[str, Tensor], *, batch_size: int
 ) -> SparsityReport:
-    """Measure ``model`` on ``sequences`` (int64 [N, S], the same in every process, N at least their number).
+    """Measure ``model`` on ``inputs`` (int64 [N, …], the same in all processes, N at least their number).
 
     Each process takes every W-th sequence; the reports of all add up.
     """
-    own = sequences[accelerator.process_index :: accelerator.num_processes]
-    most = -(-len(sequences) // accelerator.num_processes)
+    own = {k: rows[accelerator.process_index :: accelerator.num_processes] for k, rows in inputs.items()}
+    most = -(-len(inputs["input_ids"]) // accelerator.num_processes)
     own_report = measure(accelerator.unwrap_model(model), _batches(own, most, batch_size))
-    return replace(sum(gather_object([own_report])), sequence_length=sequences.shape[1])
+    return replace(sum(gather_object([own_report])), sequence_length=inputs["input_ids"].shape[1])
 
 
 def keep(report: SparsityReport, file: Path) -> None:
@@ -64,10 +64,17 @@ def bare_name(name: str) -> str:
     return name.removeprefix("base_model.model.")
 
 
-def _batches(own: Tensor, most: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
+def _batches(own: dict[str, Tensor], most: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
     """Batches of ``most`` sequences in all, as sharded models need in every process; filling is masked."""
-    mask = torch.ones(most, own.shape[1], dtype=torch.int64)
-    mask[len(own) :] = 0
-    filled = torch.cat([own, own[: most - len(own)]])
-    for ids, counted in zip(filled.split(batch_size), mask.split(batch_size), strict=True):
-        yield {"input_ids": ids} if counted.all() else {"input_ids": ids, "attention_mask": counted}
+    count = len(own["input_ids"])
+    mask = torch.ones(most, own["input_ids"].shape[1], dtype=torch.int64)
+    mask[count:] = 0
+    filled = {name: torch.cat([rows, rows[: most - count]]) for name, rows in own.items()}
+    if "labels" in filled:
+        filled["labels"][count:] = -100
+    filled["attention_mask"] = mask
+    for begin in range(0, most, batch_size):
+        batch = {name: rows[begin : begin + batch_size] for name, rows in filled.items()}
+        if batch["attention_mask"].all():
+            del batch["attention_mask"]
+        yield batch

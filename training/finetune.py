@@ -24,14 +24,16 @@ from data import DataExhaustedError, TrainingData, evaluation_data, open_documen
 from evaluation import LATEST, ORIGINAL, as_record, evaluate, keep, kept
 from final_card import write_final_card
 from final_report import write_report
+from loading import load
 from loop import Run, build_optimizer, train
 from lora import add_lora
 from recipe import Recipe
 from run_log import RunLog, read_log
 from surroundings import machine, versions
+from task import Task
 from trackers import begin_tracking, installed
 from training_sparsity import TrainingSparsity
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 import hf_sparse
@@ -74,9 +76,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"than the {accelerator.num_processes} processes; raise it, or add held-out text."
         )
     say(f"evaluation on {held_out_sequences.numel():,} held-out tokens")
+    to_evaluate = Task(recipe, tokenizer).held_out(held_out_sequences)
 
     def evaluation(of: torch.nn.Module, file: str = LATEST) -> SparsityReport:
-        report = evaluate(accelerator, of, held_out_sequences, batch_size=recipe.micro_batch)
+        report = evaluate(accelerator, of, to_evaluate, batch_size=recipe.micro_batch)
         if accelerator.is_main_process:
             keep(report, output / file)
         return report
@@ -114,8 +117,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         model,
         recipe.max_steps,
         mean=lambda value: accelerator.reduce(value, "mean"),
-        dense=lambda: load(recipe).to(accelerator.device).eval(),
-        dense_loss=dense_loss,
+        dense=lambda: dense(recipe).to(accelerator.device).eval(),
+        dense_loss=None if recipe.from_scratch else dense_loss,
     )
     acting = ActingTogether(recipe.acting_methods(), setting)
     acting.before_step((done or 0) + 1)
@@ -177,10 +180,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     accelerator.end_training()
 
 
-def load(recipe: Recipe) -> PreTrainedModel:
-    """The pretrained model, in float32, as it was published."""
-    revision = recipe.revision or "main"
-    return AutoModelForCausalLM.from_pretrained(recipe.model, revision=revision, dtype=torch.float32)
+def dense(recipe: Recipe) -> PreTrainedModel:
+    """The model before the patch, to learn from.
+
+    Raises:
+        ValueError: it has random weights.
+
+    """
+    if recipe.from_scratch:
+        raise ValueError(
+            f"with from_scratch there is no dense model to learn from: leave {', '.join(recipe.methods)} out."
+        )
+    return load(recipe)
 
 
 def find_checkpoint(recipe: Recipe, checkpoints: Checkpoints) -> Path | None:

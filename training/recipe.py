@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from lora import Lora
 from mix_in import MixIn
+from span_corruption import lengths
 
 from hf_sparse.activations.config import ORIGINAL
 from hf_sparse.config import SparsityConfig
@@ -41,10 +42,17 @@ class Recipe:
 
     # ---- model
     model: str = "meta-llama/Llama-3.2-1B"
-    """Model to start from: a Hub id or a local folder that AutoModelForCausalLM can load."""
+    """Model to start from: a Hub id or a local folder, of a model for the task."""
 
     revision: str | None = None
     """Branch, tag or commit of a Hub model; none means its main branch."""
+
+    from_scratch: bool = False
+    """Start from random weights, which the seed decides on; config and tokenizer are those of the model."""
+
+    model_config: dict[str, Any] = field(default_factory=dict)
+    """Fields of the model's config to change, so as to train any size from scratch: {num_hidden_layers: 6}.
+    One on the command line: --model-config.num_hidden_layers 6."""
 
     # ---- sparsity
     patch: Any = "relu"
@@ -65,6 +73,10 @@ class Recipe:
     fields."""
 
     # ---- data
+    task: Literal["causal", "span_corruption"] = "causal"
+    """What is learned: the next token; or, with an encoder-decoder such as T5, the 15 % of a text that are
+    left out, in spans of 3 tokens on average."""
+
     dataset: str = "allenai/c4"
     """Text to train on: a Hub id (streamed), or a local file or folder of json, json.gz, jsonl, parquet or
     txt. Files of a folder with the word validation, valid, val, dev or eval in their name are the validation
@@ -83,7 +95,8 @@ class Recipe:
     """What one document is in txt files: text between blank lines, one line, or the whole file."""
 
     sequence_length: int = 1024
-    """Tokens per training sequence. Documents are joined by end-of-text tokens and cut to this length."""
+    """Tokens per training sequence. Documents are joined by end-of-text tokens and cut to this length; for
+    span_corruption, to the length that leaves so many for the encoder: 568 for 512."""
 
     shuffle_buffer: int = 1000
     """Documents in a block that is shuffled as a whole, in each stream; 1 keeps the order of the files."""
@@ -130,11 +143,11 @@ class Recipe:
     warmup: float = 0.05
     """Fraction of max_steps over which the learning rate rises linearly."""
 
-    decay: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls after the warm-up."""
+    decay: Literal["cosine", "linear", "constant", "inverse_sqrt"] = "cosine"
+    """How the learning rate falls after the warm-up; inverse_sqrt is sqrt(warm-up / step), as T5."""
 
     final_learning_rate: float = 0.1
-    """Learning rate at the last update, as a share of the peak."""
+    """Learning rate at the last update, as a share of the peak; of inverse_sqrt, the least."""
 
     weight_decay: float = 0.1
     """Weight decay of AdamW; never applied to norms, biases and other vectors."""
@@ -229,10 +242,22 @@ class Recipe:
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "it must be positive")
         require(self.sequence_length >= 2, "sequence_length", self.sequence_length, "it must be at least 2")
         require(
-            self.eval_tokens >= self.sequence_length,
+            self.eval_tokens >= self.raw_length,
             "eval_tokens",
             self.eval_tokens,
-            f"it must hold at least one sequence (sequence_length={self.sequence_length})",
+            f"it must hold one text of {self.raw_length} tokens, of sequence_length={self.sequence_length}",
+        )
+        require(
+            self.from_scratch or not self.model_config,
+            "model_config",
+            self.model_config,
+            "a pretrained model has its size; it goes with from_scratch",
+        )
+        require(
+            not (self.from_scratch and self.lora),
+            "lora",
+            self.lora,
+            "with from_scratch the weights that it adapts would stay random",
         )
         require(
             self.global_batch % self.data_streams == 0,
@@ -241,7 +266,9 @@ class Recipe:
             f"each stream gives equally many, so it must be a multiple of data_streams={self.data_streams}",
         )
         require(
-            self.extra_steps == 0 or self.decay == "constant" or self.final_learning_rate > 0,
+            self.extra_steps == 0
+            or self.decay in ("constant", "inverse_sqrt")
+            or self.final_learning_rate > 0,
             "extra_steps",
             self.extra_steps,
             f"with decay={self.decay!r} and final_learning_rate=0 there is nothing left to learn with",
@@ -257,6 +284,12 @@ class Recipe:
             method.check(self.sparsity_config())
         for name in self.trackers:
             require(name in TRACKERS, "trackers", name, f"choose from {', '.join(TRACKERS)}")
+
+    @property
+    def raw_length(self) -> int:
+        """Tokens of text in a sequence."""
+        spans = self.task == "span_corruption"
+        return lengths(self.sequence_length).raw if spans else self.sequence_length
 
     @property
     def last_step(self) -> int:

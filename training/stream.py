@@ -45,6 +45,11 @@ class StreamState:
             self.second = StreamState(**self.second)
 
     @property
+    def all_sequences(self) -> int:
+        """Sequences served since the beginning of the run, of both data sets."""
+        return self.sequences + (self.second.sequences if self.second else 0)
+
+    @property
     def all_bad(self) -> int:
         """Documents left out so far, of both data sets."""
         return self.bad + (self.second.bad if self.second else 0)

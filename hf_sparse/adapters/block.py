@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from hf_sparse.adapters.copies import place
 from hf_sparse.adapters.kept import MARK, Kept, KeptState, own_roles, owners
 from hf_sparse.adapters.roles import Linear, Roles, Site, Watcher
+from hf_sparse.adapters.split import is_split
 
 
 @dataclass(frozen=True)
@@ -132,10 +133,13 @@ def replaced_around(model: nn.Module, blocks: Sequence[Block]) -> dict[str, int]
 def replaced_forward(module: nn.Module) -> str | None:
     """The function that another tool has put in the place of ``module.forward``; None if none has.
 
-    It may be a wrapper that calls the module's own. Accelerate's, for offloading, is known to be one.
+    It may be a wrapper that calls the module's own. Accelerate's, for offloading, and those of transformers
+    for modules that are split between processes are known to be.
     """
+    if is_split(module):
+        return None
     own = vars(module)
-    forward = own.get("_old_forward") if hasattr(module, "_hf_hook") else own.get("forward")
+    forward = own.get("_old_forward") if "_hf_hook" in own else own.get("forward")
     function = getattr(forward, "__func__", forward)
     if forward is None or function is type(module).forward:
         return None

@@ -6,11 +6,10 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from hf_sparse.activations.known import STOCK_ACTIVATIONS
 from hf_sparse.adapters.block import Block
 from hf_sparse.adapters.copies import place
+from hf_sparse.adapters.known import Children
 from hf_sparse.adapters.plain import Plain
-from hf_sparse.adapters.shapes import linears
 
 
 def bottlenecks(blocks: Sequence[Block], modules: Iterable[tuple[str, nn.Module]]) -> list[Block]:
@@ -31,8 +30,8 @@ def bottlenecks(blocks: Sequence[Block], modules: Iterable[tuple[str, nn.Module]
     widths: dict[str, int] = {}  # of the widest network in a layer
     found = {block.name: block.intermediate_size for block in blocks}
     for name, module in modules:
-        if name not in found and any(isinstance(child, STOCK_ACTIVATIONS) for child in module.children()):
-            found[name] = max((size for _, size in linears(module).values()), default=0)
+        if name not in found and (children := Children.of(module)).owns_activation:
+            found[name] = max((size for _, size in children.linears.values()), default=0)
     for name, width in found.items():
         widths[layer_of(name)] = max(widths.get(layer_of(name), 0), width)
     return [block for block in narrow if block.intermediate_size < widths[layer_of(block.name)]]

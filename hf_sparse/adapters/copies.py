@@ -7,7 +7,7 @@ one of them. Which one, it is asked by its public attributes.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 from torch import nn
 
@@ -19,16 +19,42 @@ def place(name: str) -> str:
     return _WRAPPED.sub("", name)
 
 
-def in_use(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The modules of ``module`` that its forward can reach now: ``named_modules`` without idle copies."""
-    yield from _walk(module, name, set())
+def in_use(
+    module: nn.Module, name: str = "", *, without: Collection[nn.Module] = ()
+) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of ``module`` that its forward can reach now: ``named_modules`` without idle copies.
+
+    And without what is in one of ``without``.
+    """
+    seen = set(without)
+    todo = [(name, module)]
+    while todo:
+        name, one = todo.pop()
+        if one in seen:
+            continue
+        seen.add(one)
+        yield name, one
+        if not one._modules:
+            continue
+        chosen = _chosen(one)
+        children = one._modules.items() if chosen is None else [chosen]
+        prefix = f"{name}." if name else ""
+        todo += [(prefix + key, child) for key, child in reversed(children) if child is not None]
 
 
-def idle(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The rest of ``named_modules``: copies that are not called until another adapter is made active."""
-    used = {id(one) for _, one in in_use(module)}
+def idle(module: nn.Module, used: Sequence[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module]]:
+    """The rest of ``named_modules``: copies that are not called until another adapter is made active.
+
+    Args:
+        module: where to look.
+        used: what :func:`in_use` gives of it.
+
+    """
+    if all(_chosen(one) is None for _, one in used):
+        return
+    ids = {id(one) for _, one in used}
     for name, one in module.named_modules():
-        if id(one) not in used:
+        if id(one) not in ids:
             yield name, one
 
 
@@ -48,16 +74,6 @@ def copies(owner: nn.Module, name: str) -> list[tuple[nn.Module, str]]:
     kept = child._modules["modules_to_save"]
     assert kept is not None
     return [*copies(child, "original_module"), *((kept, adapter) for adapter in kept._modules)]
-
-
-def _walk(module: nn.Module, name: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
-    if id(module) in seen:
-        return
-    seen.add(id(module))
-    yield name, module
-    chosen = _chosen(module)
-    for child_name, child in module.named_children() if chosen is None else [chosen]:
-        yield from _walk(child, f"{name}.{child_name}" if name else child_name, seen)
 
 
 def _chosen(wrapper: nn.Module) -> tuple[str, nn.Module] | None:

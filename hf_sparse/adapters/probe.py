@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from hf_sparse.adapters.roles import LayerRoles, linear_size, shape
+from hf_sparse.adapters.terms import Asked, Child, Term, text
 
 _HIDDEN, _INTERMEDIATE = 3, 5
+_PLAIN = (bool, int, float, str, type(None))
 _CASES = (((1, 4), torch.float64), ((2, 1), torch.float64), ((3, 2), torch.float32))
 
 
@@ -69,16 +71,22 @@ def inputs(tokens: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return x.to(dtype)
 
 
+def kind(module: nn.Module) -> tuple[type[nn.Module], Any, tuple[int, int] | None]:
+    """Equal for modules that are alike as children of what is probed, where they do not run themselves.
+
+    Class, its forward, and the size of a linear layer.
+    """
+    return type(module), type(module).forward, linear_size(module)
+
+
 def likeness(module: nn.Module) -> tuple[Any, ...]:
     """Equal for modules whose own attributes and tensors look alike to a probe; while these exist."""
     settings = [
-        (k, v if isinstance(v, bool | int | float | str | None) else id(v))
-        for k, v in vars(module).items()
-        if k not in _OF_ANY_MODULE
+        (k, v if type(v) in _PLAIN else id(v)) for k, v in vars(module).items() if k not in _OF_ANY_MODULE
     ]
     tensors = (*module._parameters.items(), *module._buffers.items())
     sizes = [(k, None if v is None else shape(v)) for k, v in tensors]
-    return type(module), type(module).forward, linear_size(module), tuple(settings), tuple(sizes)
+    return *kind(module), tuple(settings), tuple(sizes)
 
 
 def has_more(module: nn.Module, names: Collection[str]) -> bool:
@@ -103,7 +111,30 @@ def computes(module: nn.Module, roles: LayerRoles) -> bool:
     """
     if has_more(module, roles.names) or any(v is not None for v in module._parameters.values()):
         return False
+    spelled = _spells(module, roles)
+    if spelled is not None:
+        return spelled
     return all(_agrees(module, roles, leading, dtype) for leading, dtype in _CASES)
+
+
+def _spells(module: nn.Module, roles: LayerRoles) -> bool | None:
+    """The answer of :func:`computes`, if the forward has no need of numbers; else None."""
+    if roles.written is not None:
+        return None
+    asked = Asked()
+    parts = {name: Child(name, asked) for name in roles.names}
+    values = own_values(module)
+    read: set[str] = set()
+    x = Term("x", asked)
+    try:
+        wanted = parts[roles.down](roles.hidden(parts.__getitem__, x))  # type: ignore[arg-type]
+        with torch.no_grad():
+            out = type(module).forward(_stand_in(module, {**values, "read": read}, parts), x)
+    except Exception:  # it needs more than terms have
+        return None
+    if asked.anything or type(out) is not Term or not values.keys().isdisjoint(read - _OF_ANY_MODULE):
+        return None
+    return text(out) == text(wanted)
 
 
 def _agrees(module: nn.Module, roles: LayerRoles, leading: tuple[int, int], dtype: torch.dtype) -> bool:
@@ -136,6 +167,16 @@ def _run(
     module: nn.Module, values: dict[str, Any], parts: Mapping[str, Callable[[Tensor], Tensor]], x: Tensor
 ) -> Tensor | None:
     """What the forward of the class makes of ``x`` with other attributes and children; None if it cannot."""
+    given = x.clone()
+    try:
+        with torch.no_grad():
+            out = type(module).forward(_stand_in(module, values, parts), given)
+    except Exception:  # a forward with other arguments or inner sizes: simply not this formula
+        return None
+    return out if isinstance(out, Tensor) and torch.equal(given, x) else None
+
+
+def _stand_in(module: nn.Module, values: dict[str, Any], parts: Mapping[str, Any]) -> Any:
     # No instance of the class: a forward that needs more of it than the children and attributes that a
     # sparse block takes over (other methods, super()) must not pass.
     stand_in = object.__new__(_SequentialStandIn if type(module) is nn.Sequential else _StandIn)
@@ -144,13 +185,7 @@ def _run(
         name: parts.get(name, nn.Identity() if isinstance(child, nn.Dropout) else child)
         for name, child in module._modules.items()
     }
-    given = x.clone()
-    try:
-        with torch.no_grad():
-            out = type(module).forward(stand_in, given)
-    except Exception:  # a forward with other arguments or inner sizes: simply not this formula
-        return None
-    return out if isinstance(out, Tensor) and torch.equal(given, x) else None
+    return stand_in
 
 
 _OF_ANY_MODULE = vars(nn.Module()).keys()

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from hf_sparse.adapters.copies import active
 from hf_sparse.adapters.kept import Kept, own_roles
+from hf_sparse.adapters.known import Known
 from hf_sparse.adapters.probe import likeness, own_values
 from hf_sparse.adapters.roles import Roles, linear_size, shape
-from hf_sparse.adapters.shapes import activations, linears, recognise
+from hf_sparse.adapters.shapes import recognise
 
 _TOKENS = 3
 LARGEST = 1 << 20
@@ -44,42 +45,39 @@ RETURNS: tuple[Callable[[Tensor], Any], ...] = (
 STATES = ("residual", "hidden", "input", "state")
 
 
-def recognise_kept(module: nn.Module, known: dict[Any, Roles | None] | None = None) -> Roles | None:
-    """The roles of the parts of an MLP that ``module`` runs by its own forward; None if there is not one.
-
-    ``known`` takes what was found, for modules that are like one before; while all of these exist.
-    """
-    candidates = list(_candidates(module))
+def recognise_kept(module: nn.Module, known: Known | None = None) -> Roles | None:
+    """The roles of the parts of an MLP that ``module`` runs by its own forward; None if there is not one."""
+    known = Known() if known is None else known
+    candidates = list(_candidates(module, known))
     owners = {act.rpartition(".")[0] for act, _, _ in candidates} - {""}
-    taken = {owner for owner in owners if _is_block(module, owner)}
+    taken = {owner for owner in owners if _is_block(module, owner, known)}
     candidates = [one for one in candidates if one[0].rpartition(".")[0] not in taken]
     if not candidates:
         return None
-    known = {} if known is None else known
     key = _likeness(module, {name for act, down, _ in candidates for name in (act, down)})
-    if key not in known:
+    if key not in known.roles:
         probed = (_Probe(module, *candidate).roles() for candidate in candidates)
         found = {roles for roles in probed if roles is not None}
-        known[key] = found.pop() if len(found) == 1 else None
-    return known[key]
+        known.roles[key] = found.pop() if len(found) == 1 else None
+    return known.roles[key]
 
 
-def _is_block(module: nn.Module, name: str) -> bool:
+def _is_block(module: nn.Module, name: str, known: Known) -> bool:
     """Whether the child ``name`` is an MLP by itself, whose activation is no other's."""
     child = active(cast(nn.Module, module._modules[name]))
-    return own_roles(child) is not None or recognise(child) is not None
+    return own_roles(child) is not None or recognise(child, known) is not None
 
 
 def _likeness(module: nn.Module, names: set[str], name: str = "") -> Any:
     """Equal for modules whose stand-ins are: all that the forward of a part that runs may look at."""
     module = active(module)
-    children: list[Any] = []
+    parts: list[Any] = []
     if _runs(module, name, names):
-        children = [
+        parts = [
             (k, None if v is None else _likeness(v, names, _join(name, k)))
             for k, v in module._modules.items()
         ]
-    return *likeness(module), tuple(children)
+    return *likeness(module), tuple(parts)
 
 
 def _runs(module: nn.Module, name: str, names: Iterable[str]) -> bool:
@@ -89,14 +87,14 @@ def _runs(module: nn.Module, name: str, names: Iterable[str]) -> bool:
     return any(one.startswith(f"{name}.") for one in names)
 
 
-def _candidates(module: nn.Module) -> Iterator[tuple[str, str, int]]:
+def _candidates(module: nn.Module, known: Known) -> Iterator[tuple[str, str, int]]:
     """Names of an activation and a down projection that ``module`` and no module in it has both of."""
-    inner = [("", module), *((name, active(child)) for name, child in module.named_children())]
-    layers = {prefix: linears(one) for prefix, one in inner}
-    for prefix, one in inner:
-        sizes = set(layers[prefix].values())
-        for act, (other, theirs) in product(activations(one), layers.items()):
-            for down, (neurons, hidden) in theirs.items():
+    own = known.children(module)
+    inner = {"": own, **{name: known.children(active(child)) for name, child in own.parents.items()}}
+    for prefix, one in inner.items():
+        sizes = set(one.linears.values())
+        for act, (other, theirs) in product(one.activations, inner.items()):
+            for down, (neurons, hidden) in theirs.linears.items():
                 apart = not prefix or prefix != other
                 if apart and sizes & {(hidden, neurons), (hidden, 2 * neurons)}:
                     yield _join(prefix, act), _join(other, down), neurons
@@ -255,6 +253,8 @@ class _Probe:
         own = {k: v for k, v in own_values(module).items() if k not in replaced}
         own.update((hooks, {}) for hooks in HOOKS)
         own["training"] = False
+        if "chunk_size_feed_forward" in own:  # some tokens after the other: the same, but not of three tokens
+            own["chunk_size_feed_forward"] = 0
         own["_parameters"] = {k: made_up(v) for k, v in module._parameters.items()}
         own["_buffers"] = {k: made_up(v) for k, v in module._buffers.items()}
         own["_modules"] = {

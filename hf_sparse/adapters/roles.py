@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar, Literal, TypeAlias, cast
 
 from torch import Tensor, nn
@@ -51,9 +52,10 @@ class Roles(ABC):
 
     def activation(self, module: nn.Module) -> nn.Module:
         """The activation of ``module``, a block of this shape."""
-        if self.written is not None and self.act not in module._modules:
+        own = module._modules.get(self.act)
+        if own is None and self.written is not None:
             return cast(nn.Module, ACT2FN[self.written])
-        return module.get_submodule(self.act)
+        return module.get_submodule(self.act) if own is None else own
 
     @abstractmethod
     def takes_relu_up(self, module: nn.Module) -> bool:
@@ -180,11 +182,26 @@ def linear_size(module: nn.Module) -> tuple[int, int] | None:
     Declared sizes and not the weight's shape: under ZeRO-3 a weight has shape (0,), and quantised or
     LoRA-wrapped layers keep the declaration.
     """
+    if type(module) is nn.Linear:
+        return module.in_features, module.out_features
+    cls: Any = type(module)
+    if not vars(module).keys() & _SIZES and not _may_have_sizes(cls):
+        return None
     for fan_in, fan_out in (("in_features", "out_features"), ("nx", "nf")):
         size = getattr(module, fan_in, None), getattr(module, fan_out, None)
         if isinstance(size[0], int) and isinstance(size[1], int):
             return size[0], size[1]
     return None
+
+
+_SIZES = {"in_features", "nx"}
+
+
+@lru_cache(maxsize=512)
+def _may_have_sizes(cls: type[nn.Module]) -> bool:
+    """Whether modules of ``cls`` may have sizes without attributes of that name; to ask each takes long."""
+    passes_on = cls.__getattr__ is not nn.Module.__getattr__  # such as a wrapper
+    return passes_on or any(hasattr(cls, name) for name in _SIZES)
 
 
 def shape(parameter: Tensor) -> tuple[int, ...]:

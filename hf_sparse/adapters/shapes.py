@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from torch import nn
 
@@ -12,9 +11,10 @@ from hf_sparse.adapters.experts import Experts
 from hf_sparse.adapters.fused import Fused
 from hf_sparse.adapters.gated import Gated
 from hf_sparse.adapters.kept import Kept
+from hf_sparse.adapters.known import Children, Known
 from hf_sparse.adapters.plain import Plain
 from hf_sparse.adapters.probe import computes, likeness
-from hf_sparse.adapters.roles import WRITTEN, LayerRoles, Roles, Sizes, linear_size, shape
+from hf_sparse.adapters.roles import WRITTEN, LayerRoles, Roles, shape
 
 LAYERS: tuple[type[LayerRoles], ...] = (Gated, Plain, Fused)
 """Every known shape of layers; a new one is a file like theirs and an entry here."""
@@ -24,32 +24,25 @@ SHAPES: tuple[type[Roles], ...] = (*LAYERS, Experts, Kept)
 _NAMES = ("act_fn", "activation_fn", "activation_function", "hf_sparse_activation")
 """A child of one of these names is the activation, or becomes it where that is written into the forward."""
 
-_NOT_ACTIVATIONS = (nn.Dropout, nn.Identity)
 
-
-def recognise(module: nn.Module, known: dict[Any, Roles | None] | None = None) -> Roles | None:
-    """The roles of ``module``'s children if it is an MLP that can be patched, else None.
-
-    ``known`` takes what was found, for modules that are like one before; while all of these exist.
-    """
-    stacked = any(p is not None and len(shape(p)) == 3 for p in module._parameters.values())
-    sizes = {} if stacked else linears(module)
-    if not stacked and not 2 <= len(sizes) <= 3:
+def recognise(module: nn.Module, known: Known | None = None) -> Roles | None:
+    """The roles of ``module``'s children if it is an MLP that can be patched, else None."""
+    known = Known() if known is None else known
+    stacked, children = is_stacked(module), known.children(module)
+    if not stacked and not 2 <= len(children.linears) <= 3:
         return None
-    known = {} if known is None else known
-    parts = module._modules.items()
-    children = [(name, None if child is None else likeness(child)[:3]) for name, child in parts]
-    key = *likeness(module), tuple(children), tuple(activations(module))
-    if key not in known:
-        known[key] = _recognise_experts(module) if stacked else _recognise_layers(module, sizes)
-    return known[key]
+    key = *likeness(module), *children.kinds, *children.activations
+    if key not in known.roles:
+        recognised = _recognise_experts if stacked else _recognise_layers
+        known.roles[key] = recognised(module, children)
+    return known.roles[key]
 
 
-def _recognise_layers(module: nn.Module, sizes: Sizes) -> Roles | None:
-    own = activations(module)
+def _recognise_layers(module: nn.Module, children: Children) -> Roles | None:
+    own, sizes = children.activations, children.linears
     for act in own or _free(module):
-        for kind in LAYERS:
-            for found in kind.candidates(sizes, act):
+        for layers in LAYERS:
+            for found in layers.candidates(sizes, act):
                 if own:
                     forms = [replace(found, itself=type(module) is nn.Sequential)]
                 else:
@@ -61,8 +54,8 @@ def _recognise_layers(module: nn.Module, sizes: Sizes) -> Roles | None:
     return None
 
 
-def _recognise_experts(module: nn.Module) -> Experts | None:
-    for act in activations(module) or _free(module):
+def _recognise_experts(module: nn.Module, children: Children) -> Experts | None:
+    for act in children.activations or _free(module):
         for roles in experts.candidates(module, act):
             if probe_experts.computes(module, roles):
                 return roles
@@ -76,18 +69,10 @@ def _free(module: nn.Module) -> list[str]:
     return [next(name for name in _NAMES if not hasattr(module, name))]
 
 
-def linears(module: nn.Module) -> dict[str, tuple[int, int]]:
-    """Direct children that act as linear layers, with their ``(in, out)``."""
-    sizes = {name: linear_size(child) for name, child in module.named_children()}
-    return {name: size for name, size in sizes.items() if size is not None}
-
-
-def activations(module: nn.Module) -> list[str]:
-    """Direct children that can be an elementwise activation: modules without parameters or children."""
-    return [
-        name
-        for name, child in module.named_children()
-        if not isinstance(child, _NOT_ACTIVATIONS)
-        and linear_size(child) is None
-        and all(part is None for part in (*child._parameters.values(), *child._modules.values()))
-    ]
+def is_stacked(module: nn.Module) -> bool:
+    """Whether ``module`` has parameters that may be those of several experts."""
+    for p in module._parameters.values():
+        # One without elements may be sharded (ZeRO-3): it is asked for the shape that it has together.
+        if p is not None and (p.dim() == 3 or (p.numel() == 0 and len(shape(p)) == 3)):
+            return True
+    return False

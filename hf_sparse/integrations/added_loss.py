@@ -81,17 +81,15 @@ class AddedLoss:
                 f"{type(self._trainer).__name__} has computed its loss without a call of the model that "
                 "SparsityCallback could see, so the terms of its methods would be missing."
             )
-        terms: dict[str, Term] = {}
-        for name in self._forwards[0]:
-            values = [forward[name].value for forward in self._forwards]
-            terms[name] = Term(
-                sum(values, start=torch.zeros_like(values[0])) / len(values), self._forwards[0][name].weight
-            )
+        terms = {
+            name: Term(_mean([forward[name].value.to(loss.device) for forward in self._forwards]), weight)
+            for name, (_, weight) in self._forwards[0].items()
+        }
         task = self._acting.task_weight(self.step)
         self._note({"task_loss": loss.detach() / divisor})
         self._note({name: term.value.detach() * share / divisor for name, term in terms.items()})
         parts = [task * loss] if task else []
-        parts += [term.weight * share * term.value.to(loss.device) for term in terms.values() if term.weight]
+        parts += [term.weight * share * term.value for term in terms.values() if term.weight]
         total = sum(parts) if parts else 0.0 * loss
         return (total, *others) if isinstance(result, tuple) else total
 
@@ -111,7 +109,7 @@ class AddedLoss:
             )
         if not scaled:
             return 1.0, count
-        own = _predicted(inputs, shifts=trainer._loss_shifts_labels)
+        own = _predicted(inputs, shifts=getattr(trainer, "_loss_shifts_labels", False))
         if items is None or own is None or not counts_items:
             return 1 / count, 1
         processes = 1
@@ -123,6 +121,10 @@ class AddedLoss:
         self._updates.add(self.step)
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0) + value.float()
+
+
+def _mean(values: list[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.stack(values).mean()
 
 
 def _predicted(inputs: dict[str, Any], *, shifts: bool) -> Tensor | None:

@@ -34,7 +34,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
     projections. Checkpoints carry the state of methods, in ``trainer_state.json``. Hooks are on the model
     from the beginning of training to its end.
 
-    What needs the optimizer itself (sharpness) is no method: wrap the optimizer.
+    Sharpness-aware updates are no method and cannot be had this way: they take two gradients, a Trainer one.
 
     Args:
         methods: by name, the fields of each, as in a recipe; or methods.

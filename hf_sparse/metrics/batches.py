@@ -52,6 +52,11 @@ def as_batches(
     whole = chain(begun, iterator)
     if isinstance(begun[-1], Mapping) and "input_ids" in begun[-1]:
         return whole, None
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder, and texts do not say what its decoder is to give "
+            "for which input; give batches with input_ids [B, S] and labels [B, T]."
+        )
     texts = _texts(whole)
     texts = chain([next(texts)], texts)  # a mistake in the kind of data comes before one in its options
     length = _window(model, sequence_length)
@@ -74,10 +79,10 @@ def parts(batch: Any, device: torch.device) -> tuple[Tensor, Tensor | None, Tens
     """
     if not isinstance(batch, Mapping) or "input_ids" not in batch:
         raise ValueError(f"data mixes batches with {type(batch).__name__}; every batch needs input_ids.")
-    input_ids = _rows(batch["input_ids"])
+    input_ids = rows(batch["input_ids"])
     others: list[Tensor | None] = []
     for key in ("attention_mask", "labels"):
-        tensor = None if batch.get(key) is None else _rows(batch[key])
+        tensor = None if batch.get(key) is None else rows(batch[key])
         if tensor is not None and tensor.shape != input_ids.shape:
             raise ValueError(
                 f"{key} has shape {list(tensor.shape)} beside input_ids of {list(input_ids.shape)}; "
@@ -131,7 +136,13 @@ def _own_tokenizer(model: Any) -> Any:
     raise ValueError(f"texts need a tokenizer, and {reason}. Pass tokenizer=…, or batches of input_ids.")
 
 
-def _rows(value: Any) -> Tensor:
+def rows(value: Any) -> Tensor:
+    """A tensor ``[B, S]`` of what a batch holds.
+
+    Raises:
+        ValueError: it is none.
+
+    """
     try:
         tensor = torch.as_tensor(value)
     except (TypeError, ValueError):

@@ -74,9 +74,11 @@ class SparsityReport:
     loss: float
     """Mean cross-entropy of the next token, in nats, over all predicted tokens."""
     tokens: int
-    """Tokens that went through the model, without padding."""
+    """Tokens that went through the model, without padding; of an encoder-decoder, through both of its stacks.
+    """
     predicted_tokens: int
-    """Tokens the loss is over: all but the first of each window, without padding and ignored labels."""
+    """Tokens the loss is over: all but the first of each window, or the labels of an encoder-decoder, without
+    padding and ignored labels."""
     sequence_length: int | None = None
     """Tokens in a window of text; None if the data came in batches. Perplexity depends on it."""
 

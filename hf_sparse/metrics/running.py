@@ -28,21 +28,16 @@ def without_copies(model: nn.Module) -> nn.Module:
             return model
 
 
-def causal_model(model: nn.Module) -> Any:
+def inner_model(model: nn.Module) -> Any:
     """The transformers model that is, or is in, ``model``.
 
     Raises:
-        ValueError: it is none that predicts the next token of its input.
+        ValueError: there is none.
 
     """
     inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
     if inner is None:
         raise ValueError(f"{type(model).__name__} is no transformers model, and contains none.")
-    if getattr(inner.config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"{type(inner).__name__} is an encoder-decoder; measure takes causal language models, which "
-            "predict the next token of their input."
-        )
     return inner
 
 

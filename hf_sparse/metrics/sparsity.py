@@ -15,8 +15,9 @@ from torch.nn.functional import cross_entropy
 from hf_sparse.adapters import Block, require_blocks
 from hf_sparse.composite import inner_models
 from hf_sparse.metrics.batches import as_batches, parts
+from hf_sparse.metrics.encoder_decoder import in_encoder, seen, summed_loss
 from hf_sparse.metrics.report import LayerSparsity, SparsityReport
-from hf_sparse.metrics.running import causal_model, input_device, observed, without_copies
+from hf_sparse.metrics.running import inner_model, input_device, observed, without_copies
 
 
 def measure(
@@ -37,12 +38,14 @@ def measure(
     mode, hooks, weights, and free to be trained on.
 
     Args:
-        model: a causal language model of transformers.
+        model: a causal language model of transformers, or an encoder-decoder, which takes batches alone.
         data: texts; or rows with a ``"text"``, as ``datasets`` gives them (nulls among either are left out);
             or batches, as of a DataLoader:
             mappings with ``input_ids`` int64 ``[B, S]`` and optionally ``attention_mask`` ``[B, S]`` (where
             it is 0 there is padding, which counts nowhere) and ``labels`` ``[B, S]`` (-100 is left out of
-            the loss).
+            the loss). An encoder-decoder needs labels ``[B, T]``, what its decoder is to give (-100 is
+            padding, if there is no ``decoder_attention_mask``); they are not shifted, and blocks of the
+            encoder count its tokens, those of the decoder theirs.
         tokenizer: for texts; None loads the one of ``model.name_or_path``.
         sequence_length: tokens per window of text. Texts are joined by end-of-text tokens and cut. None means
             the model's context, at most 1,024.
@@ -52,14 +55,14 @@ def measure(
 
     Raises:
         PatchError: no MLP block of a known shape in ``model``.
-        ValueError: no data, or data of another kind; no tokenizer; a size out of range; a model that does not
-            predict the next token.
+        ValueError: no data, or data of another kind, such as texts for an encoder-decoder; no tokenizer; a
+            size out of range; a model that predicts no tokens.
 
     """
     _require_positive(sequence_length=sequence_length, batch_size=batch_size, max_tokens=max_tokens)
     model = without_copies(model)
     blocks, _ = require_blocks(model)
-    bare = causal_model(model)
+    bare = inner_model(model)
     batches, window = as_batches(
         bare,
         data,
@@ -69,6 +72,7 @@ def measure(
         max_tokens=max_tokens,
     )
     counters = [ZeroCounter(block) for block in blocks]
+    of_encoder = in_encoder(bare, blocks) if getattr(bare.config, "is_encoder_decoder", False) else None
     loss = 0.0
     tokens = predicted = 0
     takes_positions = "position_ids" in signature(bare.forward).parameters
@@ -79,18 +83,26 @@ def measure(
             stack.enter_context(counter)
         bar = stack.enter_context(_bar(max_tokens, progress))
         for batch in batches:
-            input_ids, mask, labels = parts(batch, device)
-            padding = mask is not None and not mask.all()
-            for counter in counters:
-                counter.mask = mask if padding else None
-            extra: dict[str, Tensor] = {}
-            if mask is not None and not mask[:, 0].all() and takes_positions:
-                extra["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)  # padded on the left
-            output = model(input_ids=input_ids, attention_mask=mask, use_cache=False, **extra)
-            total, count = _loss(output, input_ids, mask, labels)
+            if of_encoder is not None:
+                given = seen(bare, batch, device)
+                for counter, inside in zip(counters, of_encoder, strict=True):
+                    counter.mask = given.encoder_mask if inside else given.decoder_mask
+                output = model(**given.inputs, use_cache=False)
+                total, count = summed_loss(output, given.inputs["labels"])
+                size = sum(int(mask.count_nonzero()) for mask in given[1:])
+            else:
+                input_ids, mask, labels = parts(batch, device)
+                padding = mask is not None and not mask.all()
+                for counter in counters:
+                    counter.mask = mask if padding else None
+                extra: dict[str, Tensor] = {}
+                if mask is not None and not mask[:, 0].all() and takes_positions:
+                    extra["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)  # padded on the left
+                output = model(input_ids=input_ids, attention_mask=mask, use_cache=False, **extra)
+                total, count = _loss(output, input_ids, mask, labels)
+                size = input_ids.numel() if mask is None else int(mask.count_nonzero())
             loss += total
             predicted += count
-            size = input_ids.numel() if mask is None else int(mask.count_nonzero())
             tokens += size
             bar.update(size)
             if max_tokens is not None and tokens >= max_tokens:

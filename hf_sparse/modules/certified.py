@@ -44,6 +44,11 @@ class Certified:
         """Forget the certificate; the next call that has a use for one makes it anew."""
         self._held = None
 
+    @property
+    def is_held(self) -> bool:
+        """Whether there is one to drop."""
+        return self._held is not None
+
     def of(self, weight: Tensor) -> tuple[Certificate, tuple[int, int]] | None:
         """The certificate of ``weight [F, D]``, which nobody else holds, and its stamp.
 

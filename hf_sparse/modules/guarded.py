@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch._guards import CompileContext
+from torch.compiler import is_dynamo_compiling
 
 
 class GuardedModule(nn.Module):
@@ -27,8 +27,12 @@ class GuardedModule(nn.Module):
         """Bring all weights into the state that everybody else may rely on; cheap if they are in it."""
         raise NotImplementedError
 
+    def withholds(self) -> bool:
+        """Whether there may be anything to disclose: asked for each module that is listed, so it is quick."""
+        raise NotImplementedError
+
     def _reached(self) -> None:
-        if not torch.compiler.is_dynamo_compiling() and CompileContext.try_get() is None:
+        if not is_dynamo_compiling() and self.withholds() and CompileContext.try_get() is None:
             self.disclose()
 
     def __getattr__(self, name: str) -> Any:

@@ -59,6 +59,11 @@ def give_back(weight: Tensor) -> None:
         weight.grad = weight.grad.contiguous()
 
 
+def any_lent() -> bool:
+    """Whether any weight of any model is lent; the quick question before that for one of them."""
+    return bool(_lent)
+
+
 def is_lent(weight: Tensor) -> bool:
     """Whether ``weight`` is stored neuron by neuron because :func:`lend` did so."""
     held = _lent.get(id(weight))

@@ -21,9 +21,9 @@ from hf_sparse.adapters.block import replaced_forward
 from hf_sparse.adapters.roles import Roles
 from hf_sparse.errors import PatchError
 from hf_sparse.modules.guarded import GuardedModule
-from hf_sparse.modules.hooked import carry_device_hook
+from hf_sparse.modules.hooked import carry_hooks
 from hf_sparse.modules.leaf import ParameterLeaf
-from hf_sparse.modules.ownership import give_back
+from hf_sparse.modules.ownership import any_lent, give_back
 from triton_ops import DENSE, Certificate, Problem
 from triton_ops.problem import Form
 
@@ -72,21 +72,23 @@ class SparseBlock(GuardedModule):
     def __init__(
         self, stock: nn.Module, roles: Roles, activation: nn.Module, *, relu_up: bool = False
     ) -> None:
-        super().__init__()
-        # Parameters, sizes, flags, hooks and whatever else the stock forward reads from self.
-        self.__dict__.update({k: v for k, v in vars(stock).items() if k not in _NOT_SHARED})
-        self._modules = {**stock._modules, roles.act: activation}
-        self.roles = roles
-        self.relu_up = relu_up
-        self.leaves = {}
-        self.topk = None
-        self.others = ()
-        self._stock = (stock,)  # in a tuple, so that it is not registered as a child
-        # The function that was recognised: other tools replace that of the class.
-        self._stock_function = type(stock).forward
-        self.density = None
-        self._forward_ran = False
-        carry_device_hook(stock, self)
+        # Parameters, sizes, flags, hooks and whatever else the stock forward reads from self, and all that
+        # nn.Module.__init__ would set. At once: one by one takes its time, and loading makes every block.
+        vars(self).update({k: v for k, v in vars(stock).items() if k not in _NOT_SHARED})
+        vars(self).update(
+            _modules={**stock._modules, roles.act: activation},
+            roles=roles,
+            relu_up=relu_up,
+            leaves={},
+            topk=None,
+            others=(),
+            _stock=(stock,),  # in a tuple, so that it is not registered as a child
+            # The function that was recognised: other tools replace that of the class.
+            _stock_function=type(stock).forward,
+            density=None,
+            _forward_ran=False,
+        )
+        carry_hooks(stock, self)
 
     @property
     def stock(self) -> nn.Module:
@@ -137,7 +139,7 @@ class SparseBlock(GuardedModule):
             if name != self.roles.act and not ours:
                 stock._modules[name] = child
         stock.training = self.training
-        carry_device_hook(self, stock)
+        carry_hooks(self, stock)
         return stock
 
     def disclose(self) -> None:
@@ -145,6 +147,10 @@ class SparseBlock(GuardedModule):
         weight = self._down_weight()
         if weight is not None:
             give_back(weight)
+
+    def withholds(self) -> bool:
+        """As of any module that is guarded."""
+        return any_lent()
 
     def prepare(self, *, certify: bool) -> None:
         """Get ready to skip, and to certify if asked; else the first call that skips does so."""
@@ -175,9 +181,10 @@ class SparseBlock(GuardedModule):
         self._forward_ran = False
         output = super().__call__(*args, **kwargs)
         if not self._forward_ran:
+            by = replaced_forward(self) or "one for modules that are split between processes"
             raise RuntimeError(
                 f"this {self.stock_class.__name__} was patched, and then its forward was replaced by "
-                f"{replaced_forward(self)} (Liger and kernel mappings do so), which does not compute what "
+                f"{by} (Liger and kernel mappings do so), which does not compute what "
                 "the model's config says. Turn that off for the MLP, or hf_sparse.unpatch(model) first."
             )
         return output

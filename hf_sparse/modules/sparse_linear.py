@@ -9,8 +9,8 @@ from torch.nn import functional as F
 import triton_ops
 from hf_sparse.errors import PatchError
 from hf_sparse.modules.guarded import GuardedModule
-from hf_sparse.modules.hooked import carry_device_hook
-from hf_sparse.modules.ownership import give_back, holds_alone, is_lent, lend
+from hf_sparse.modules.hooked import carry_hooks
+from hf_sparse.modules.ownership import any_lent, give_back, holds_alone, is_lent, lend
 from hf_sparse.modules.sparse_block import hooks_on_all_modules
 from hf_sparse.modules.surroundings import has_own_forward, is_plain, overridden, transformed
 from triton_ops import DENSE
@@ -41,7 +41,7 @@ class SparseLinear(GuardedModule, nn.Linear):
         self._stock = (stock,)  # in a tuple, so that it is not registered as a child
         self.gives_zeros = gives_zeros
         self.density = None
-        carry_device_hook(stock, self)
+        carry_hooks(stock, self)
 
     def restore(self) -> nn.Linear:
         """The stock layer, with what this one has now.
@@ -59,7 +59,7 @@ class SparseLinear(GuardedModule, nn.Linear):
         (stock,) = self._stock
         own = (*_NOT_SHARED, "_stock", "gives_zeros", "density")
         vars(stock).update({k: v for k, v in vars(self).items() if k not in own})
-        carry_device_hook(self, stock)
+        carry_hooks(self, stock)
         return stock
 
     def disclose(self) -> None:
@@ -67,6 +67,10 @@ class SparseLinear(GuardedModule, nn.Linear):
         weight = self._parameters.get("weight")
         if weight is not None:
             give_back(weight)
+
+    def withholds(self) -> bool:
+        """As of any module that is guarded."""
+        return any_lent()
 
     def forward(self, input: Tensor) -> Tensor:
         """``input [..., F]`` to ``[..., D]``, any floating dtype."""

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 import triton_ops
 from hf_sparse.adapters.roles import LayerRoles, Roles
 from hf_sparse.modules.certified import Certified
-from hf_sparse.modules.ownership import give_back, held_elsewhere, is_lent, lend, shares_nothing
+from hf_sparse.modules.ownership import any_lent, give_back, held_elsewhere, is_lent, lend, shares_nothing
 from hf_sparse.modules.sparse_block import SparseBlock, Way, hooks_on_all_modules
 from hf_sparse.modules.stand_in import StandIn
 from hf_sparse.modules.surroundings import has_own_forward, is_plain, overridden, transformed
@@ -31,12 +31,16 @@ class SparseMLP(SparseBlock):
         self, stock: nn.Module, roles: Roles, activation: nn.Module, *, relu_up: bool = False
     ) -> None:
         super().__init__(stock, roles, activation, relu_up=relu_up)
-        self._certified = Certified()
+        vars(self)["_certified"] = Certified()
 
     def disclose(self) -> None:
         """Give the down projection its stock layout back, and drop the certificate."""
         self._certified.drop()
         super().disclose()
+
+    def withholds(self) -> bool:
+        """As of any module that is guarded."""
+        return any_lent() or self._certified.is_held
 
     def _down_weight(self) -> Tensor | None:
         return cast("Tensor | None", self._child(self.roles.down)._parameters.get("weight"))

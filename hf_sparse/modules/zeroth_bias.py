@@ -16,6 +16,7 @@ from transformers import initialization as init
 from hf_sparse.adapters.copies import active
 from hf_sparse.adapters.experts import Experts
 from hf_sparse.adapters.roles import shape
+from hf_sparse.adapters.walk import modules_of
 from hf_sparse.checks import known, mapping, shown
 from hf_sparse.errors import PatchError
 from hf_sparse.modules.leaf import ParameterLeaf
@@ -188,8 +189,12 @@ class ZerothBiasConfig(Part):
 
 def follow(model: PreTrainedModel) -> None:
     """Tell the zeroth biases in ``model`` where to ask for positions, and nothing else any more."""
-    for module in model.modules():
-        forget(module)
+    modules = modules_of(model)
+    for module in modules:
+        if module._forward_pre_hooks or module._forward_hooks:
+            forget(module)
+    if not any(isinstance(module, ZerothBias) for module in modules):
+        return
     known: dict[int, Positions] = {}
     for name, leaf in model.named_modules():
         if isinstance(leaf, ZerothBias):

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import hf_sparse
-from support.models import tiny
+from hf_sparse.assets import TINY_MODEL
+from support.runs import sentences, write_jsonl
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 # fmt: off
@@ -125,9 +126,11 @@ def test_generate(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_training_step(tmp_path: Path) -> None:
-    tiny("llama", tie_word_embeddings=True).save_pretrained(tmp_path / "model")
     names = ["transformers.Trainer, ReLU and L1", "finetune.py, ReLU and L1"]
-    sizes = ("--model", str(tmp_path / "model"), "--batch", "4", "--micro-batch", "2", "--length", "16")
+    for name, seed in (("train", 0), ("validation", 1)):
+        write_jsonl(tmp_path / "text" / f"{name}.jsonl", sentences(40, seed))
+    sizes = ("--model", str(TINY_MODEL), "--text", str(tmp_path / "text"))
+    sizes += ("--batch", "4", "--micro-batch", "2", "--length", "16")
     first, ours = run("training_step", tmp_path / "r.json", *sizes, "--competitors", *names)["results"]
     assert [first["trainer"], ours["trainer"]] == names
     assert ours["loss_after_one_update"] == pytest.approx(first["loss_after_one_update"], rel=1e-5)

@@ -36,6 +36,11 @@ class Square(Gated):
         super().__init__(8, 8)
 
 
+class FactorsTheOtherWay(Gated):
+    def forward(self, x):
+        return self.w2(self.w3(x) * self.f(self.w1(x)))
+
+
 class Clamped(Gated):
     def forward(self, x):
         return self.w2(self.f(self.w1(x)).clamp(max=0.1) * self.w3(x))
@@ -51,6 +56,16 @@ class ActivationAfterProduct(Gated):
         return self.w2(self.f(self.w1(x) * self.w3(x)))
 
 
+class ActivatedTwice(Gated):
+    def forward(self, x):
+        return self.w2(self.f(self.f(self.w1(x))) * self.w3(x))
+
+
+class ThreeFactors(Gated):
+    def forward(self, x):
+        return self.w2(self.f(self.w1(x)) * self.w3(x) * self.w3(x))
+
+
 class Residual(Gated):
     def forward(self, x):
         return x + self.w2(self.f(self.w1(x)) * self.w3(x))
@@ -61,7 +76,7 @@ class TwoArguments(Gated):
         return residual + self.w2(self.f(self.w1(x)) * self.w3(x))
 
 
-@pytest.mark.parametrize("mlp", [Gated, Square])
+@pytest.mark.parametrize("mlp", [Gated, Square, FactorsTheOtherWay])
 def test_roles_come_from_what_is_computed(mlp: type[nn.Module]) -> None:
     roles = recognise(mlp())
     assert isinstance(roles, GatedRoles)
@@ -129,6 +144,8 @@ class NeedsAMethod(Gated):
         Clamped,
         IgnoresItsActivation,
         ActivationAfterProduct,
+        ActivatedTwice,
+        ThreeFactors,
         Residual,
         TwoArguments,
         NeedsItsClass,

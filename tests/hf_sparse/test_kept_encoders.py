@@ -66,7 +66,7 @@ BLOCKS = {**dict.fromkeys(_TEXTS, 4), **dict.fromkeys(_SPEECH, 4), **dict.fromke
 """MLPs by model type: albert has one, for all layers."""
 
 
-def build(model_type: str) -> PreTrainedModel:
+def build(model_type: str, **fields: object) -> PreTrainedModel:
     torch.manual_seed(0)
     make: Callable[..., PreTrainedModel]
     if model_type in _ENCODERS:
@@ -75,7 +75,7 @@ def build(model_type: str) -> PreTrainedModel:
         sizes, make = {**_BOTH, **_SPEECH[model_type]}, AutoModelForSpeechSeq2Seq.from_config
     else:
         sizes, make = {**_BOTH, "max_position_embeddings": 64}, AutoModelForSeq2SeqLM.from_config
-    model = make(AutoConfig.for_model(model_type, **sizes))
+    model = make(AutoConfig.for_model(model_type, **sizes, **fields))
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2 and "position" not in name:
             nn.init.normal_(parameter, std=0.2)
@@ -131,13 +131,21 @@ def test_a_head_with_the_same_activation_keeps_its_own(tmp_path) -> None:
     assert torch.equal(run(loaded, "dense"), expected)
 
 
-def test_chunks_of_a_sequence() -> None:
-    """A BERT can run its MLPs on some tokens after the other."""
-    model = build("bert")
+@pytest.mark.parametrize("family", ["bert", "albert"])
+def test_chunks_of_a_sequence(family, tmp_path) -> None:
+    """Such a model can run its MLPs on some tokens after the other, here on 4 of 16."""
+    model = build(family, chunk_size_feed_forward=4)
+    calls = 2 * 4  # of layers, also where they share one block
+    by_hand = copy.deepcopy(model)
+    for block in find_blocks(by_hand)[0]:
+        parent, _, name = block.roles.act.rpartition(".")
+        setattr(block.module.get_submodule(parent), name, nn.ReLU())
+    expected = run(by_hand, "dense")
     hf_sparse.patch(model, "relu")
-    expected = run(model, "dense")
-    for layer in model.encoder.layer:
-        layer.chunk_size_feed_forward = 4
-    with CountSkips() as skips:
-        torch.testing.assert_close(run(model, "torch"), expected, atol=1e-4, rtol=1e-4)
-    assert skips.count == 2 * 4
+    assert torch.equal(run(model, "dense"), expected)
+    model.save_pretrained(tmp_path)
+    for one in (model, type(model).from_pretrained(tmp_path).eval()):
+        assert one.config.chunk_size_feed_forward == 4
+        with CountSkips() as skips:
+            torch.testing.assert_close(run(one, "torch"), expected, atol=1e-4, rtol=1e-4)
+        assert skips.count == calls

@@ -95,6 +95,34 @@ class OtherInFloat32(Plain):
         return self.down(h.clamp(max=0.5) if h.dtype == torch.float32 else h)
 
 
+class OtherForTensors(Plain):
+    def forward(self, x):
+        h = self.act(self.up(x))
+        return self.down(h.clamp(max=0.5) if isinstance(x, torch.Tensor) else h)
+
+
+class OtherForWhatHasALength(Plain):
+    def forward(self, x):
+        h = self.act(self.up(x))
+        try:
+            return self.down(h[: len(x)].clamp(max=0.5))
+        except TypeError:
+            return self.down(h)
+
+
+class OtherForLayersWithWeights(Plain):
+    def forward(self, x):
+        y = self.down(self.act(self.up(x)))
+        return y if getattr(self.up, "weight", None) is None else 2 * y
+
+
+class SquaresItsInput(Plain):
+    def forward(self, x):
+        y = self.down(self.act(self.up(x)))
+        x *= x
+        return y
+
+
 class ZeroesItsInput(Plain):
     def forward(self, x):
         y = self.down(self.act(self.up(x)))
@@ -113,6 +141,10 @@ class ZeroesItsInput(Plain):
         OtherForSequences,
         OtherForOneToken,
         OtherInFloat32,
+        OtherForTensors,
+        OtherForWhatHasALength,
+        OtherForLayersWithWeights,
+        SquaresItsInput,
         ZeroesItsInput,
     ],
 )

@@ -77,5 +77,19 @@ def test_learning_rate_rises_to_its_peak_and_falls_to_its_end():
     assert rates[-1] == pytest.approx(0.1)
     assert learning_rate_share(55, 100, warmup=10, decay="linear") == pytest.approx(0.5)
     assert learning_rate_share(99, 100, warmup=10, decay="constant") == 1.0
+
+
+def test_inverse_square_root_is_that_of_t5_and_stays_above_the_final_share():
+    def share(step: int, **options: object) -> float:
+        return learning_rate_share(step, 100_000, decay="inverse_sqrt", **options)
+
+    assert [share(n, warmup=10_000) for n in (5_000, 10_000, 40_000)] == pytest.approx([0.5, 1.0, 0.5])
+    assert share(100_000, warmup=10_000) == pytest.approx(0.1**0.5)
+    assert share(100_000, warmup=10_000, final=0.4) == 0.4
+    assert share(100_001, warmup=10_000) == share(100_000, warmup=10_000)  # where the run went on
+    assert [share(n) for n in (1, 4)] == [1.0, 0.5]
+
+
+def test_an_unknown_decay_is_refused():
     with pytest.raises(ValueError, match="cosine, linear, constant"):
         learning_rate_share(1, 2, decay="cosin")

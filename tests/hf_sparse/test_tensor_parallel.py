@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.distributed.tensor_parallel import ReplicatedWithGradAllReduce
 
 import hf_sparse
 from support.runs import run_on_two
@@ -31,7 +32,23 @@ def test_split_models_compute_what_whole_ones_do(tmp_path) -> None:
         again = AutoModelForCausalLM.from_pretrained(tmp_path / kind / "again")
         assert len(hf_sparse.inspect(again).blocks) == 2
         assert_close(logits(again, "torch"), expected)
-        if kind == "mixtral":  # splitting wraps the forward of the stock experts, which a patch would lose
-            assert "load a model that was patched before it was saved" in found["refused"]
-        else:
-            assert_close(found["patched later"], expected)
+        assert not any("replaced" in text for text in found["warned"])
+        assert_close(found["patched later"], expected)
+        assert_close(found["patched anew"], expected)
+        assert_close(found["unpatched"], found["stock"])
+        assert not torch.allclose(found["stock"], expected, atol=1e-3)
+
+
+def test_a_split_that_no_other_module_can_take_over_is_refused() -> None:
+    """Its wrapper does not tell how it was made."""
+    model = stock("llama")
+    expected = logits(model)
+    mlp = model.model.layers[1].mlp
+    ReplicatedWithGradAllReduce().install_forward(mlp, None)
+    with pytest.raises(
+        hf_sparse.PatchError, match=r"model\.layers\.1\.mlp is split.* without a distributed_config"
+    ):
+        hf_sparse.patch(model, "relu")
+    assert model.model.layers[1].mlp is mlp
+    assert hf_sparse.inspect(model).config is None
+    assert torch.equal(logits(model), expected)

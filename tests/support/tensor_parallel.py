@@ -7,11 +7,12 @@ Rank 0 writes what it found there, by kind.
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
@@ -36,22 +37,30 @@ def found(kind: str, folder: Path) -> dict[str, Any]:
     with CountSkips() as skips:
         sparse = logits(model, "torch")
     split = sum("DTensor" in type(parameter).__name__ for parameter in model.parameters())
-    model.save_pretrained(folder / "again")
+    with warnings.catch_warnings(record=True) as warned:
+        model.save_pretrained(folder / "again")
     tokens = model.generate(IDS[:1, :4], max_new_tokens=4, do_sample=False)
+    hf_sparse.unpatch(model)
     other = load(kind, folder / "stock")
-    try:
-        hf_sparse.patch(other, "relu")
-        later, refused = logits(other, "torch"), ""
-    except hf_sparse.PatchError as error:
-        later, refused = None, str(error)
+    stock = logits(other, "torch")
+    hf_sparse.patch(other, "relu")
     return {
         "logits": sparse,
         "split": split,
         "skips": skips.count,
         "tokens": tokens,
-        "patched later": later,
-        "refused": refused,
+        "warned": [str(one.message) for one in warned],
+        "stock": stock,
+        "unpatched": logits(model, "torch"),
+        "patched later": logits(other, "torch"),
+        "patched anew": _patched_anew(other),
     }
+
+
+def _patched_anew(model: nn.Module) -> Tensor:
+    hf_sparse.patch(model, "fatrelu", threshold=0.1)
+    hf_sparse.patch(model, "relu")
+    return logits(model, "torch")
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from support.models import tiny_t5 as saved_t5
 from support.models import untrained_llama
 from support.runs import TRAINING, sentences, write_jsonl
 
@@ -57,6 +58,28 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=len(tokenizer), intermediate_size=48, num_hidden_layers=2, tie_word_embeddings=True
     )
     model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A T5 of about 30,000 parameters with its own tokenizer, which has 20 sentinels, saved."""
+    folder = tmp_path_factory.mktemp("tiny_t5")
+    trained = Tokenizer(models.BPE(unk_token="<unk>"))
+    trained.pre_tokenizer = pre_tokenizers.Whitespace()
+    sentinels = [f"<extra_id_{i}>" for i in range(20)]
+    trainer = trainers.BpeTrainer(vocab_size=160, special_tokens=["<pad>", "</s>", "<unk>", *sentinels])
+    trained.train_from_iterator(sentences(200, 0), trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=trained,
+        unk_token="<unk>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens=sentinels,
+    )
+    tokenizer.save_pretrained(folder)
+    tiny_model = saved_t5(vocab_size=len(tokenizer), d_ff=48, eos_token_id=1, dropout_rate=0.1)
+    tiny_model.save_pretrained(folder)
     return folder
 
 
