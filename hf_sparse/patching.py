@@ -18,7 +18,7 @@ from hf_sparse.config import SparsityConfig
 from hf_sparse.errors import PatchError
 from hf_sparse.exchange import choose, exchange, new_modules, outside, places
 from hf_sparse.gguf import forget_gguf
-from hf_sparse.modules import KeptChange, sparse_part, sparse_parts
+from hf_sparse.modules import KeptChange, ParameterLeaf, sparse_part, sparse_parts
 from hf_sparse.part_reports import blocks_of, inspected, patched_parts, report
 from hf_sparse.patch_report import PatchReport
 from hf_sparse.selection import Patterns, Selection
@@ -74,6 +74,9 @@ def patch(
     record = first.record
     parts = {place: own for plan in plans for place, own in places(plan.blocks, plan.new).items()}
     name = stock_name(base, record, parts, whole.path)
+
+    if lost := [place for plan in plans for place in _trained_leaves(plan)]:
+        warnings.warn(f"this patch drops what was trained as {', '.join(lost[:3])}.", stacklevel=2)
 
     # Everything that can fail has been done; from here on there are only assignments.
     record.write(whole.config, stock_name=name)
@@ -271,3 +274,15 @@ def _plan(
     record = Record.of(config, len(blocks), *stock_activation(base, part, model, acts))
     new, around = new_modules(blocks, chosen, config), outside(base, blocks, chosen, config)
     return _Plan(blocks, chosen, skipped, record, new, around)
+
+
+def _trained_leaves(plan: _Plan) -> list[str]:
+    """The names of parameters of ours that are not zero, and that ``plan`` leaves out."""
+    kept = {id(leaf) for new in plan.new.values() if isinstance(new, nn.Module) for leaf in new.children()}
+    return [
+        f"{block.name}.{name}"
+        for block in plan.blocks
+        for name, leaf in block.module.named_children()
+        if isinstance(leaf, ParameterLeaf) and id(leaf) not in kept
+        if any(not p.is_meta and bool(p.detach().count_nonzero()) for p in leaf.parameters())
+    ]

@@ -113,8 +113,8 @@ class Checkpoints:
                 "processes share."
             )
         _write_manifest(aside)
-        if final.exists():  # an invalid one that the run was not resumed from
-            _discard(final)
+        for later in [path for path in self._all() if path.name >= final.name]:
+            _discard(later)  # damaged ones, which the run was not resumed from
         os.rename(aside, final)
         _sync(self._folder)
         for old in self._all()[self._keep :]:

@@ -46,7 +46,8 @@ def read_run(folder: Path) -> dict[str, Any]:
     for record in records:
         by_kind.setdefault(record.pop("kind"), []).append(record)
     about, evaluations = by_kind["run"][0], by_kind.get("eval", [])
-    if not evaluations or evaluations[-1]["step"] < about["recipe"]["max_steps"]:
+    ends = [by_kind[kind][-1]["step"] for kind in ("eval", "train") if kind in by_kind]
+    if not evaluations or ends[0] != ends[-1] or ends[0] < about["recipe"]["max_steps"]:
         sys.exit(f"error: the run in {folder} is not finished; continue it with --resume.")
     tokens = by_kind["train"][-1]["tokens"]
     original = next(iter(by_kind.get("original", [])), None)

@@ -107,13 +107,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             model.to(accelerator.device)
             with accelerator.autocast():
                 original = evaluation(model, ORIGINAL)
-            dense_loss = original.loss
+            dense_loss = None if hf_sparse.inspect(model).patched else original.loss
             log.write("original", 0, as_record(original))
             say(f"original model: perplexity {original.perplexity:.2f}, sparsity {original.sparsity:.1%}")
 
     # The change: another activation, in place. The dense baseline stays as it is.
     if (config := recipe.sparsity_config()) is not None:
         say(hf_sparse.patch(model, config))
+    elif hf_sparse.inspect(model).patched:
+        raise ValueError(
+            f"patch={recipe.patch!r} is the dense baseline, but {recipe.model!r} is patched already: say "
+            "what it is to be patched with, or start from the dense model."
+        )
     if (lora := recipe.adapters()) is not None:
         model = add_lora(model, lora)
 
@@ -126,7 +131,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         dense_loss=None if recipe.from_scratch else dense_loss,
     )
     acting = ActingTogether(recipe.acting_methods(), setting)
-    acting.before_step((done or 0) + 1)
     sparsity = TrainingSparsity(model)
     if recipe.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from checkpoint import Checkpoints, Progress
 from data import Batch, DataExhaustedError, TrainingData, check_bad
 from evaluation import as_record
@@ -89,12 +90,13 @@ def train(run: Run, progress: Progress) -> Progress:
             step = progress.step + 1
             with speed.waiting():
                 batch = _next_batch(batches, step, recipe)
-            values, stopped = update(run, batch, step, stop)
+            values, bad, stopped = update(run, batch, step, stop)
             progress.step, progress.tokens = step, progress.tokens + tokens_per_update
             progress.streams = batch.states
-            if bad := [name for name, value in values.items() if not math.isfinite(value)]:
+            if bad:
                 progress.skipped += 1
-                progress.skipped_in_a_row += 1
+                # A loss scale that is too large comes down by itself.
+                progress.skipped_in_a_row += bad != ["gradient_norm"] or accelerator.scaler is None
                 if progress.skipped_in_a_row >= recipe.max_skipped:
                     raise FloatingPointError(diagnosis(run, progress, bad))
             else:
@@ -152,10 +154,12 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     return recipe.learning_rate * share
 
 
-def update(run: Run, batch: Batch, step: int, stop: Stop) -> tuple[dict[str, float], bool]:
-    """One optimizer update; the mean loss, terms and gradient norm, and whether a process was asked to stop.
+def update(run: Run, batch: Batch, step: int, stop: Stop) -> tuple[dict[str, float], list[str], bool]:
+    """One optimizer update.
 
-    All are the same in all processes. If a number is not finite, weights and optimizer stay as they are.
+    Returns the mean loss, terms and gradient norm; the names of those that are trained on and not finite; and
+    whether a process was asked to stop. All are the same in all processes. If something is not finite,
+    weights and optimizer stay as they are.
     """
     recipe, accelerator = run.recipe, run.accelerator
     for group in run.optimizer.param_groups:
@@ -168,24 +172,29 @@ def update(run: Run, batch: Batch, step: int, stop: Stop) -> tuple[dict[str, flo
             run.optimizer.zero_grad()
             gradients(run, batch, step, stop)
     norm = accelerator.clip_grad_norm_(run.model.parameters(), recipe.clip_norm or math.inf)
-    values = {name: float(mean) for name, mean in means.items()} | {"gradient_norm": float(norm)}
+    values = {name: float(mean.value) for name, mean in means.items()}
     stopped = values.pop(_STOP) > 0
-    finite = all(map(math.isfinite, values.values()))
-    if finite or accelerator.scaler is not None:  # which skips the update itself, and lowers its scale
+    trained = {name: value for name, value in values.items() if means[name].weight}
+    bad = [n for n, v in {**trained, "gradient_norm": float(norm)}.items() if not math.isfinite(v)]
+    if not bad:
         run.optimizer.step()
+    elif accelerator.scaler is not None:
+        accelerator.scaler.update()  # clipping has told it what was not finite
     run.optimizer.zero_grad()
-    if finite:
+    if not bad:
         run.acting.after_step(step)
     if run.perturbation is not None and (count := run.perturbation.samples_due):
         renew_mask(run, batch, step, count)
-    return values, stopped
+    kept = {name: value for name, value in values.items() if math.isfinite(value)}
+    return {**kept, "gradient_norm": float(norm)}, bad, stopped
 
 
-def gradients(run: Run, batch: Batch, step: int, stop: Stop) -> dict[str, Tensor]:
+def gradients(run: Run, batch: Batch, step: int, stop: Stop) -> dict[str, Term]:
     """Forward and backward over all micro-batches of an update; mean loss and terms over all processes."""
     accelerator = run.accelerator
     micro_batches = _pieces(batch.inputs, run.recipe.micro_batch, accelerator.device)
     sums: dict[str, Tensor] = {}
+    weights: dict[str, float] = {_STOP: 0.0}
     for i, inputs in enumerate(micro_batches):
         # Sequences count equally, in whatever pieces they come.
         weight = len(inputs["input_ids"]) / len(batch.input_ids)
@@ -197,18 +206,36 @@ def gradients(run: Run, batch: Batch, step: int, stop: Stop) -> dict[str, Tensor
             terms = backward(run, inputs, step, weight)
         for name, term in terms.items():
             sums[name] = sums.get(name, 0) + term.value.detach().float() * weight
+            weights[name] = term.weight
     sums[_STOP] = torch.tensor(float(stop.asked), device=accelerator.device)
     means = accelerator.reduce(torch.stack(list(sums.values())), "mean").unbind()
-    return dict(zip(sums, means, strict=True))
+    return {name: Term(mean, weights[name]) for name, mean in zip(sums, means, strict=True)}
 
 
 def backward(run: Run, inputs: dict[str, Tensor], step: int, weight: float = 1.0) -> dict[str, Term]:
     """Forward and backward of one micro-batch, its loss times ``weight``; the loss and the terms."""
     output = run.model(**inputs, use_cache=False)
     terms = {"loss": Term(output.loss, run.acting.task_weight(step)), **run.acting.loss(step, inputs, output)}
+    if idle := [name for name, term in terms.items() if term.weight and not term.value.requires_grad]:
+        raise RuntimeError(f"{' and '.join(idle)} would train nothing: no gradient reaches a trained weight.")
     total = sum((term.weight * term.value for term in terms.values() if term.weight), 0.0)
-    run.accelerator.backward(total * weight if torch.is_tensor(total) else 0.0 * output.loss)
+    total = total * weight if torch.is_tensor(total) else 0.0 * output.loss
+    if run.accelerator.distributed_type == DistributedType.DEEPSPEED:
+        _require_finite(run, total, step)
+    run.accelerator.backward(total)
     return terms
+
+
+def _require_finite(run: Run, total: Tensor, step: int) -> None:
+    """DeepSpeed updates at the end of a backward, which can then not be left out any more."""
+    if (
+        float(run.accelerator.reduce(total.detach().isfinite().float(), "sum"))
+        < run.accelerator.num_processes
+    ):
+        raise FloatingPointError(
+            f"the loss of step {step} is not finite, and under DeepSpeed an update cannot be left out. Go on "
+            "from the last checkpoint with DDP or FSDP2, or start again with a lower learning_rate."
+        )
 
 
 def renew_mask(run: Run, batch: Batch, step: int, count: int) -> None:

@@ -290,6 +290,7 @@ class Recipe:
             self.compile,
             "it does not go with gradient_checkpointing; choose one",
         )
+        self._check_together(methods)
         for method in methods:
             method.check(self.sparsity_config())
         for name in self.trackers:
@@ -300,6 +301,37 @@ class Recipe:
         """Tokens of text in a sequence."""
         spans = self.task == "span_corruption"
         return lengths(self.sequence_length).raw if spans else self.sequence_length
+
+    def _check_together(self, methods: list[Method]) -> None:
+        """Refuse what would train something else than it says."""
+        named = {method.name for method in methods}
+        teachers = ", ".join(method.name for method in methods if method.has_teacher)
+        require(
+            not (self.from_scratch and teachers),
+            "from_scratch",
+            True,
+            f"there is no dense model to learn from; leave {teachers} out of methods",
+        )
+        require(
+            self.from_scratch or "norm_clamp" not in named,
+            "methods.norm_clamp",
+            {},
+            "it is for from_scratch, and would change a pretrained model at once; use norm_uplift",
+        )
+        lora, sparsity = self.adapters(), self.sparsity_config()
+        if lora is not None:
+            require(
+                lora.biases or sparsity is None or "zeroth_bias" not in sparsity.parts,
+                "lora.biases",
+                False,
+                "the zeroth biases of the patch would stay zero; set it to true",
+            )
+            require(
+                lora.norms or "norm_uplift" not in named,
+                "lora.norms",
+                False,
+                "norm_uplift changes norms that have to be trained meanwhile; set it to true",
+            )
 
     @property
     def last_step(self) -> int:

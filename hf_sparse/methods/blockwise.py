@@ -28,6 +28,9 @@ class Blockwise(Method):
     """
 
     name = "blockwise"
+    # It trains nothing but MLPs, and no gradient comes from the logits.
+    excludes = ("distillation", "norm_clamp", "norm_uplift")
+    has_teacher = True
 
     input: Literal["student", "teacher"] = "student"
     """Whose outputs the layers after a block get while training: with those of the teacher, every block sees
@@ -41,6 +44,11 @@ class Blockwise(Method):
             raise ValueError(
                 "methods.blockwise has no meaning with patch=none: there is no block to be matched. Leave it "
                 "out, or choose an activation."
+            )
+        if "zeroth_bias" in sparsity.parts:
+            raise ValueError(
+                "methods.blockwise cannot train zeroth biases, which act from layer to layer; leave "
+                "zeroth_bias out of the patch, or use methods.distillation."
             )
 
     def attach(self, training: Training) -> Acting:

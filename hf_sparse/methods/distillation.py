@@ -30,6 +30,7 @@ class Distillation(Method):
     """
 
     name = "distillation"
+    has_teacher = True
 
     task: float = 0.0
     """Weight of the loss of the task."""

@@ -95,6 +95,10 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
+    excludes: ClassVar[tuple[str, ...]] = ()
+    """Names of methods that cannot act beside it."""
+    has_teacher: ClassVar[bool] = False
+    """Whether it needs the model as it was before the patch."""
 
     def __post_init__(self) -> None:
         check_types(self, f"methods.{self.name}.")

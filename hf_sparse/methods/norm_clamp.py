@@ -25,6 +25,7 @@ class NormClamp(Method):
     """
 
     name = "norm_clamp"
+    excludes = ("norm_uplift",)
 
     def check(self, sparsity: SparsityConfig | None) -> None:
         if sparsity is None:

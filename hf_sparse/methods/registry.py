@@ -30,7 +30,11 @@ def read_methods(value: Any) -> list[Method]:
     """
     given: Mapping[str, Any] = mapping("methods", {} if value is None else value)
     known("methods", list(given), list(methods()))
-    return [methods()[name].read(own) for name, own in given.items()]
+    found = [methods()[name].read(own) for name, own in given.items()]
+    for one in found:
+        if both := [name for name in one.excludes if name in given]:
+            raise ValueError(f"methods: {one.name} and {both[0]} cannot act together; leave one of them out.")
+    return found
 
 
 def _in_module(name: str) -> Iterator[type[Method]]:

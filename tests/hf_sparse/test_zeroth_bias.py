@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import warnings
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import hf_sparse
+from hf_sparse import SparsityConfig
 from hf_sparse.adapters import find_blocks
-from support.models import tiny
+from support.models import tiny, untrained_llama
 from support.peek import zeroth_biases
 from support.skips import CountSkips
 from support.twins import assert_close
@@ -358,3 +360,15 @@ def test_parameters_are_made_like_those_of_the_block() -> None:
     with torch.device("meta"):
         built = type(model)(model.config)
     assert {table.device.type for table in zeroth_biases(built)} == {"meta"}
+
+
+def test_a_patch_that_drops_what_was_trained_says_so():
+    model = untrained_llama()
+    hf_sparse.patch(model, SparsityConfig(zeroth_bias={"positions": 8}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # zeros are nothing to lose
+        hf_sparse.patch(model, SparsityConfig(zeroth_bias={"positions": 4}))
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "zeroth_bias" in name).fill_(0.1)
+    with pytest.warns(UserWarning, match=r"drops what was trained as model\.layers\.0\.mlp\.zeroth_bias"):
+        hf_sparse.patch(model, SparsityConfig(zeroth_bias={"positions": 6}))

@@ -158,3 +158,12 @@ def test_publish_replaces_a_folder_as_a_whole(tmp_path):
         publish(aside, final)
     assert names(tmp_path) == ["final"]
     assert (tmp_path / "final" / "a").read_text() == "new"
+
+
+def test_damaged_checkpoints_that_were_passed_over_do_not_push_out_good_ones(setup):
+    checkpoints, folder, *_ = setup
+    (folder / "step-00000030" / "state.json").write_text("{}")
+    with pytest.warns(UserWarning, match=r"step-00000030.*Continuing from the earlier step-00000020"):
+        assert checkpoints.newest().name == "step-00000020"
+    checkpoints.save(progress(25), RECIPE)
+    assert names(folder) == ["step-00000020", "step-00000025"]

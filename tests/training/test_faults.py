@@ -129,3 +129,44 @@ def test_a_finished_run_goes_on_with_extra_steps(command, in_process, tmp_path):
     assert records(short, "eval")[-1]["step"] == 20
     rates = [r["learning_rate"] for r in records(short, "train") if r["step"] >= 12]
     assert rates == pytest.approx([3e-4] * 5)
+
+
+def test_a_term_that_is_not_trained_on_may_be_anything(command, in_process, tmp_path, monkeypatch):
+    import recipe
+
+    class Idle(_Breaking):
+        def attach(self, training):
+            class Watched(Acting):
+                def loss(self, step, batch, output):
+                    return {"watched": Term(output.loss.detach() * float("inf"), 0.0)}
+
+            return Watched()
+
+    plain, watched = tmp_path / "plain", tmp_path / "watched"
+    in_process(command(plain))
+    monkeypatch.setattr(recipe.Recipe, "acting_methods", lambda self: [Idle(())])
+    in_process(command(watched))
+    assert weights(plain) == weights(watched)
+    assert records(watched, "train")[-1]["skipped_updates"] == 0
+
+
+def test_a_term_that_would_train_nothing_is_an_error(command, in_process, tmp_path, monkeypatch):
+    import recipe
+
+    class Cut(_Breaking):
+        def attach(self, training):
+            class Detached(Acting):
+                def loss(self, step, batch, output):
+                    return {"cut": Term(output.loss.detach())}
+
+            return Detached()
+
+    monkeypatch.setattr(recipe.Recipe, "acting_methods", lambda self: [Cut(())])
+    with pytest.raises(RuntimeError, match="cut would train nothing"):
+        in_process(command(tmp_path / "run"))
+
+
+def test_the_dense_baseline_of_a_patched_model_is_refused(command, in_process, tmp_path):
+    in_process(command(tmp_path / "relu", max_steps=2, eval_every=0))
+    with pytest.raises(ValueError, match=r"patch='none' is the dense baseline.*patched already"):
+        in_process(command(tmp_path / "run", model=tmp_path / "relu/final", patch="none"))

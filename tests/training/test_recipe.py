@@ -204,3 +204,35 @@ def test_a_changed_field_matters_or_not():
 def test_shipped_recipes_hold_plain_yaml():
     for path in RECIPES:
         assert isinstance(yaml.safe_load(path.read_text()), dict)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"methods": {"blockwise": {}, "distillation": {}}},
+            "blockwise and distillation cannot act together",
+        ),
+        (
+            {"methods": {"norm_uplift": {}, "blockwise": {}}},
+            "blockwise and norm_uplift cannot act together",
+        ),
+        ({"methods": {"norm_clamp": {}}}, r"methods\.norm_clamp.*from_scratch.*norm_uplift"),
+        (
+            {"from_scratch": True, "methods": {"distillation": {}}},
+            "from_scratch=True.*leave distillation out",
+        ),
+        (
+            {"lora": {"biases": False}, "patch": {"activation": "relu", "zeroth_bias": {"positions": 8}}},
+            r"lora\.biases=False.*stay zero",
+        ),
+        ({"lora": {"norms": False}, "methods": {"norm_uplift": {}}}, r"lora\.norms=False.*norm_uplift"),
+        (
+            {"methods": {"blockwise": {}}, "patch": {"zeroth_bias": {"positions": 8}}},
+            "blockwise cannot train zeroth biases",
+        ),
+    ],
+)
+def test_fields_that_contradict_each_other_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**fields)
