@@ -98,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         mean=lambda value: accelerator.reduce(value, "mean"),
         dense=lambda: load(recipe).to(accelerator.device).eval(),
         dense_loss=dense_loss,
+        eval_every=recipe.eval_every,
     )
     acting = ActingTogether(recipe.acting_methods(), setting)
     acting.before_step((done or 0) + 1)

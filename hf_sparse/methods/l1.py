@@ -25,8 +25,8 @@ class L1(Method):
     name = "l1"
 
     normalisation: Normalisation = "prosparse"
-    """What the coefficients are meant for: prosparse (mean over tokens and neurons, summed over blocks),
-    sakana_paper (mean over blocks as well), sakana_code (mean over tokens and blocks, summed over neurons)."""
+    """What the coefficients are meant for: prosparse (mean over tokens and neurons, sum over blocks),
+    sakana_paper (mean over blocks, too), sakana_code (mean over tokens and blocks, sum over neurons)."""
 
     start: float = 0.0
     """Fraction of the run trained without it at first (stage 0 of ProSparse: substitution only)."""

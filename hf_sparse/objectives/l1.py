@@ -19,12 +19,11 @@ class L1Penalty:
     ``h [..., F]`` is the input of a block's down projection: ``act(x gate) * (x up)`` of a gated block,
     ``act(x up)`` of a plain one. Of L blocks with F neurons each, in float32:
 
-    ==================  ======================================================  ==========================
-    ``"prosparse"``     sum over blocks of the mean over tokens and neurons     as arXiv 2402.13516 has to be
-                                                                                read; the default
-    ``"sakana_paper"``  mean over blocks, tokens and neurons                    1 / L of it (arXiv 2603.23198)
-    ``"sakana_code"``   mean over blocks and tokens of the sum over neurons     F / L of it (its released code)
-    ==================  ======================================================  ==========================
+    ==================  ====================================================  ===========================
+    ``"prosparse"``     sum over blocks of the mean over tokens and neurons   as arXiv 2402.13516 is read
+    ``"sakana_paper"``  mean over blocks, tokens and neurons                  1 / L of it, arXiv 2603.23198
+    ``"sakana_code"``   mean over blocks and tokens of the sum over neurons   F / L of it, released code
+    ==================  ====================================================  ===========================
 
     A coefficient c of ``"prosparse"`` is ``c * L`` of ``"sakana_paper"`` and ``c * L / F`` of
     ``"sakana_code"``. Padding counts nowhere, see :class:`~hf_sparse.forwards.Forwards`; a token of stacked
