@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-_FIRST = math.log(3e-3)
+_FIRST = math.log(1e-2)
 _LEAST, _MOST = math.log(1e-6), math.log(1e3)
 _NOTICEABLE = 0.02
 _DELAY = 12.0
@@ -22,7 +22,7 @@ class DensityControl:
     coefficient of a penalty, and which coefficient that takes differs between models by as many. So all is
     done in logarithms, and nothing has to be known of the model:
 
-    1. *Search.* The penalty begins at 0.003 nats and grows exponentially until the density has fallen by 2 %.
+    1. *Search.* The penalty begins at 0.01 nats and grows exponentially until the density has fallen by 2 %.
     2. *Follow.* With the error e = ln(density) - ln(wanted density), at each update::
 
            ln(coefficient) += P * (e - e_before) + I * e / horizon,    I = 0.8 * P**2

@@ -55,7 +55,7 @@ class TargetSparsity(Method):
     start: float = 0.0
     """Fraction of the run trained without a penalty at first."""
 
-    by: float = 0.7
+    by: float = 0.5
     """Fraction of the run in which the sparsity is reached, rising evenly in ln(density); then it is held.
     With a perplexity, from here on it rises less and less."""
 
