@@ -9,8 +9,9 @@ from typing import Any
 
 _FIRST = math.log(1e-2)
 _LEAST, _MOST = math.log(1e-6), math.log(1e3)
-_NOTICEABLE = 0.02
-_DELAY = 12.0
+_NOTICEABLE = 0.05
+_DELAY = 6
+_SLOW = 32.0
 _FLOOR = 1e-6
 
 
@@ -22,12 +23,12 @@ class DensityControl:
     coefficient of a penalty, and which coefficient that takes differs between models by as many. So all is
     done in logarithms, and nothing has to be known of the model:
 
-    1. *Search.* The penalty begins at 0.01 nats and grows exponentially until the density has fallen by 2 %.
+    1. *Search.* The penalty begins at 0.01 nats and grows exponentially until the density has fallen by 5 %.
     2. *Follow.* With the error e = ln(density) - ln(wanted density), at each update::
 
            ln(coefficient) += P * (e - e_before) + I * e / horizon,    I = 0.8 * P**2
 
-    P, at most 8, is ``horizon / 48`` in short runs: from the coefficient to the density it takes about a
+    P, at most 8, is ``horizon / 32`` in short runs: from the coefficient to the density it takes about a
     dozen updates, the memory of Adam, and a loop that is faster than a few of these swings. The coefficient
     is clamped to the equivalent of 1e-6 to 1e3 nats, the increments being what keeps it from winding up.
 
@@ -71,11 +72,13 @@ class DensityControl:
     def search(self) -> bool:
         """Raise the coefficient; returns whether the density has answered."""
         assert self.density is not None
+        # Three decades in a fifth of the horizon, if it is long enough to see what each does.
+        pace = min(3 * math.log(10) / (0.2 * self.horizon), 0.15)
         if self.density < self.natural - _NOTICEABLE:
             self.error = 0.0
+            self.move(-_DELAY * pace)  # back to what has done that
             return True
-        # Three decades in a fifth of the horizon, if it is long enough to see what each does.
-        self._move(min(3 * math.log(10) / (0.2 * self.horizon), 0.15))
+        self.move(pace)
         return False
 
     def follow(self, wanted: float) -> None:
@@ -83,8 +86,8 @@ class DensityControl:
         assert self.density is not None
         error = self.density - wanted
         before = error if self.error is None else self.error
-        gain = min(max(self.horizon / (4 * _DELAY), 1.0), 8.0)
-        self._move(gain * (error - before) + 0.8 * gain**2 * error / self.horizon)
+        gain = min(max(self.horizon / _SLOW, 1.0), 8.0)
+        self.move(gain * (error - before) + 0.8 * gain**2 * error / self.horizon)
         self.error = error
 
     def state_dict(self) -> dict[str, Any]:
@@ -96,5 +99,6 @@ class DensityControl:
         for name, value in state.items():
             setattr(self, name, value)
 
-    def _move(self, by: float) -> None:
+    def move(self, by: float) -> None:
+        """Add to ln(coefficient), as far as it is clamped."""
         self.log_share = min(max(self.log_share + by, _LEAST), _MOST)

@@ -26,9 +26,13 @@ _EVALUATIONS = 4
 _SEARCH = 0.4
 """The share of the time in which a model that does not answer to a penalty is waited for."""
 _RANGE = 3.0
-"""In ln(density): from a half to a fortieth; what a budget is offered in the time that there is."""
-_LEAD = 0.3
-_SPARSEST = math.log(1e-3)
+"""In ln(density), from a half to a fortieth: what a budget is offered in the time that there is."""
+_FASTEST = 0.004
+"""In ln(density) per update: what sparsity costs shows some dozens of updates later."""
+_LEAD = 0.2
+"""In ln(density), to the density that there is."""
+_LAST = 0.2
+"""The share of the run in the end in which sparsity is raised less and less, so that a budget is kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +59,7 @@ class TargetSparsity(Method):
     start: float = 0.0
     """Fraction of the run trained without a penalty at first."""
 
-    by: float = 0.5
+    by: float = 0.4
     """Fraction of the run in which the sparsity is reached, rising evenly in ln(density); then it is held.
     With a perplexity, from here on it rises less and less."""
 
@@ -128,7 +132,7 @@ class _Acting(Acting):
 
     def loss(self, step: int, batch: Mapping[str, Tensor], output: Any) -> dict[str, Term]:
         penalty = self._penalty.value()
-        self._penalties.append((penalty.detach(), len(batch["input_ids"])))
+        self._penalties.append((penalty.detach(), len(next(iter(batch.values())))))
         return {"target_l1": Term(penalty, self._coefficient)}
 
     def after_step(self, step: int) -> None:
@@ -202,7 +206,6 @@ class _Acting(Acting):
         self._control.follow(self._wanted)
 
     def _spend(self, step: int, density: float) -> None:
-        assert self._limit is not None
         if self._slack is None:
             return
         if self._wanted is None:
@@ -210,11 +213,12 @@ class _Acting(Acting):
                 return
             self._wanted = density
         assert self._method.perplexity is not None
-        # Faster the more of the budget is left, back twice as fast, and less and less in the end.
         share = min(max(self._slack / math.log1p(self._method.perplexity / 100), -1.0), 1.0)
-        left = (self._training.steps - step) / max(self._training.steps - self._by, 1.0)
-        pace = share * min(max(left, 0.0), 1.0) if share > 0 else 2 * share
-        wanted = self._wanted - pace * _RANGE / (self._by - self._start)
+        # Sparser the faster the more of the budget is left, back twice as fast, and in the end only back.
+        steps = self._training.steps
+        left = min(max((steps - step) / (_LAST * steps), 0.0), 1.0)
+        pace = min(_RANGE / (self._by - self._start), _FASTEST)
+        wanted = self._wanted - pace * (share * left if share > 0 else 2 * share)
         # What the model does not follow is not asked for.
-        self._wanted = min(max(wanted, density - _LEAD, _SPARSEST), density + _LEAD, 0.0)
+        self._wanted = min(max(wanted, density - _LEAD * left), density + _LEAD, 0.0)
         self._control.follow(self._wanted)

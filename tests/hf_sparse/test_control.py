@@ -65,7 +65,7 @@ def test_its_state_in_json_is_all_of_it() -> None:
 
 
 def test_the_formula_by_hand() -> None:
-    control = DensityControl(96.0)  # P = 96 / 48 = 2, I = 0.8 * 4 = 3.2
+    control = DensityControl(64.0)  # P = 64 / 32 = 2, I = 0.8 * 4 = 3.2
     assert control.coefficient == 0
     assert control.see(0.5, 4.0) == math.log(0.5)
     assert control.coefficient == pytest.approx(0.01 / 4)
@@ -76,7 +76,7 @@ def test_the_formula_by_hand() -> None:
     before = control.log_share
     control.follow(control.density - 0.3)
     control.follow(control.density - 0.2)
-    moved = 2 * (0.3 - 0) + 3.2 * 0.3 / 96 + 2 * (0.2 - 0.3) + 3.2 * 0.2 / 96
+    moved = 2 * (0.3 - 0) + 3.2 * 0.3 / 64 + 2 * (0.2 - 0.3) + 3.2 * 0.2 / 64
     assert control.log_share - before == pytest.approx(moved)
 
 
