@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_sparse.activations import row_of
+from hf_sparse.activations import ActivationConfig, build_activation, row_of
+from hf_sparse.activations.mixed import mixed
 from hf_sparse.adapters import Block, Skipped, require_blocks
 from hf_sparse.checkpoint_block import Record
 from hf_sparse.composite import LANGUAGE, Part, find_part, listed, parts_of, pass_on_refusal
@@ -18,7 +19,7 @@ from hf_sparse.config import SparsityConfig
 from hf_sparse.errors import PatchError
 from hf_sparse.exchange import choose, exchange, new_modules, outside, places
 from hf_sparse.gguf import forget_gguf
-from hf_sparse.modules import KeptChange, ParameterLeaf, sparse_part, sparse_parts
+from hf_sparse.modules import KeptBlock, KeptChange, ParameterLeaf, SparseBlock, sparse_part, sparse_parts
 from hf_sparse.part_reports import blocks_of, inspected, patched_parts, report
 from hf_sparse.patch_report import PatchReport
 from hf_sparse.selection import Patterns, Selection
@@ -167,10 +168,55 @@ def set_mix(model: nn.Module, k: float, *, part: str | None = None) -> None:
         for copy in (copy for block in blocks for copy in (block, *block.spares)):
             if (sparse := sparse_part(copy.module)) is not None:
                 sparse.set_mix(record.config.activation.mix)
-        parts = {name: own for block in blocks for name, own in block.parts.items()}
-        record.write(one.config, stock_name=stock_name(base, record, parts, one.path))
+        _write(base, one, record)
     if changes:
         pass_on_refusal(base.config)
+
+
+def set_activation(model: nn.Module, activation: ActivationConfig, *, part: str | None = None) -> None:
+    """Give every patched block another activation. Weights and all else that a patch put there stay.
+
+    Where :func:`patch` would make the blocks anew. ``part`` as of :func:`unpatch`.
+
+    Raises:
+        PatchError: the model, or the part, is not patched, or its blocks cannot take the activation.
+
+    """
+    base = transformers_model(model)
+    changes: list[tuple[Part, Record, list[tuple[SparseBlock | KeptBlock, nn.Module]]]] = []
+    for one, old in patched_parts(base, part, "set_activation needs a patched model; "):
+        if activation.relu_up != old.config.activation.relu_up:
+            raise PatchError(
+                f"{activation} and {old.config.activation} differ in what they make of the up projection, "
+                "which is more than the activation of a block; use patch."
+            )
+        new: list[tuple[SparseBlock | KeptBlock, nn.Module]] = []
+        count = 0
+        for index in range(len(one.models)):
+            patched = [block for block in one.blocks(index)[0] if block.is_patched]
+            count = len(one.blocks(index)[0])
+            if activation.blocks not in (None, len(patched)):
+                raise PatchError(f"{activation} has values for {activation.blocks} of {len(patched)} blocks.")
+            for number, block in enumerate(patched):
+                activation.check(block)
+                for copy in (block, *block.spares):
+                    if (sparse := sparse_part(copy.module)) is not None:
+                        original = copy.original_activation
+                        own = build_activation(activation, number, original)
+                        new.append((sparse, mixed(original, own, activation.mix)))
+        record = Record.of(old.config.changed(activation=activation), count, old.field, old.activation)
+        changes.append((one, record, new))
+    for one, record, new in changes:
+        for sparse, own in new:
+            sparse.set_activation(own)
+        _write(base, one, record)
+    pass_on_refusal(base.config)
+
+
+def _write(base: PreTrainedModel, part: Part, record: Record) -> None:
+    """Let the config say what the blocks now are."""
+    parts = {name: own for block in part.all_blocks for name, own in block.parts.items()}
+    record.write(part.config, stock_name=stock_name(base, record, parts, part.path))
 
 
 def prepare(model: nn.Module, *, certify: bool = False) -> None:

@@ -77,6 +77,43 @@ class SineStages:
         return SineStages(tuple(b * steps for b in self.boundaries), self.targets, self.start * steps)
 
 
+@dataclass(frozen=True)
+class LinearWarmup:
+    """A coefficient that is 0 up to ``start``, rises linearly over ``length`` steps, and then stays.
+
+    With ``start = length = 0`` it is constant (arXiv 2603.23198); with 5,000 steps of each it is the warm-up
+    that the paper compares to.
+
+    Raises:
+        ValueError: a value is negative or not finite.
+
+    """
+
+    coefficient: float
+    """Reached at step ``start + length``, at least 0."""
+    length: float = 0.0
+    """In steps."""
+    start: float = 0.0
+    """The coefficient is 0 up to and with this step."""
+
+    def __post_init__(self) -> None:
+        for name in ("coefficient", "length", "start"):
+            (value,) = _numbers(name, [getattr(self, name)])
+            if value < 0:
+                raise ValueError(f"{name}={value} is negative; use 0 or more.")
+
+    def at(self, step: float) -> float:
+        """The coefficient of the update ``step`` (from 1)."""
+        passed = step - self.start
+        if passed <= 0:
+            return 0.0
+        return self.coefficient * (1.0 if passed >= self.length else passed / self.length)
+
+    def scaled(self, steps: float) -> LinearWarmup:
+        """The same shape with start and length multiplied by ``steps``: fractions become steps."""
+        return LinearWarmup(self.coefficient, self.length * steps, self.start * steps)
+
+
 def linear_mix(step: float, steps: float) -> float:
     """Share of the new activation at update ``step`` (from 1) of a mix over ``steps`` updates.
 

@@ -129,6 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         mean=lambda value: accelerator.reduce(value, "mean"),
         dense=lambda: dense(recipe, accelerator).to(accelerator.device).eval(),
         dense_loss=None if recipe.from_scratch else dense_loss,
+        eval_every=recipe.eval_every,
     )
     acting = ActingTogether(recipe.acting_methods(), setting)
     sparsity = TrainingSparsity(model)

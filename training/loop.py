@@ -86,6 +86,8 @@ def train(run: Run, progress: Progress) -> Progress:
             )
         )
         run.model.train()
+        if progress.step >= recipe.last_step:  # a finished run: its checkpoint is of before that
+            run.acting.finish()
         while progress.step < recipe.last_step:
             step = progress.step + 1
             with speed.waiting():
@@ -114,6 +116,8 @@ def train(run: Run, progress: Progress) -> Progress:
                 run.log.write("train", step, record)
                 bar.tell(means, record)
                 progress.pending = {}
+            if last:
+                run.acting.finish()
             if last or (recipe.eval_every and step % recipe.eval_every == 0):
                 with speed.paused():
                     found = run.evaluate()

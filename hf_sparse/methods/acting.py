@@ -53,6 +53,10 @@ class ActingTogether(Acting):
         for acting in self._acting.values():
             acting.after_evaluation(step, report)
 
+    def finish(self) -> None:
+        for acting in self._acting.values():
+            acting.finish()
+
     def values(self) -> dict[str, float]:
         return {name: value for acting in self._acting.values() for name, value in acting.values().items()}
 

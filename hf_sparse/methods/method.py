@@ -41,6 +41,8 @@ class Training:
     """Loads the model as it was before the patch, in evaluation mode and on the device of training."""
     dense_loss: float | None = None
     """What the dense model has on the held-out text, in nats per token; None if it was not measured."""
+    eval_every: int = 0
+    """Updates between evaluations on held-out text; 0: none but before the first and after the last."""
 
 
 class Acting:
@@ -70,6 +72,12 @@ class Acting:
 
     def after_evaluation(self, step: int, report: SparsityReport) -> None:
         """Called in all processes with what held-out text gave after update ``step``; 0 is before any."""
+
+    def finish(self) -> None:
+        """Called after the last update and before the last evaluation: what the finished model still needs.
+
+        Once, and again, on the model as it was after that update, if a finished run is continued.
+        """
 
     def values(self) -> dict[str, float]:
         """Numbers for the log: what schedules and controllers now prescribe, the same in all processes."""

@@ -54,7 +54,10 @@ class KeptBlock:
 
     def set_mix(self, k: float) -> None:
         """Set the share of the new activation, 0 <= k <= 1."""
-        activation = mixed(self._state.original, self.activation, k)
+        self.set_activation(mixed(self._state.original, self.activation, k))
+
+    def set_activation(self, activation: nn.Module) -> None:
+        """As :meth:`SparseBlock.set_activation`."""
         _put(self._module, self._roles, activation)
         for linear in self._linears():
             linear.gives_zeros = gives_zeros(activation)

@@ -118,7 +118,11 @@ class SparseBlock(GuardedModule):
 
     def set_mix(self, k: float) -> None:
         """Set the share of the new activation, 0 <= k <= 1."""
-        self._modules[self.roles.act] = mixed(self.original_activation, self.activation, k)
+        self.set_activation(mixed(self.original_activation, self.activation, k))
+
+    def set_activation(self, activation: nn.Module) -> None:
+        """Put another activation in place; everything else stays."""
+        self._modules[self.roles.act] = activation
 
     def restore(self) -> nn.Module:
         """The stock block with its own activation, and this block's other children as they are now.

@@ -1,22 +1,33 @@
-"""L1 on the activations that reach the down projections: what ProSparse adds to the loss."""
+"""L1 on the activations that reach the down projections, in the three normalisations that were published."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from hf_sparse.adapters import require_blocks
+from hf_sparse.forwards import Forwards
+
+Normalisation = Literal["prosparse", "sakana_paper", "sakana_code"]
+"""What a coefficient is a coefficient of; see :class:`L1Penalty`."""
 
 
 class L1Penalty:
-    """Collects ``sum over MLP blocks of mean |h|`` in each forward of a model.
+    """Collects the L1 norm of what reaches the down projections in each forward of a model.
 
     ``h [..., F]`` is the input of a block's down projection: ``act(x gate) * (x up)`` of a gated block,
-    ``act(x up)`` of a plain one. The mean is over tokens **and** neurons, in float32, and the means of the
-    blocks are summed. Coefficients from elsewhere may mean another normalisation: without the mean over
-    neurons they are F times smaller; with a mean over the L blocks they are L times larger.
+    ``act(x up)`` of a plain one. Of L blocks with F neurons each, in float32:
+
+    ==================  ====================================================  ===========================
+    ``"prosparse"``     sum over blocks of the mean over tokens and neurons   as arXiv 2402.13516 is read
+    ``"sakana_paper"``  mean over blocks, tokens and neurons                  1 / L of it, arXiv 2603.23198
+    ``"sakana_code"``   mean over blocks and tokens of the sum over neurons   F / L of it, released code
+    ==================  ====================================================  ===========================
+
+    A coefficient c of ``"prosparse"`` is ``c * L`` of ``"sakana_paper"`` and ``c * L / F`` of
+    ``"sakana_code"``. Padding counts nowhere, see :class:`~hf_sparse.forwards.Forwards`; a token of stacked
+    experts counts for each expert that it goes to.
 
     Use::
 
@@ -34,17 +45,10 @@ class L1Penalty:
 
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        blocks, _ = require_blocks(model)
-        self._means: list[Tensor] = []
-        self._in_forward = False
-        # The two hooks on the whole model mark where a forward begins and ends, which tells it from a
-        # recomputation: that reruns the layers during backward, without the model around them.
-        self._handles = [
-            model.register_forward_pre_hook(self._begin),
-            model.register_forward_hook(self._end, always_call=True),
-            *(block.watch("h", self._collect) for block in blocks),
-        ]
+    def __init__(self, model: nn.Module, normalisation: Normalisation = "prosparse") -> None:
+        self._normalisation = normalisation
+        self._terms: list[Tensor] = []
+        self._forwards = Forwards(model, "h", self._collect, begin=self._terms.clear)
 
     def value(self) -> Tensor:
         """The penalty of the last forward: a float32 scalar with gradient.
@@ -53,22 +57,21 @@ class L1Penalty:
             RuntimeError: there was no forward, or its activations carry no gradient though one is wanted.
 
         """
-        if not self._means:
+        if not self._terms:
             raise RuntimeError("no forward of the model has run since this penalty was attached.")
-        if torch.is_grad_enabled() and not any(mean.requires_grad for mean in self._means):
+        if torch.is_grad_enabled() and not any(term.requires_grad for term in self._terms):
             raise RuntimeError(
                 "the activations of the last forward carry no gradient, so the L1 penalty would do nothing. "
                 "With gradient checkpointing use activation_checkpointing_kwargs={'use_reentrant': False}."
             )
-        device = self._means[0].device
-        return torch.stack([mean.to(device) for mean in self._means]).sum()
+        device = self._terms[0].device
+        terms = torch.stack([term.to(device) for term in self._terms])
+        return terms.sum() if self._normalisation == "prosparse" else terms.mean()
 
     def remove(self) -> None:
         """Take the hooks off the model and drop what was collected."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self._means = []
+        self._forwards.remove()
+        self._terms.clear()
 
     def __enter__(self) -> L1Penalty:
         return self
@@ -76,16 +79,15 @@ class L1Penalty:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
-    def _begin(self, module: nn.Module, args: Any) -> None:
-        self._means = []
-        self._in_forward = True
-
-    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._in_forward = False
-
-    def _collect(self, h: Tensor, _: Tensor | None) -> None:
+    def _collect(self, _: int, h: Tensor, text: Tensor | None) -> None:
         # vector_norm accumulates in float32 and saves only h itself for backward, unlike h.float().abs().
         # A recomputation must save the same tensors as the forward did, so this runs there, too.
-        mean = torch.linalg.vector_norm(h, 1, dtype=torch.float32) / h.numel()
-        if self._in_forward:
-            self._means.append(mean)
+        neurons = 1 if self._normalisation == "sakana_code" else h.shape[-1]
+        if text is None:
+            tokens = h.numel() // h.shape[-1]
+            mean = torch.linalg.vector_norm(h, 1, dtype=torch.float32) / (tokens * neurons)
+        else:
+            norms = torch.linalg.vector_norm(h, 1, dim=-1, dtype=torch.float32).flatten()
+            mean = (norms * text).sum() / (text.sum().clamp(min=1) * neurons)
+        if self._forwards.running:
+            self._terms.append(mean)

@@ -10,6 +10,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaForCausalLM
 import hf_sparse
 from hf_sparse.objectives import L1Penalty
 from support.models import untrained_llama
+from support.twins import stock
 
 
 def llama() -> LlamaForCausalLM:
@@ -58,6 +59,101 @@ def test_value_and_gradient_follow_the_definition():
     assert value > 0
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, by_hand.get(name, torch.zeros_like(gradient)), msg=name)
+
+
+@pytest.mark.parametrize("normalisation", ["prosparse", "sakana_paper", "sakana_code"])
+def test_each_normalisation_is_its_formula_and_converts_exactly(normalisation):
+    model, tokens = llama(), ids()
+    hf_sparse.patch(model, "relu")
+    seen: list[torch.Tensor] = []
+    for layer in model.model.layers:
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().double()))
+    with L1Penalty(model, normalisation) as l1, L1Penalty(model) as prosparse:
+        model(tokens)
+        value, ours = l1.value().double(), prosparse.value().double()
+    (blocks, neurons), count = (len(seen), seen[0].shape[-1]), tokens.numel()
+    total = sum(h.abs().sum() for h in seen)
+    expected, factor = {
+        "prosparse": (total / (count * neurons), 1),
+        "sakana_paper": (total / (blocks * count * neurons), 1 / blocks),
+        "sakana_code": (total / (blocks * count), neurons / blocks),
+    }[normalisation]
+    torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(value, factor * ours, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("positional", [False, True])
+def test_padding_counts_nowhere(side, positional):
+    model, tokens = llama(), torch.randint(0, 64, (2, 5))
+    hf_sparse.patch(model, "relu")
+    with L1Penalty(model) as l1:
+        model(tokens[:1])
+        model.zero_grad()
+        first = l1.value()
+        first.backward()
+        expected = gradients(model)
+        model.zero_grad()
+        padded = torch.zeros(2, 9, dtype=torch.long)
+        padded[1] = 7  # a sequence of padding only
+        mask = torch.zeros_like(padded)
+        text = slice(4, 9) if side == "left" else slice(0, 5)
+        padded[0, text], mask[0, text] = tokens[0], 1
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        if positional:
+            model(padded, mask, positions)
+        else:
+            model(input_ids=padded, attention_mask=mask, position_ids=positions, labels=padded)
+        l1.value().backward()
+        torch.testing.assert_close(l1.value(), first)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name], msg=name)
+
+
+def test_padding_of_experts_counts_nowhere():
+    model = stock("mixtral").train()
+    hf_sparse.patch(model, "relu")
+    tokens = torch.randint(3, 60, (1, 6))
+    padded, mask = torch.cat([tokens, tokens[:, :3]], 1), torch.tensor([[1] * 6 + [0] * 3])
+    with L1Penalty(model) as l1:
+        model(tokens)
+        expected = l1.value()
+        model(padded, attention_mask=mask)
+        torch.testing.assert_close(l1.value(), expected)
+
+
+def test_all_ones_are_no_padding_and_gradient_checkpointing_knows_the_mask():
+    model, tokens = llama(), ids()
+    hf_sparse.patch(model, "relu")
+    mask = torch.ones_like(tokens)
+    mask[0, 5:] = 0
+    found = []
+    for recompute in (False, True):
+        if recompute:
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        model.train().zero_grad()
+        with L1Penalty(model) as l1:
+            model(tokens, attention_mask=torch.ones_like(mask))
+            whole = l1.value()
+            model(tokens)
+            torch.testing.assert_close(l1.value(), whole)
+            model(tokens, attention_mask=mask)
+            l1.value().backward()
+            assert l1.value() != whole
+        found.append(gradients(model))
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, msg=name)
+
+
+def test_a_mask_that_does_not_fit_is_refused_in_training_only():
+    model, tokens = llama(), ids()
+    with (
+        L1Penalty(model),
+        pytest.raises(ValueError, match=r"received 16 tokens, and attention_mask is of 20"),
+    ):
+        model(tokens, attention_mask=torch.ones(2, 10, dtype=torch.long))
+    with L1Penalty(model):
+        model.eval().generate(tokens, max_new_tokens=2, do_sample=False, pad_token_id=0)
 
 
 def test_gradient_checkpointing_changes_nothing():

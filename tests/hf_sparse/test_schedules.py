@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from hf_sparse.schedules import SineStages, learning_rate_share, linear_mix
+from hf_sparse.schedules import LinearWarmup, SineStages, learning_rate_share, linear_mix
 
 # ProSparse, LLaMA2-7B: Tables 6 and 7 of arXiv 2402.13516.
 PROSPARSE_7B = SineStages((6000, 10000, 12000, 16000, 16500), (5e-3, 5e-2, 5e-2, 2e-1, 2e-1), start=5000)
@@ -41,6 +41,16 @@ def test_fractions_scale_to_steps():
     assert fractions.scaled(200).at(150) == pytest.approx(2.0)
     assert fractions.scaled(200).at(50) == 0
     assert fractions.scaled(200).at(51) == 1.0
+
+
+def test_a_warm_up_is_off_then_linear_then_constant():
+    # The comparison of arXiv 2603.23198: 5,000 steps off, 5,000 of warm-up, 3e-4.
+    schedule = LinearWarmup(3e-4, length=0.25, start=0.25).scaled(20_000)
+    assert [schedule.at(step) for step in (1, 5000)] == [0, 0]
+    assert schedule.at(5001) == pytest.approx(3e-4 / 5000)
+    assert schedule.at(7500) == pytest.approx(1.5e-4)
+    assert {schedule.at(step) for step in (10_000, 15_000, 30_000)} == {3e-4}
+    assert LinearWarmup(2e-5).at(1) == 2e-5
 
 
 def test_no_stages_is_no_penalty():

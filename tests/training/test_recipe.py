@@ -175,7 +175,8 @@ def test_shipped_recipes_are_valid(path):
 
 
 def test_the_prosparse_recipe_is_the_published_schedule():
-    (l1,) = Recipe(**load_yaml(ROOT / "training/recipes/prosparse.yaml")).acting_methods()
+    l1, shift = Recipe(**load_yaml(ROOT / "training/recipes/prosparse.yaml")).acting_methods()
+    assert shift.threshold == 0.01
     schedule = l1.schedule(16500)
     assert [round(b) for b in schedule.boundaries] == [6000, 10000, 12000, 16000, 16500]
     assert round(schedule.start) == 5000
