@@ -24,7 +24,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quickstart") / "run"
     result = quickstart(
         output=folder,
-        training=[*FEW, "--no-progress", "--l1-boundaries", "0.2", "1.0", "--l1-targets", "1", "20"],
+        training=[*FEW, "--no-progress", "--methods", "{l1: {boundaries: [0.2, 1.0], targets: [1, 20]}}"],
         eval_tokens=2048,
         decode_tokens=8,
         say=story.append,
