@@ -58,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not (recipe.progress and accelerator.is_main_process):
         disable_progress_bar()
 
+    if recipe.precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would compute in float32
+        raise ValueError("precision='fp16' needs a GPU; on a CPU choose bf16 or fp32.")
     fit(accelerator, recipe)
 
     # Continue, or begin?

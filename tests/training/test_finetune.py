@@ -186,3 +186,8 @@ def test_lora_trains_adapters_norms_and_biases_and_is_merged(command, in_process
 def test_a_bad_field_of_lora_is_named(lora, message):
     with pytest.raises(ValueError, match=message):
         Recipe(lora=lora)
+
+
+def test_fp16_is_refused_on_a_cpu(command, in_process, tmp_path):
+    with pytest.raises(ValueError, match=r"precision='fp16' needs a GPU"):
+        in_process(command(tmp_path, precision="fp16"))

@@ -28,6 +28,7 @@ RECIPES = sorted((ROOT / "training" / "recipes").glob("*.yaml"))
             {"patch": {"activation": {"name": "relu", "mix": 0.5}}},
             r"patch: activation\.mix=0.5.*method mixing",
         ),
+        ({"compile": True, "gradient_checkpointing": True}, "compile=True.*gradient_checkpointing"),
         ({"patch": {"treshold": 1}}, "patch: unknown fields in the config: treshold"),
         ({"patch": 3}, "patch: config=3 is neither"),
         ({"max_steps": 0}, "max_steps=0.*at least 1"),
