@@ -79,7 +79,9 @@ class Facts:
         text, values = _recipe(recipe)
         given = [name for name, value in (("base_model", base_model), ("datasets", datasets)) if value]
         if base_model is None:
-            base_model = _found_id(values.get("model")) or _loaded_from(model)
+            # What is trained from scratch has the sizes of that model, and nothing else of it.
+            of = None if values.get("from_scratch") else values.get("model")
+            base_model = _found_id(of) or _loaded_from(model)
         elif not is_id(base_model):
             raise ValueError(f"base_model={shown(base_model)} is not the Hub id of a model, owner/name.")
         if datasets is None:

@@ -34,10 +34,10 @@ def draw_run(folder: Path, trained: Sequence[Record], evaluated: Sequence[Record
 
 
 def draw_layers(folder: Path, original: Record | None, evaluated: Sequence[Record]) -> str:
-    """Sparsity by layer before, substituted and at the end; the name of the file."""
+    """Sparsity by layer before, patched and at the end; the name of the file."""
     states = [
         ("original", original, _GREY),
-        ("substituted", evaluated[0], _LIGHT),
+        ("patched", evaluated[0], _LIGHT),
         ("final", evaluated[-1], _BLUE),
     ]
     shown = [(name, record["layers"], colour) for name, record, colour in states if record is not None]

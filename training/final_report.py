@@ -31,7 +31,7 @@ def write_report(folder: Path, recipe: Record) -> Path:
     parts = [
         f"# {folder.resolve().name}: {recipe['model']}, trained for activation sparsity",
         _told(about, trained, evaluated),
-        _states(original, evaluated),
+        _states(original, evaluated, random=recipe.get("from_scratch", False)),
         f"{DEFINITION[0].upper()}{DEFINITION[1:]}; on held-out text, {evaluated[-1]['tokens']:,} tokens in "
         f"windows of {recipe['sequence_length']:,}.",
         *(f"![{name.partition('.')[0].replace('-', ' ')}]({name})" for name in plots),
@@ -87,9 +87,10 @@ def _seconds(trained: Sequence[Record]) -> list[tuple[float, Record]]:
     return found
 
 
-def _states(original: Record | None, evaluated: Sequence[Record]) -> str:
+def _states(original: Record | None, evaluated: Sequence[Record], *, random: bool) -> str:
     """The model before, with another activation, and trained."""
-    states = [("original", original), ("substituted, not trained", evaluated[0]), ("final", evaluated[-1])]
+    names = ("random weights" if random else "original", "patched, not trained", "final")
+    states = zip(names, (original, evaluated[0], evaluated[-1]), strict=True)
     rows = []
     for name, r in states:
         if r is not None:
@@ -106,7 +107,7 @@ def _layers(original: Record | None, evaluated: Sequence[Record]) -> str:
         before = [record["layers"].get(name) for record in (original, first) if record is not None]
         dead = last.get("dead_by_layer", {}).get(name)
         rows.append([f"`{name}`", *map(_share, [*before, share]), "" if dead is None else f"{dead:,}"])
-    head = ["MLP block", *(["original"] if original else []), "substituted", "final", "dead neurons"]
+    head = ["MLP block", *(["original"] if original else []), "patched", "final", "dead neurons"]
     return _table(head, rows)
 
 

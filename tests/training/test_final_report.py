@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_sparse
 from hf_sparse.card_metadata import read
+from hf_sparse.hub_facts import Facts
 from hf_sparse.metrics import SparsityReport
 from hf_sparse.training_facts import FILE, with_facts
 from support.loopback_hub import LoopbackHub
@@ -43,7 +44,7 @@ def rows(text: str, first: str) -> list[list[str]]:
 def test_the_report_has_the_numbers_of_the_log(finished):
     text = (finished / "report.md").read_text()
     original, evaluated = records(finished, "original")[0], records(finished, "eval")
-    expected = [("original", original), ("substituted, not trained", evaluated[0]), ("final", evaluated[-1])]
+    expected = [("original", original), ("patched, not trained", evaluated[0]), ("final", evaluated[-1])]
     found = rows(text, " | loss")
     assert [row[0] for row in found] == [name for name, _ in expected]
     for row, (_, record) in zip(found, expected, strict=True):
@@ -162,6 +163,15 @@ def test_without_a_measurement_of_the_original_the_card_has_that_of_the_model(
     (output / "measured/original.json").unlink()
     in_process(command(output, max_steps=8, methods={"mixing": {"until": 0.5}}, resume=True))
     assert "Not measured: the dense model, speed." in (output / "final/README.md").read_text()
+
+
+def test_what_is_trained_from_scratch_has_no_base_model(command, in_process, tmp_path):
+    in_process(command(tmp_path / "run", max_steps=2, from_scratch=True))
+    assert rows((tmp_path / "run/report.md").read_text(), " | loss")[0][0] == "random weights"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/final")
+    for scratch, base in ((True, None), (False, "someone/llama")):
+        given = {**NOTHING, "recipe": {"model": "someone/llama", "from_scratch": scratch}}
+        assert Facts.read(model, hf_sparse.inspect(model), **given).base_model == base
 
 
 def test_adapters_are_merged_and_told_of_by_the_names_of_the_model(command, in_process, tmp_path):
