@@ -318,6 +318,12 @@ class Recipe:
             {},
             "it is for from_scratch, and would change a pretrained model at once; use norm_uplift",
         )
+        require(
+            self.sharpness is None or "target_sparsity" not in named,
+            "sharpness",
+            self.sharpness,
+            "target_sparsity would measure half of its sparsity at perturbed weights; leave one of them out",
+        )
         lora, sparsity = self.adapters(), self.sparsity_config()
         if lora is not None:
             require(
@@ -365,7 +371,9 @@ class Recipe:
     def changed(self, earlier: dict[str, Any]) -> list[str]:
         """Fields that make this another run than the one started with ``earlier``, as "name: then -> now"."""
         now = self.to_dict()
-        fixed = [f.name for f in fields(self) if not f.metadata.get("free")]
+        steered = any(method.steered_by_evaluations for method in self.acting_methods())
+        bound = {"eval_every"} if steered else set()
+        fixed = [f.name for f in fields(self) if not f.metadata.get("free") or f.name in bound]
         return [
             f"{name}: {earlier.get(name)!r} -> {now[name]!r}"
             for name in fixed

@@ -108,6 +108,11 @@ class Method(ABC):
     has_teacher: ClassVar[bool] = False
     """Whether it needs the model as it was before the patch."""
 
+    @property
+    def steered_by_evaluations(self) -> bool:
+        """Whether what is learned depends on when evaluations are made."""
+        return False
+
     def __post_init__(self) -> None:
         check_types(self, f"methods.{self.name}.")
 

@@ -79,6 +79,10 @@ class TargetSparsity(Method):
         require(ok, f"{prefix}dense_perplexity", self.dense_perplexity, mend)
         require(0 <= self.start < self.by <= 1, f"{prefix}by", self.by, "it must be in (start, 1]")
 
+    @property
+    def steered_by_evaluations(self) -> bool:
+        return self.perplexity is not None
+
     def check(self, sparsity: SparsityConfig | None) -> None:
         if sparsity is None:
             raise ValueError(

@@ -228,6 +228,7 @@ def test_shipped_recipes_hold_plain_yaml():
             {"lora": {"biases": False}, "patch": {"activation": "relu", "zeroth_bias": {"positions": 8}}},
             r"lora\.biases=False.*stay zero",
         ),
+        ({"sharpness": "sam", "methods": {"target_sparsity": {"sparsity": 0.5}}}, "perturbed weights"),
         ({"lora": {"norms": False}, "methods": {"norm_uplift": {}}}, r"lora\.norms=False.*norm_uplift"),
         (
             {"methods": {"blockwise": {}}, "patch": {"zeroth_bias": {"positions": 8}}},
@@ -238,3 +239,12 @@ def test_shipped_recipes_hold_plain_yaml():
 def test_fields_that_contradict_each_other_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         Recipe(**fields)
+
+
+@pytest.mark.parametrize(
+    ("goal", "changed"), [({"sparsity": 0.5}, []), ({"perplexity": 5.0}, ["eval_every"])]
+)
+def test_when_evaluations_are_made_matters_where_they_steer(goal, changed):
+    before = Recipe(methods={"target_sparsity": goal}).to_dict()
+    now = Recipe(methods={"target_sparsity": goal}, eval_every=7)
+    assert [change.split(":")[0] for change in now.changed(before)] == changed
