@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from support.runs import TRAINING
 
 RECIPES = sorted(path.stem for path in (TRAINING / "recipes").glob("*.yaml"))
-SMALLER = {"sequence_length": 16, "global_batch": 8, "eval_tokens": 64}
+SMALLER = {"sequence_length": 16, "global_batch": 16, "eval_tokens": 64}
 
 
 @pytest.mark.slow
