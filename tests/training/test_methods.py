@@ -58,8 +58,8 @@ def test_a_resumed_run_knows_what_its_methods_knew(whole, command, in_process, t
     assert "step-00000005" in capsys.readouterr().out
     same(output, whole)
     train = records(whole, "train")
-    assert {train[3]["dead_neurons"], train[-1]["dead_neurons"]} & {0.0} == set()
-    assert train[-1]["target_coefficient"] > train[2]["target_coefficient"] > train[0]["target_coefficient"]
+    assert train[5]["dead_neurons"] > 0  # of updates 5, after which it was resumed, and 6
+    assert train[-1]["target_coefficient"] > train[5]["target_coefficient"] > train[0]["target_coefficient"]
 
 
 def test_the_shifted_model_is_the_one_that_is_evaluated_last_and_saved(
