@@ -85,10 +85,21 @@ def new_modules(
     return new
 
 
-def _sparse(block: Block, config: SparsityConfig, index: int) -> SparseBlock | KeptChange:
+def new_activation(block: Block, config: SparsityConfig, index: int) -> nn.Module:
+    """What ``config`` puts in the place of the activation of ``block``, the ``index``-th patched one.
+
+    Raises:
+        PatchError: the block cannot have it.
+
+    """
     activation = build_activation(config.activation, index, block.original_activation)
     for _, part in config.others:
         activation = part.around(activation, index, block)
+    return activation
+
+
+def _sparse(block: Block, config: SparsityConfig, index: int) -> SparseBlock | KeptChange:
+    activation = new_activation(block, config, index)
     others = tuple(name for name, _ in config.others)
     if block.stays:
         return KeptChange.to_sparse(block, activation, config.activation.mix, others)

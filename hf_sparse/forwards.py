@@ -21,9 +21,10 @@ text, bool ``[T]``; None: all are."""
 class Forwards:
     """Calls ``seen`` with what passes a site of every MLP block in each forward of ``model``.
 
-    Padding is where a two-dimensional ``attention_mask`` of the forward is 0; masks of other shapes say which
-    tokens see which, and not what is padding. That a label is -100 does not matter: a prompt that is not to
-    be learned is computed nevertheless.
+    Padding is where a two-dimensional ``attention_mask`` of the forward is 0 (in the blocks of a decoder that
+    has an encoder, ``decoder_attention_mask``); masks of other shapes say which tokens see which, and not
+    what is padding. That a label is -100 does not matter: a prompt that is not to be learned is computed
+    nevertheless.
 
     Args:
         model: the bare model, before or after it is wrapped for data parallelism.
@@ -47,7 +48,9 @@ class Forwards:
         self.blocks, _ = require_blocks(model)
         self.running = False
         self._seen, self._begin_of = seen, begin
-        self._mask: Tensor | None = None
+        of_two = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        self._in_decoder = [of_two and "decoder" in block.name.split(".") for block in self.blocks]
+        self._masks: tuple[Tensor | None, Tensor | None] = (None, None)
         self._handles = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
             model.register_forward_hook(self._end, always_call=True),
@@ -61,7 +64,7 @@ class Forwards:
         self._handles = []
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self._mask = _padding_mask(module, args, kwargs)
+        self._masks = _masks(module, args, kwargs)
         self.running = True
         self._begin_of()
 
@@ -72,9 +75,10 @@ class Forwards:
         self._seen(index, values, self._text(index, values, tokens))
 
     def _text(self, index: int, values: Tensor, tokens: Tensor | None) -> Tensor | None:
-        if self._mask is None:
+        mask = self._masks[self._in_decoder[index]]
+        if mask is None:
             return None
-        text = self._mask.flatten().to(values.device).bool()
+        text = mask.flatten().to(values.device).bool()
         if tokens is not None and len(tokens) and len(text) > int(tokens.max()):
             text = text[tokens]
         if len(text) == values.shape[:-1].numel():
@@ -83,13 +87,21 @@ class Forwards:
             return None
         raise ValueError(
             f"{self.blocks[index].name} received {values.shape[:-1].numel()} tokens, and attention_mask is "
-            f"of {self._mask.numel()}, so padding cannot be told from text; give batches without padding, or "
+            f"of {mask.numel()}, so padding cannot be told from text; give batches without padding, or "
             "a mask with one value for each token."
         )
 
 
-def _padding_mask(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    mask = kwargs.get("attention_mask")
-    if mask is None and len(args) > 1:
-        mask = inspect.signature(module.forward).bind_partial(*args).arguments.get("attention_mask")
+def _masks(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Tensor | None, Tensor | None]:
+    """That of padding in the only or first stack of blocks, and in a decoder after it."""
+    given = dict(kwargs)
+    if len(args) > 1:
+        given |= inspect.signature(module.forward).bind_partial(*args).arguments
+    first, second = (given.get(name) for name in ("attention_mask", "decoder_attention_mask"))
+    return _of_padding(first), _of_padding(second)
+
+
+def _of_padding(mask: object) -> Tensor | None:
     return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None

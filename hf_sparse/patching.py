@@ -10,14 +10,14 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_sparse.activations import ActivationConfig, build_activation, row_of
+from hf_sparse.activations import ActivationConfig, row_of
 from hf_sparse.activations.mixed import mixed
 from hf_sparse.adapters import Block, Skipped, require_blocks
 from hf_sparse.checkpoint_block import Record
 from hf_sparse.composite import LANGUAGE, Part, find_part, listed, parts_of, pass_on_refusal
 from hf_sparse.config import SparsityConfig
 from hf_sparse.errors import PatchError
-from hf_sparse.exchange import choose, exchange, new_modules, outside, places
+from hf_sparse.exchange import choose, exchange, new_activation, new_modules, outside, places
 from hf_sparse.gguf import forget_gguf
 from hf_sparse.modules import KeptBlock, KeptChange, ParameterLeaf, SparseBlock, sparse_part, sparse_parts
 from hf_sparse.part_reports import blocks_of, inspected, patched_parts, report
@@ -190,6 +190,7 @@ def set_activation(model: nn.Module, activation: ActivationConfig, *, part: str 
                 f"{activation} and {old.config.activation} differ in what they make of the up projection, "
                 "which is more than the activation of a block; use patch."
             )
+        config = old.config.changed(activation=activation)
         new: list[tuple[SparseBlock | KeptBlock, nn.Module]] = []
         count = 0
         for index in range(len(one.models)):
@@ -201,10 +202,9 @@ def set_activation(model: nn.Module, activation: ActivationConfig, *, part: str 
                 activation.check(block)
                 for copy in (block, *block.spares):
                     if (sparse := sparse_part(copy.module)) is not None:
-                        original = copy.original_activation
-                        own = build_activation(activation, number, original)
-                        new.append((sparse, mixed(original, own, activation.mix)))
-        record = Record.of(old.config.changed(activation=activation), count, old.field, old.activation)
+                        own = new_activation(copy, config, number)
+                        new.append((sparse, mixed(copy.original_activation, own, activation.mix)))
+        record = Record.of(config, count, old.field, old.activation)
         changes.append((one, record, new))
     for one, record, new in changes:
         for sparse, own in new:

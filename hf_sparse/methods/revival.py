@@ -94,6 +94,10 @@ class _Acting(Acting):
             for block in self._blocks:
                 _deciding(block)
             self._looked = True
+        if not self._now:
+            raise RuntimeError(
+                "revival saw no forward of the model in this update, so it knows no dead neurons."
+            )
         # No neuron is dead in a block that no token came to.
         found = [self._now.get(i, torch.ones(size)) for i, size in enumerate(self._sizes)]
         device = next((one.device for one in self._now.values()), torch.device("cpu"))

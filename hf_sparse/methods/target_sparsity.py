@@ -44,6 +44,7 @@ class TargetSparsity(Method):
     """
 
     name = "target_sparsity"
+    excludes = ("l1",)
 
     sparsity: float | None = None
     """Share of exact zeros to be reached, below 1."""

@@ -5,7 +5,13 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaForCausalLM
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import hf_sparse
 from hf_sparse.objectives import L1Penalty
@@ -120,6 +126,23 @@ def test_padding_of_experts_counts_nowhere():
         expected = l1.value()
         model(padded, attention_mask=mask)
         torch.testing.assert_close(l1.value(), expected)
+
+
+def test_a_decoder_after_an_encoder_has_a_mask_of_its_own():
+    sizes = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4, "vocab_size": 64}
+    model = T5ForConditionalGeneration(T5Config(**sizes, dropout_rate=0.0)).train()
+    hf_sparse.patch(model, "relu")
+    ids, own = torch.randint(3, 60, (1, 9)), torch.randint(3, 60, (1, 9))
+    mask, own_mask = torch.ones(1, 9, dtype=torch.long), torch.ones(1, 9, dtype=torch.long)
+    mask[:, 6:], own_mask[:, 4:] = 0, 0
+    with L1Penalty(model) as l1:
+        model(input_ids=ids[:, :6], decoder_input_ids=own[:, :4])
+        expected = l1.value().detach()
+        masks = {"attention_mask": mask, "decoder_attention_mask": own_mask}
+        model(input_ids=ids, decoder_input_ids=own, **masks)
+        torch.testing.assert_close(l1.value().detach(), expected)
+        model(input_ids=ids, decoder_input_ids=own, attention_mask=mask)
+        assert l1.value() != expected
 
 
 def test_all_ones_are_no_padding_and_gradient_checkpointing_knows_the_mask():

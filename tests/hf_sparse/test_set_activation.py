@@ -34,6 +34,20 @@ def test_it_is_the_model_that_a_patch_makes(tiny_model, kind, input_ids) -> None
     assert replaced == {"ReLU"}
 
 
+def test_other_parts_of_the_patch_stay(tiny_model, input_ids) -> None:
+    """What is around the activation is around the new one; what was trained is not made anew."""
+    parts = {"statistical_topk": {"sparsity": 0.3}, "topk": {"share": 0.5}, "zeroth_bias": {"positions": 32}}
+    model, other = tiny_model("llama"), tiny_model("llama")
+    for one, activation in ((model, "relu"), (other, {"name": "fatrelu", "threshold": 0.5})):
+        hf_sparse.patch(one, SparsityConfig(activation=activation, **parts))
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.mlp.zeroth_bias.bias)
+    other.load_state_dict(model.state_dict())
+    set_activation(model, ActivationConfig(name="fatrelu", threshold=0.5))
+    assert torch.equal(model(input_ids).logits, other(input_ids).logits)
+    assert hf_sparse.inspect(model).config == hf_sparse.inspect(other).config
+
+
 def test_back_to_relu_is_a_stock_model_again(tiny_model, input_ids, tmp_path) -> None:
     model = tiny_model("llama")
     hf_sparse.patch(model, "relu")
