@@ -86,6 +86,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
             mean=lambda value: trainer.accelerator.reduce(value, "mean"),
             dense=None if self._dense is None else lambda: self._load_dense(args.device),
             dense_loss=self._dense_loss,
+            eval_every=_eval_every(args, state),
         )
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         self._acting = ActingTogether(self.methods, training)
@@ -150,7 +151,9 @@ class SparsityCallback(TrainerCallback, ExportableState):
             self._acting.after_evaluation(state.global_step, report)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Take everything off the model and the trainer."""
+        """Let methods finish the model, and take everything off it and the trainer."""
+        if self._acting is not None:
+            self._acting.finish()
         self._detach()
 
     def state(self) -> dict[str, Any]:
@@ -203,6 +206,14 @@ def _calling_trainer() -> Any:
             return caller
         frame = frame.f_back
     raise RuntimeError("SparsityCallback was called by something that is no transformers.Trainer.")
+
+
+def _eval_every(args: Any, state: Any) -> int:
+    """Updates between evaluations; 0 without."""
+    strategy = getattr(args.eval_strategy, "value", args.eval_strategy)
+    if strategy == "epoch":
+        return max(1, round(state.max_steps / max(state.num_train_epochs, 1)))
+    return int(state.eval_steps) if strategy == "steps" and state.eval_steps else 0
 
 
 def _refuse_late_freezing(trainer: Any, model: nn.Module, trained: set[str]) -> None:

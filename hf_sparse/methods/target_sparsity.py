@@ -137,7 +137,8 @@ class _Acting(Acting):
 
     def loss(self, step: int, batch: Mapping[str, Tensor], output: Any) -> dict[str, Term]:
         penalty = self._penalty.value()
-        self._penalties.append((penalty.detach(), len(next(iter(batch.values())))))
+        rows = next(len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim() > 1)
+        self._penalties.append((penalty.detach(), rows))
         return {"target_l1": Term(penalty, self._coefficient)}
 
     def after_step(self, step: int) -> None:

@@ -199,6 +199,20 @@ def test_evaluations_are_of_the_model_alone_and_tell_sparsity(tmp_path):
     assert made.evaluate()["eval_loss"] == report.loss  # after the training, too
 
 
+def test_methods_finish_the_model_at_the_end_and_are_steered_by_evaluations(tmp_path):
+    budget = {"perplexity": 50.0, "dense_perplexity": 1000.0, "by": 1.0}
+    methods = {"target_sparsity": budget, "threshold_shift": {"threshold": 0.2}}
+    made = trainer(
+        tmp_path, methods, lengths=PADDED, evaluate=True, eval_steps=1, max_steps=6, logging_steps=1
+    )
+    _, log = run(made)
+    coefficients = [record["target_coefficient"] for record in log if "target_coefficient" in record]
+    assert coefficients[0] == 0 < coefficients[1] < coefficients[-1]
+    assert hf_sparse.inspect(made.model).config == hf_sparse.SparsityConfig.read("fatrelu", threshold=0.2)
+    with pytest.raises(ValueError, match="eval_every=0 gives fewer than 4"):
+        trainer(tmp_path, {"target_sparsity": budget}).train()
+
+
 def test_those_that_report_get_terms_and_sparsity(tmp_path):
     seen = []
 
