@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 _FIRST = math.log(1e-2)
-_LEAST, _MOST = math.log(1e-6), math.log(1e3)
+_MOST = math.log(1e3)
 _NOTICEABLE = 0.05
 _DELAY = 6
 _SLOW = 32.0
@@ -30,13 +30,15 @@ class DensityControl:
 
     P, at most 8, is ``horizon / 32`` in short runs: from the coefficient to the density it takes about a
     dozen updates, the memory of Adam, and a loop that is faster than a few of these swings. The coefficient
-    is clamped to the equivalent of 1e-6 to 1e3 nats, the increments being what keeps it from winding up.
+    is clamped to the equivalent of ``least`` to 1e3 nats, the increments being what keeps it from winding up.
 
     The state are floats, and all of it follows from what was seen: a resumed run does the same.
     """
 
     horizon: float
     """Updates in which the wanted density is to be reached."""
+    least: float = 1e-6
+    """In nats, at most 0.01."""
     reference: float = 0.0
     """The penalty at the first update; a coefficient of 1 / reference is 1 nat."""
     log_share: float = _FIRST
@@ -54,9 +56,9 @@ class DensityControl:
         return math.exp(self.log_share) / self.reference if self.reference > 0 else 0.0
 
     @property
-    def following(self) -> bool:
-        """Whether the search is over."""
-        return self.error is not None
+    def searching(self) -> bool:
+        """Whether the coefficient has been raised, and the search is not over."""
+        return self.error is None and self.log_share > _FIRST
 
     def see(self, sparsity: float, penalty: float) -> float:
         """Take the sparsity and the penalty of an update; returns ln of the smoothed density."""
@@ -69,11 +71,11 @@ class DensityControl:
         self.natural = max(self.natural, self.density)
         return self.density
 
-    def search(self) -> bool:
-        """Raise the coefficient; returns whether the density has answered."""
+    def search(self, most: float = 0.15) -> bool:
+        """Raise ln(coefficient), by ``most`` at most; returns whether the density has answered."""
         assert self.density is not None
         # Three decades in a fifth of the horizon, if it is long enough to see what each does.
-        pace = min(3 * math.log(10) / (0.2 * self.horizon), 0.15)
+        pace = min(3 * math.log(10) / (0.2 * self.horizon), most)
         if self.density < self.natural - _NOTICEABLE:
             self.error = 0.0
             self.move(-_DELAY * pace)  # back to what has done that
@@ -101,4 +103,4 @@ class DensityControl:
 
     def move(self, by: float) -> None:
         """Add to ln(coefficient), as far as it is clamped."""
-        self.log_share = min(max(self.log_share + by, _LEAST), _MOST)
+        self.log_share = min(max(self.log_share + by, math.log(self.least)), _MOST)

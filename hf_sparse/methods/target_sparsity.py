@@ -31,6 +31,10 @@ _FASTEST = 0.004
 """In ln(density) per update: what sparsity costs shows some dozens of updates later."""
 _LEAD = 0.2
 """In ln(density), to the density that there is."""
+_STEP = 1.0
+"""In ln(coefficient) per evaluation: how fast it is searched for, and falls while a budget is overdrawn."""
+_MARGIN = 0.9
+"""The share of a budget that is aimed at."""
 _LAST = 0.2
 """The share of the run in the end in which sparsity is raised less and less, so that a budget is kept."""
 
@@ -108,7 +112,7 @@ class TargetSparsity(Method):
                 f"{self.by:.0%} of {training.steps} steps; set eval_every from 1 to "
                 f"{max(1, int(horizon / _EVALUATIONS))}."
             )
-        return _Acting(self, training, loss + math.log1p(self.perplexity / 100))
+        return _Acting(self, training, loss + _MARGIN * math.log1p(self.perplexity / 100))
 
 
 class _Acting(Acting):
@@ -117,7 +121,9 @@ class _Acting(Acting):
         self._penalty = L1Penalty(training.model)
         self._forwards = Forwards(training.model, "h", self._count)
         self._start, self._by = method.start * training.steps, method.by * training.steps
-        self._control = DensityControl(max(1.0, self._by - self._start))
+        # What a budget could not afford it may again: from nearly nothing that would take too long.
+        least = 1e-6 if limit is None else 1e-2
+        self._control = DensityControl(max(1.0, self._by - self._start), least)
         self._wanted: float | None = None  # ln of the density; None while the coefficient is searched for
         self._begin = (0.0, 0.0)  # of the ramp: step, and ln of the density
         self._slack: float | None = None  # nats below the limit, at the last evaluation
@@ -214,17 +220,21 @@ class _Acting(Acting):
     def _spend(self, step: int, density: float) -> None:
         if self._slack is None:
             return
+        assert self._method.perplexity is not None
+        control, steps = self._control, self._training.steps
         if self._wanted is None:
-            if self._slack <= 0 or not self._control.search():
+            if self._slack <= 0 and not control.searching:
+                return  # there has been nothing to spend so far
+            if self._slack > 0 and not control.search(_STEP / self._training.eval_every):
                 return
             self._wanted = density
-        assert self._method.perplexity is not None
-        share = min(max(self._slack / math.log1p(self._method.perplexity / 100), -1.0), 1.0)
-        # Sparser the faster the more of the budget is left, back twice as fast, and in the end only back.
-        steps = self._training.steps
+        # Sparser the faster the more of the budget is left; in the end only back.
+        share = min(self._slack / math.log1p(self._method.perplexity / 100), 1.0) if self._slack > 0 else -2.0
         left = min(max((steps - step) / (_LAST * steps), 0.0), 1.0)
         pace = min(_RANGE / (self._by - self._start), _FASTEST)
-        wanted = self._wanted - pace * (share * left if share > 0 else 2 * share)
+        wanted = self._wanted - pace * (share * left if share > 0 else share)
         # What the model does not follow is not asked for.
         self._wanted = min(max(wanted, density - _LEAD * left), density + _LEAD, 0.0)
-        self._control.follow(self._wanted)
+        control.follow(self._wanted)
+        if share < 0:  # it is the push that costs most
+            control.move(-_STEP / self._training.eval_every)

@@ -17,8 +17,7 @@ from support.runs import run
 
 STATEFUL = {
     "max_steps": 12,
-    "save_every": 5,
-    "keep_checkpoints": 3,
+    "save_every": 7,
     "log_every": 1,
     "methods": {
         "target_sparsity": {"sparsity": 0.97, "by": 0.7},
@@ -38,8 +37,8 @@ def same(a: Path, b: Path) -> None:
     logs = [read_log(output / "log.jsonl")[1:] for output in (a, b)]
     for log in logs:
         for record in log:
-            for timed in ("tokens_per_second", "data_wait"):
-                record.pop(timed, None)
+            for name in ("tokens_per_second", "data_wait"):
+                record.pop(name, None)
     assert logs[0] == logs[1]
 
 
@@ -53,14 +52,13 @@ def whole(command, in_process, tmp_path_factory) -> Path:
 def test_a_resumed_run_knows_what_its_methods_knew(whole, command, in_process, tmp_path, capsys) -> None:
     output = tmp_path / "run"
     shutil.copytree(whole, output)
-    for step in (10, 12):
-        shutil.rmtree(output / f"checkpoints/step-{step:08d}")
+    shutil.rmtree(output / "checkpoints/step-00000012")
     in_process(command(output, resume=True, **STATEFUL))
-    assert "step-00000005" in capsys.readouterr().out
+    assert "step-00000007" in capsys.readouterr().out
     same(output, whole)
     train = records(whole, "train")
-    assert any(record["dead_neurons"] > 0 for record in train)
-    assert train[-1]["target_coefficient"] > train[5]["target_coefficient"] > train[0]["target_coefficient"]
+    assert train[7]["dead_neurons"] > 0  # of updates 7, after which it was resumed, and 8
+    assert train[-1]["target_coefficient"] > train[7]["target_coefficient"] > train[0]["target_coefficient"]
 
 
 def test_the_shifted_model_is_the_one_that_is_evaluated_last_and_saved(
@@ -101,10 +99,8 @@ REAL = {"sequence_length": 32, "learning_rate": 2e-3, "shuffle_buffer": 50, "sav
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sparsity", [0.65, 0.85])
-def test_a_stated_sparsity_is_reached_on_a_real_llama(
-    sparsity, assets, command, in_process, tmp_path
-) -> None:
+def test_a_stated_sparsity_is_reached_on_a_real_llama(assets, command, in_process, tmp_path) -> None:
+    sparsity = 0.8
     fields = {"model": assets / "stories260K", "dataset": assets / "c4", **REAL, "eval_every": 0}
     methods = {"target_sparsity": {"sparsity": sparsity}}
     in_process(command(tmp_path / "run", **fields, max_steps=250, eval_tokens=20480, methods=methods))
