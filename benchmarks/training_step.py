@@ -236,7 +236,8 @@ def ours(methods: dict[str, Any], args: argparse.Namespace, folder: Path) -> Non
         if not tokens:
             tokens.append(batches(model, args))
             turns.wait()
-        values = update(run, replace(batch, input_ids=next(tokens[0])), *more)
+        ids = next(tokens[0])
+        values = update(run, replace(batch, input_ids=ids, labels=ids), *more)
         turns.end(lambda: held_out_loss(model, args))
         return values
 

@@ -150,6 +150,6 @@ def test_a_model_of_another_task_is_refused(tiny, tiny_t5):
         load(Recipe(model=str(tiny), task="span_corruption"))
 
 
-def test_there_is_nothing_to_distil_from(command, tiny, in_process, tmp_path):
+def test_there_is_nothing_to_distil_from():
     with pytest.raises(ValueError, match=r"from_scratch.*leave distillation out"):
-        in_process(command(tmp_path / "run", from_scratch=True, methods={"distillation": {}}))
+        Recipe(from_scratch=True, methods={"distillation": {}})
