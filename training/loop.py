@@ -220,10 +220,12 @@ def backward(run: Run, inputs: dict[str, Tensor], step: int, weight: float = 1.0
     """Forward and backward of one micro-batch, its loss times ``weight``; the loss and the terms."""
     output = run.model(**inputs, use_cache=False)
     terms = {"loss": Term(output.loss, run.acting.task_weight(step)), **run.acting.loss(step, inputs, output)}
+    nothing = 0.0 * output.loss
+    del output  # its logits, which backward does not need, may be the largest tensor of all
     if idle := [name for name, term in terms.items() if term.weight and not term.value.requires_grad]:
         raise RuntimeError(f"{' and '.join(idle)} would train nothing: no gradient reaches a trained weight.")
     total = sum((term.weight * term.value for term in terms.values() if term.weight), 0.0)
-    total = total * weight if torch.is_tensor(total) else 0.0 * output.loss
+    total = total * weight if torch.is_tensor(total) else nothing
     if run.accelerator.distributed_type == DistributedType.DEEPSPEED:
         _require_finite(run, total, step)
     run.accelerator.backward(total)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from hf_sparse.adapters import Block
 from hf_sparse.errors import PatchError
-from hf_sparse.metrics.batches import rows
+from hf_sparse.observing.batches import rows
 
 IGNORED = -100
 """A label that is left out of the loss."""
@@ -80,8 +80,8 @@ def seen(model: PreTrainedModel, batch: Any, device: torch.device) -> Seen:
     return Seen(given, encoder_mask, decoder_mask)
 
 
-def summed_loss(output: Any, labels: Tensor) -> tuple[float, int]:
-    """Summed cross-entropy of the labels, in nats, and their number; the model shifts its input itself.
+def losses(output: Any, labels: Tensor) -> Iterator[Tensor]:
+    """Summed cross-entropy of the labels of each row, in nats; the model shifts its input itself.
 
     Raises:
         ValueError: the model gives no row of logits for each label.
@@ -92,10 +92,8 @@ def summed_loss(output: Any, labels: Tensor) -> tuple[float, int]:
         raise ValueError(
             "the model does not give a row of logits for each label; load it with AutoModelForSeq2SeqLM."
         )
-    total = 0.0
-    for row, target in zip(logits, labels.to(logits.device), strict=True):  # one at a time in float32
-        total += cross_entropy(row.float(), target, reduction="sum", ignore_index=IGNORED).item()
-    return total, int((labels != IGNORED).sum())
+    pairs = zip(logits, labels.to(logits.device), strict=True)  # one at a time in float32
+    return (cross_entropy(x.float(), y, reduction="sum", ignore_index=IGNORED) for x, y in pairs)
 
 
 _KEYS = ("input_ids", "labels", "attention_mask", "decoder_input_ids", "decoder_attention_mask")

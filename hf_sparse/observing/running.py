@@ -64,8 +64,8 @@ def _execution_devices(module: nn.Module) -> Iterator[torch.device]:
 
 
 @contextmanager
-def observed(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradient, no compiled graph; afterwards every module is in the mode that it was in.
+def observed(model: nn.Module, *, grad: bool = False) -> Iterator[None]:
+    """Eval mode, no gradient unless ``grad``, no compiled graph; afterwards every module is in its own mode.
 
     ``no_grad``, and no inference mode even inside of one: tensors that are made there, as the gathered
     weights of a sharded model or the frequencies of a rotary embedding, can never be trained with.
@@ -73,7 +73,7 @@ def observed(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.set_grad_enabled(grad))
         if "torch._dynamo" in sys.modules:  # else nothing was compiled, and importing it takes seconds
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         model.eval()
@@ -82,3 +82,22 @@ def observed(model: nn.Module) -> Iterator[None]:
         finally:
             for module, training in modes:
                 module.training = training
+
+
+@contextmanager
+def takes_gradients(model: nn.Module, inner: PreTrainedModel) -> Iterator[None]:
+    """Gradients reach every activation after the embeddings of ``inner``, and no parameter of ``model``."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def required(module: nn.Module, args: Any, embedded: torch.Tensor) -> torch.Tensor:
+        return embedded.detach().requires_grad_()
+
+    handle = inner.get_input_embeddings().register_forward_hook(required)
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        handle.remove()
+        for parameter in trained:
+            parameter.requires_grad_(True)

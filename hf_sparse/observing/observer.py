@@ -1,0 +1,57 @@
+"""What looks at a site of a block."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, TypeVar
+
+from torch import Tensor
+
+from hf_sparse.adapters import Block
+from hf_sparse.adapters.roles import Site
+
+Self = TypeVar("Self", bound="Observer")
+
+
+class Observer(ABC):
+    """Looks, while it is entered, at what passes one site of one block.
+
+    What it keeps should not grow with the data: a pass may be long.
+    """
+
+    site: ClassVar[Site] = "h"
+    """Where; see :meth:`hf_sparse.adapters.Block.watch`."""
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self.mask: Tensor | None = None
+        """Int ``[B, S]`` of the batch, 0 at padding; None means there is none."""
+
+    @abstractmethod
+    def update(self, values: Tensor, routed: bool) -> None:
+        """Look at ``values`` ``[T, F]``, or ``[T, D]`` at a site of that width: tokens without padding.
+
+        ``routed`` says that they are of experts, where a token may have several rows or none, and a column is
+        a neuron of each expert.
+        """
+
+    def __enter__(self: Self) -> Self:
+        self._handle = self.block.watch(self.site, self._see)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+
+    def _see(self, values: Tensor, tokens: Tensor | None) -> None:
+        rows = values.flatten(0, -2)
+        if self.mask is not None:
+            is_text = self.mask.flatten().to(rows.device).bool()
+            if tokens is not None:
+                is_text = is_text[tokens]
+            if len(rows) != len(is_text):
+                raise ValueError(
+                    f"{self.block.name} received {len(rows)} tokens of a batch of {self.mask.numel()}, so "
+                    "padding cannot be told from text there; give batches without padding."
+                )
+            rows = rows[is_text]
+        self.update(rows, tokens is not None)
