@@ -35,6 +35,9 @@ class Observer(ABC):
         a neuron of each expert.
         """
 
+    def update_gradient(self, values: Tensor, gradient: Tensor, routed: bool) -> None:  # noqa: B027
+        """Look at ``values``, as above, and the gradient of the summed loss in them; in a pass with ``grad``."""
+
     def __enter__(self: Self) -> Self:
         self._handle = self.block.watch(self.site, self._see)
         return self
@@ -43,15 +46,27 @@ class Observer(ABC):
         self._handle.remove()
 
     def _see(self, values: Tensor, tokens: Tensor | None) -> None:
-        rows = values.flatten(0, -2)
-        if self.mask is not None:
-            is_text = self.mask.flatten().to(rows.device).bool()
-            if tokens is not None:
-                is_text = is_text[tokens]
-            if len(rows) != len(is_text):
-                raise ValueError(
-                    f"{self.block.name} received {len(rows)} tokens of a batch of {self.mask.numel()}, so "
-                    "padding cannot be told from text there; give batches without padding."
+        mask = self.mask
+        routed = tokens is not None
+        if values.requires_grad:
+            values.register_hook(
+                lambda gradient: self.update_gradient(
+                    self._text(values.detach(), tokens, mask), self._text(gradient, tokens, mask), routed
                 )
-            rows = rows[is_text]
-        self.update(rows, tokens is not None)
+            )
+        self.update(self._text(values.detach(), tokens, mask), routed)
+
+    def _text(self, values: Tensor, tokens: Tensor | None, mask: Tensor | None) -> Tensor:
+        """The rows of ``values`` that are no padding."""
+        rows = values.flatten(0, -2)
+        if mask is None:
+            return rows
+        is_text = mask.flatten().to(rows.device).bool()
+        if tokens is not None:
+            is_text = is_text[tokens]
+        if len(rows) != len(is_text):
+            raise ValueError(
+                f"{self.block.name} received {len(rows)} tokens of a batch of {mask.numel()}, so "
+                "padding cannot be told from text there; give batches without padding."
+            )
+        return rows[is_text]

@@ -68,9 +68,8 @@ def observe(
         batch_size: windows per forward.
         max_tokens: stop after this many tokens.
         progress: show a progress bar.
-        grad: after each forward go back through it, from the summed loss of its tokens; what an observer
-            sees is then part of a graph, and ``values.register_hook`` gives it the gradient. No parameter
-            gets one.
+        grad: after each forward go back through it, from the summed loss of its tokens, and give observers
+            the gradients. No parameter gets one.
 
     Raises:
         ValueError: no data, or data of another kind; see :func:`hf_sparse.measure`.
