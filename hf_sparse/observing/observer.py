@@ -36,7 +36,7 @@ class Observer(ABC):
         """
 
     def update_gradient(self, values: Tensor, gradient: Tensor, routed: bool) -> None:  # noqa: B027
-        """Look at ``values``, as above, and the gradient of the summed loss in them; in a pass with ``grad``."""
+        """Look at ``values``, as above, and the gradient of the summed loss in them."""
 
     def __enter__(self: Self) -> Self:
         self._handle = self.block.watch(self.site, self._see)
