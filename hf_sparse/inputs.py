@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
@@ -132,7 +132,7 @@ class InputsConfig(Part):
         found: dict[int, float] = {}
         for layer in dict.fromkeys(layer_of(block.name) for block in blocks):
             for owner, key in thresholded(model.get_submodule(layer)):
-                one: Any = owner._modules[key]
+                one = pruned(owner, key)
                 found[id(one)] = one.threshold
         if {k: v for k, v in expected.items() if v} != found:
             raise PatchError(
@@ -174,6 +174,11 @@ def thresholded(layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
                 yield owner, name
 
 
+def pruned(owner: nn.Module, name: str) -> SparseLinear:
+    """One of those that :func:`thresholded` gives."""
+    return cast(SparseLinear, owner._modules[name])
+
+
 def _layers(chosen: Sequence[Block]) -> list[str]:
     """The layer of each block.
 
@@ -213,9 +218,7 @@ def _put(layer: nn.Module, name: str, path: str, threshold: float) -> None:
 
 def _take_away(layer: nn.Module) -> None:
     for owner, name in list(thresholded(layer)):
-        one = owner._modules[name]
-        assert isinstance(one, SparseLinear)
-        _exchange(owner, name, one.restore())
+        _exchange(owner, name, pruned(owner, name).restore())
 
 
 def _exchange(owner: nn.Module, name: str, new: nn.Module) -> None:

@@ -19,6 +19,7 @@ from hf_sparse.config import SparsityConfig
 from hf_sparse.errors import PatchError
 from hf_sparse.exchange import choose, exchange, new_activation, new_modules, outside, places
 from hf_sparse.gguf import forget_gguf
+from hf_sparse.inputs import pruned, thresholded
 from hf_sparse.modules import KeptBlock, KeptChange, ParameterLeaf, SparseBlock, sparse_part, sparse_parts
 from hf_sparse.part_reports import blocks_of, inspected, patched_parts, report
 from hf_sparse.patch_report import PatchReport
@@ -222,7 +223,8 @@ def _write(base: PreTrainedModel, part: Part, record: Record) -> None:
 def prepare(model: nn.Module, *, certify: bool = False) -> None:
     """Get a patched model ready to skip; otherwise the first call that skips does it, block by block.
 
-    Down projections are stored neuron-major: same values and shape, other strides. That lasts until somebody
+    Down projections, and linear layers with thresholds on their inputs, are stored neuron-major: same values
+    and shape, other strides. That lasts until somebody
     gets to the weights of the model (to train, save, move, list or change them), and is done again by the
     next call that skips. A compiled graph can do neither: call this last before ``torch.compile``, else the
     graph runs dense on the stock layout, and without certificates.
@@ -256,6 +258,14 @@ def prepare(model: nn.Module, *, certify: bool = False) -> None:
         )
     for part in sparse:
         part.prepare(certify=certify)
+    for owner, name in thresholded(base):
+        pruned(owner, name).prepare()
+    if held := sum(pruned(owner, name).is_held for owner, name in thresholded(base)):
+        warnings.warn(
+            f"{held} linear layers with thresholds on their inputs run dense for now: something holds their "
+            "weights (an optimizer, a list of parameters, a kept state dict).",
+            stacklevel=2,
+        )
     if held := sum(part.is_held for part in sparse):
         warnings.warn(
             f"{held} of {len(sparse)} MLP blocks run dense for now: something holds their down projections "

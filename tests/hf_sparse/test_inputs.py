@@ -59,6 +59,28 @@ def hf_sparse_unpatched(model: nn.Module) -> nn.Module:
     return stock
 
 
+def test_prepare_stores_them_for_skipping_and_says_who_holds_them(input_ids) -> None:
+    model = tiny("llama")
+    hf_sparse.patch(model, config(**{"self_attn.q_proj": 0.5, "mlp.up_proj": 0.1}))
+    hf_sparse.prepare(model)
+
+    def strides(index: int) -> list[int]:
+        layer = model.model.layers[index]
+        return [
+            vars(one)["_parameters"]["weight"].stride(0)
+            for one in (layer.self_attn.q_proj, vars(layer.mlp)["_modules"]["up_proj"])
+        ]
+
+    assert [strides(index) for index in range(3)] == [[1, 1]] * 3
+    kept = list(model.parameters())
+    assert [strides(index) for index in range(3)] == [[32, 32]] * 3
+    with pytest.warns(UserWarning, match="6 linear layers with thresholds"):
+        hf_sparse.prepare(model)
+    del kept
+    hf_sparse.prepare(model)
+    assert strides(2) == [1, 1]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_single_tokens_skip_and_give_what_dense_gives(input_ids, dtype) -> None:
     model = tiny("llama").to(dtype)
