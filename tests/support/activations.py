@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 import triton_ops
 from support.kernel_blocks import Block, typical_threshold
@@ -21,6 +22,21 @@ GATED_OR_PLAIN = [(name, gated) for name, row in TABLE.items() for gated in (Tru
 """Every activation with every kind of MLP that may have it."""
 
 PARAMETRISED = [pair for pair in GATED_OR_PLAIN if TABLE[pair[0]].parameter]
+
+OWN = {"cats_silu": "silu", "cats_gelu": "gelu", "cats_gelu_tanh": "gelu_pytorch_tanh"}
+"""What transformers calls the activation that a model must have of its own to take one of these."""
+
+
+def own_field(name: str) -> dict[str, str]:
+    """Fields of the config of a Llama, or of another model with ``hidden_act``, that takes the activation."""
+    return {"hidden_act": OWN[name]} if name in OWN else {}
+
+
+def fits(name: str, activation: nn.Module) -> bool:
+    """Whether a block that has ``activation`` takes the one called ``name``, as far as that goes by it."""
+    p = torch.linspace(-6, 6, 25)
+    return name not in OWN or torch.allclose(activation(p), ACT2FN[OWN[name]](p), atol=1e-5)
+
 
 CUTTING = [name for name, row in TABLE.items() if name == "fatrelu" or name.startswith("cats_")]
 """Those that jump from 0 to what they keep. Where rounding moves a value past the threshold, either side of
