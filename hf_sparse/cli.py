@@ -97,7 +97,7 @@ def _add_patch(commands: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
     parser.add_argument("--activation", choices=ACTIVATIONS, default="relu", help="default: relu")
-    parser.add_argument("--threshold", type=float, metavar="T", help="of fatrelu, at least 0")
+    parser.add_argument("--threshold", type=float, metavar="T", help="of fatrelu and cats_..., at least 0")
     parser.add_argument("--shift", type=float, metavar="B", help="of shifted_relu")
     parser.add_argument("--layers", type=int, nargs="+", metavar="I", help="blocks to patch; default: all")
     parser.add_argument("--include", nargs="+", metavar="P", help='the same by name, as "*.layers.[0-3].*"')

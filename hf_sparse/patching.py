@@ -25,6 +25,7 @@ from hf_sparse.part_reports import blocks_of, inspected, patched_parts, report
 from hf_sparse.patch_report import PatchReport
 from hf_sparse.selection import Patterns, Selection
 from hf_sparse.stock import stock_activation, stock_name
+from triton_ops.activations import TABLE
 
 
 def patch(
@@ -238,9 +239,11 @@ def prepare(model: nn.Module, *, certify: bool = False) -> None:
             report, layers and not MLPs: OPT, BERT), and those with top-k, are computed without it. It is used
             while nobody but the model holds that projection, so that no change of it goes unnoticed: with an
             optimizer or a list of its parameters at hand, decoding goes on without. False ends its use.
+            CATS has none: that a pre-activation is small does not prove its neuron silent.
 
     Raises:
-        PatchError: the model is not patched, or has an activation that is never exactly zero.
+        PatchError: the model is not patched; or, for a certificate, it has an activation that is never
+            exactly zero, or CATS.
 
     Warns:
         UserWarning: blocks cannot skip while something else holds their weights.
@@ -255,6 +258,12 @@ def prepare(model: nn.Module, *, certify: bool = False) -> None:
             f"certify=True needs activations that can be exactly zero; the blocks of this "
             f"{type(base).__name__} have {type(sparse[0].activation).__name__}. Patch with another one "
             'first, such as "relu".'
+        )
+    rows = {row[0] for part in sparse if (row := row_of(part.activation)) is not None}
+    if certify and not any(TABLE[name].certifiable for name in rows):
+        raise PatchError(
+            f"certify=True proves neurons silent by an upper bound of their pre-activations, but with "
+            f"{', '.join(sorted(rows))} a neuron may be active below where it is silent. Leave certify out."
         )
     for part in sparse:
         part.prepare(certify=certify)
