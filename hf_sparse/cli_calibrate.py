@@ -18,6 +18,7 @@ def add_options(parser: argparse.ArgumentParser, model_help: str) -> None:
     """The options of the command, beside those of the text."""
     parser.add_argument("model", metavar="MODEL", help=model_help)
     parser.add_argument("--method", choices=METHODS, default="teal", help="default: teal")
+    parser.add_argument("--allocation", choices=("uniform", "greedy"), default="uniform", help="of teal")
     aim = parser.add_mutually_exclusive_group(required=True)
     aim.add_argument("--target-sparsity", type=float, metavar="S", help="a share, as 0.5")
     aim.add_argument(
@@ -37,6 +38,7 @@ def run(arguments: argparse.Namespace, model: Any, tokenizer: Any, texts: Iterab
         model,
         _enough(texts, arguments.max_tokens),
         method=arguments.method,
+        allocation=arguments.allocation,
         target_sparsity=arguments.target_sparsity,
         max_perplexity_increase=arguments.max_perplexity_increase,
         tokenizer=tokenizer,

@@ -31,6 +31,7 @@ def calibrate(
     data: Iterable[Any],
     *,
     method: str = "teal",
+    allocation: str = "uniform",
     target_sparsity: float | None = None,
     max_perplexity_increase: float | None = None,
     tokenizer: Any = None,
@@ -57,6 +58,8 @@ def calibrate(
         data: texts, rows with a ``"text"`` or batches, as :func:`hf_sparse.measure` takes them. They are gone
             through several times, so an iterator is refused.
         method: the name of one.
+        allocation: how the sparsity is spread; ``"uniform"``, or, of ``"teal"``, ``"greedy"``: in each layer
+            more where it changes the output of the layer less, found in some hundred forwards of each layer.
         target_sparsity: reach this sparsity, 0 to 1, of what the method prunes.
         max_perplexity_increase: or be as sparse as possible, with a perplexity on ``data`` that is at most
             this many percent above that of the model without thresholds of this method.
@@ -103,9 +106,16 @@ def calibrate(
             "finetune, or hf_sparse.set_mix(model, 1)."
         )
     one: Calibration = import_module(f"{__package__}.methods.{method}").Method(base, blocks_of(base), before)
+    if allocation not in one.allocations:
+        raise ValueError(
+            f"allocation={shown(allocation)} is none of method {method!r}; use "
+            f"{' or '.join(one.allocations)}."
+        )
+    one.allocation = allocation
     with _undone_on_failure(base, before):
         _set(base, one.base)
         given = run(one.observers(blocks_of(base)))
+        one.finish(_HIGHEST if target_sparsity is None else target_sparsity)
         if target_sparsity is not None:
             level = _level_of(one, target_sparsity)
         else:

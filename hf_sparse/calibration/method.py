@@ -24,6 +24,9 @@ class Calibration(ABC):
     counts: ClassVar[str]
     """What its sparsity is a share of, for the report."""
 
+    allocations: ClassVar[tuple[str, ...]] = ("uniform",)
+    """How it can spread a sparsity over what it prunes; the first is the default."""
+
     def __init__(self, model: PreTrainedModel, blocks: Sequence[Block], start: SparsityConfig | None) -> None:
         """Get ready for ``blocks`` of ``model``, whose config is ``start``, None if it is not patched.
 
@@ -32,6 +35,7 @@ class Calibration(ABC):
 
         """
         self.model, self.blocks, self.start = model, blocks, start
+        self.allocation = self.allocations[0]
 
     @property
     def base(self) -> SparsityConfig | None:
@@ -41,6 +45,9 @@ class Calibration(ABC):
     @abstractmethod
     def observers(self, blocks: Sequence[Block]) -> list[Observer]:
         """New ones, for the same blocks as they are now; kept, and asked in the other methods."""
+
+    def finish(self, most: float) -> None:  # noqa: B027 - most need nothing else
+        """What the model, as the observers saw it, is still needed for; levels will be at most ``most``."""
 
     @abstractmethod
     def config(self, level: float) -> SparsityConfig:

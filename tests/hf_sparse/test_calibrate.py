@@ -87,6 +87,21 @@ def test_teal_prunes_the_smallest_inputs_of_every_linear_layer() -> None:
     assert json.loads(report.to_json())["config"]["inputs"]["mlp.up_proj"]
 
 
+def test_the_greedy_allocation_prunes_most_what_the_output_depends_on_least() -> None:
+    model, data = tiny("llama"), batches()
+    for layer in model.model.layers:  # its pruning changes nothing, so it has to come first
+        torch.nn.init.zeros_(layer.self_attn.q_proj.weight)
+    report = hf_sparse.calibrate(model, data, method="teal", allocation="greedy", target_sparsity=0.3)
+    assert report.sparsity == pytest.approx(0.3, abs=0.03)
+    uniform = tiny("llama")
+    uniform.load_state_dict(model.state_dict())
+    other = hf_sparse.calibrate(uniform, data, method="teal", target_sparsity=0.3)
+    greedy, even = (dict(one.config.parts["inputs"].thresholds) for one in (report, other))
+    pairs = zip(greedy["self_attn.q_proj"], even["self_attn.q_proj"], strict=True)
+    assert all(after > 1.5 * before for after, before in pairs)
+    assert abs(report.increase) < abs(other.increase)
+
+
 @pytest.mark.parametrize(
     ("kind", "method", "named"), [("opt", "teal", "stays a"), ("llama", "fatrelu", "a threshold into ReLU")]
 )
@@ -175,6 +190,7 @@ def test_what_a_model_has_stays_and_the_result_is_loaded(tmp_path) -> None:
         ({"target_sparsity": 0.5, "max_perplexity_increase": 1.0}, "one of them is the aim"),
         ({"target_sparsity": 50}, "it is a share"),
         ({"max_perplexity_increase": -1.0}, "it is in percent"),
+        ({"target_sparsity": 0.5, "method": "cats", "allocation": "greedy"}, "is none of method 'cats'"),
         ({"target_sparsity": 0.5, "method": "magic"}, "choose one of cats, fatrelu, teal"),
     ],
 )

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from hf_sparse.adapters import Block
 from hf_sparse.adapters.bottleneck import layer_of
+from hf_sparse.calibration.greedy import LayerInputs, at, path
 from hf_sparse.calibration.magnitudes import Magnitudes, counted
 from hf_sparse.calibration.method import Calibration
 from hf_sparse.config import SparsityConfig
@@ -18,14 +19,18 @@ from hf_sparse.errors import PatchError
 from hf_sparse.inputs import linear_places
 from hf_sparse.modules.sparse_linear import SparseLinear
 from hf_sparse.observing import Observer
+from hf_sparse.observing.running import observed
 
 
 class Method(Calibration):
     """``x_j`` is taken for zero where ``|x_j| <= t``, with a t for each linear layer (equation 2).
 
-    t is the quantile of ``|x|`` at the level: the same in every layer and projection, TEAL's uniform
-    allocation. Sparsity is the share of the weights of these layers that need not be read.
+    t is a quantile of ``|x|``. With the uniform allocation it is the same in every layer and projection; with
+    the greedy one every layer has the same sparsity, and in it those projections are pruned more whose
+    pruning changes the output of the layer less. Sparsity is the share of the weights that need not be read.
     """
+
+    allocations = ("uniform", "greedy")
 
     counts = "the weights of all linear layers of attention and MLP that meet an input of zero"
 
@@ -33,6 +38,8 @@ class Method(Calibration):
         super().__init__(model, blocks, start)
         self._names = _linear_names(model, blocks)
         self._seen: list[list[InputMagnitudes]] = []
+        self._layers: list[LayerInputs] = []
+        self._paths: list[list[tuple[float, tuple[float, ...]]]] = []
 
     @property
     def base(self) -> SparsityConfig:
@@ -41,11 +48,24 @@ class Method(Calibration):
 
     def observers(self, blocks: Sequence[Block]) -> list[Observer]:
         self._seen = self._observers(blocks)
-        return [one for layer in self._seen for one in layer]
+        found: list[Observer] = [one for layer in self._seen for one in layer]
+        if self.allocation == "greedy":
+            self._layers = [LayerInputs(b, self.model.get_submodule(layer_of(b.name))) for b in blocks]
+        return [*found, *self._layers]
+
+    def finish(self, most: float) -> None:
+        for layer, inputs in zip(self._layers, self._seen, strict=False):
+            linears = [one.linear for one in inputs]
+            with observed(self.model):
+                self._paths.append(path(layer, linears, [one.magnitudes.quantile for one in inputs], most))
+            layer.call = None
 
     def config(self, level: float) -> SparsityConfig:
+        shares = [at(one, level) for one in self._paths] or [(level,) * len(self._names)] * len(self._seen)
         inputs = {
-            name: tuple(layer[i].magnitudes.quantile(level) for layer in self._seen)
+            name: tuple(
+                layer[i].magnitudes.quantile(own[i]) for layer, own in zip(self._seen, shares, strict=True)
+            )
             for i, name in enumerate(self._names)
         }
         return self.base.changed(inputs=inputs)
@@ -65,10 +85,10 @@ class Method(Calibration):
         return unread / read
 
     def settle(self, level: float) -> None:
-        for block in self.blocks:
-            for _, linear in _linears(self.model, block, self._names):
+        for block, seen in zip(self.blocks, self._seen, strict=True):
+            for (_, linear), one in zip(_linears(self.model, block, self._names), seen, strict=True):
                 if isinstance(linear, SparseLinear):
-                    linear.density = 1 - level
+                    linear.density = 1 - one.magnitudes.at_most(linear.threshold)
 
     def _observers(self, blocks: Sequence[Block]) -> list[list[InputMagnitudes]]:
         found = []
