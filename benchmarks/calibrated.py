@@ -1,0 +1,127 @@
+"""Greedy ``generate()`` of a calibrated SwiGLU model, with no training: skipping against dense, end to end.
+
+    python benchmarks/calibrated.py
+    python benchmarks/calibrated.py --method cats --sparsity 0.7
+    python benchmarks/calibrated.py --model DIR      # a folder that transformers can load
+
+Competitors: the stock model; the calibrated one with its weights stored for skipping and nothing skipped,
+"dense, same kernels"; and as ``calibrate`` leaves it. By default the shape of Llama-3.2-1B with random
+weights, calibrated on random tokens, which sets what share is skipped: what a step costs depends on shapes
+and sparsity alone. Before any timing the logits are compared with those of the calibrated model in float32:
+skipping must not be clearly further off than dense.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import generate
+import harness
+import torch
+from blocks import DTYPES, Shape
+from transformers import AutoModelForCausalLM
+
+import hf_sparse
+from hf_sparse.calibration.calibrate import METHODS
+from hf_sparse.inputs import pruned, thresholded
+
+STOCK, DENSE, SPARSE = "stock", "dense, same kernels", "calibrated"
+
+
+def nothing_skipped(model: Any, method: str) -> Any:
+    """A copy of a calibrated model with thresholds that no value is below."""
+    own = copy.deepcopy(model)
+    if method == "teal":
+        for owner, name in thresholded(own):
+            pruned(owner, name).threshold = 1e-38
+            pruned(owner, name).density = 1.0
+    else:
+        activation = hf_sparse.inspect(own).config.activation
+        hf_sparse.patch(own, activation.name, threshold=0.0)
+    return own
+
+
+def main() -> None:
+    parser = harness.parser(__doc__, repeats=5)
+    parser.add_argument("--model", type=Path, help="folder of a model; default: random weights")
+    parser.add_argument("--method", choices=METHODS, default="teal")
+    parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--shape", type=Shape.of, default=Shape.of("llama-3.2-1b"))
+    parser.add_argument("--vocab", type=int, default=128256)
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--prompt-tokens", type=int, default=16)
+    args = parser.parse_args()
+    args.batch, args.static_cache = 1, False
+    conditions = harness.begin(args)
+    if args.model is None:
+        stock: Any = generate.build(args)
+    else:
+        dtype = getattr(torch, args.dtype)
+        stock = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(args.device).eval()
+    vocabulary = stock.config.vocab_size
+    texts = torch.randint(1, vocabulary, (4, 64), device=args.device)
+    prompt = texts[:1, : args.prompt_tokens]
+
+    sparse = copy.deepcopy(stock)
+    aim = {"method": args.method, "target_sparsity": args.sparsity}
+    report = hf_sparse.calibrate(sparse, [{"input_ids": texts}], **aim)
+    reference = copy.deepcopy(stock)
+    hf_sparse.patch(reference, report.config)
+    found = {DENSE: nothing_skipped(sparse, args.method), STOCK: stock, SPARSE: sparse}
+    for name in (DENSE, SPARSE):
+        hf_sparse.prepare(found[name])
+    backends = {STOCK: "dense", DENSE: "cpp" if args.device == "cpu" else "triton", SPARSE: "auto"}
+
+    runs = {
+        name: harness.Run(
+            [generate.generation(model, prompt, backends[name], args)], args.device, graph=False
+        )
+        for name, model in found.items()
+    }
+    tokens = {name: run.outputs()[0] for name, run in runs.items()}
+    errors = generate.check_logits(
+        reference, {SPARSE: sparse}, tokens[SPARSE], args.prompt_tokens, backends[SPARSE]
+    )
+    del reference
+    times, ratios = harness.interleaved(runs, args.repeats)
+    rows = [
+        {
+            "model": name,
+            "generate": timing,
+            "tokens_per_s": round(args.new_tokens / timing.median_ms * 1e3, 2),
+            "speedup": round(ratios[name].median, 3),
+            "speedup_quartiles": [round(ratios[name].low, 3), round(ratios[name].high, 3)],
+            "method": args.method,
+            "sparsity": round(report.sparsity, 4) if name == SPARSE else 0.0,
+            "counts": report.counts,
+            "of": "random" if args.model is None else args.model.name,
+            "hidden": stock.config.hidden_size,
+            "neurons": stock.config.intermediate_size,
+            "layers": stock.config.num_hidden_layers,
+            "dtype": args.dtype,
+            "new_tokens": args.new_tokens,
+            "logit_error": errors.get(name),
+        }
+        for name, timing in times.items()
+    ]
+    print(harness.table([cells(row) for row in rows]))
+    harness.save(args.out, conditions, rows)
+    print("written to", args.out)
+
+
+def cells(row: dict[str, Any]) -> dict[str, str]:
+    low, high = row["speedup_quartiles"]
+    return {
+        "model": row["model"],
+        "sparsity": f"{row['sparsity']:.1%}",
+        "tokens/s": f"{row['tokens_per_s']:.2f}",
+        "speed-up": f"{row['speedup']:.2f} ({low:.2f}-{high:.2f})",
+    }
+
+
+if __name__ == "__main__":
+    main()
