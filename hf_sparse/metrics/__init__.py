@@ -1,6 +1,7 @@
 """What a model's activations are: how many are zero or near it, and what the model's loss is meanwhile."""
 
-from hf_sparse.metrics.cett_ppl import CETTReport, cett_sparsity
+from hf_sparse.metrics.cett_ppl import cett_sparsity
+from hf_sparse.metrics.cett_report import CETTReport
 from hf_sparse.metrics.report import DEFINITION, LayerSparsity, SparsityReport
 from hf_sparse.metrics.sparsity import measure
 

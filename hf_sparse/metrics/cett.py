@@ -23,11 +23,12 @@ from hf_sparse.metrics.metric import LayerMetric, Metric
 from hf_sparse.modules import SparseLinear
 from hf_sparse.modules.surroundings import has_own_forward, is_plain
 
-PER_DOUBLING = 4
+PER_DOUBLING = 8
 """Candidates per factor of two."""
-THRESHOLDS = tuple(2 ** (k / PER_DOUBLING) for k in range(-24 * PER_DOUBLING, 16 * PER_DOUBLING + 1))
-"""161 candidates from 6e-8 to 65,536, each 19 % above the one before, for every block of every model: that
-is why results add up. Published are 65,536 at equal distances up to the 99th percentile of the norms."""
+THRESHOLDS = (0.0, *(2 ** (k / PER_DOUBLING) for k in range(-16 * PER_DOUBLING, 16 * PER_DOUBLING + 1)))
+"""0, and 257 candidates from 1.5e-5 to 65,536, each 9 % above the one before. They are the same for every
+block of every model, so that results add up. Published are 65,536 at equal distances, from the least to the
+99th percentile of the norms."""
 TARGETS = (0.05, 0.1, 0.2, 0.5)
 """The columns of the table."""
 _ROWS = 1024  # at once
@@ -45,7 +46,7 @@ class LayerCETT(LayerMetric):
     def check(self) -> bool:
         sizes = len(self.errors) == len(self.removed) == len(THRESHOLDS)
         rises = all(a <= b for a, b in zip(self.removed, self.removed[1:], strict=False))
-        return sizes and rises and self.removed[-1] <= self.tokens * self.neurons
+        return sizes and rises and self.errors[0] == 0 and self.removed[-1] <= self.tokens * self.neurons
 
     def threshold(self, cett: float) -> float:
         """The least threshold at which the mean error over tokens is ``cett``, 0 <= cett < 1.
@@ -63,16 +64,19 @@ class LayerCETT(LayerMetric):
     def sparsity(self, cett: float) -> float:
         """The share of neurons in the tail at that threshold, 0 to 1.
 
+        Between two candidates it is taken to grow with the logarithm of the threshold, which may be off by a
+        percentage point where many neurons are alike, such as those at the minimum of a GELU.
+
         Raises:
             ValueError: as of :meth:`threshold`.
 
         """
         _, k, part = self._place(cett)
-        below = self.removed[k - 1] if k else self.removed[0]
+        below = self.removed[k - 1]
         return (below + part * (self.removed[k] - below)) / (self.tokens * self.neurons)
 
     def _place(self, cett: float) -> tuple[float, int, float]:
-        """The threshold, the first candidate that is not below it, and how far it is on the way there."""
+        """The threshold, the first candidate above it, and how far it is on the way there, 0 to 1."""
         if not 0 <= cett < 1:
             raise ValueError(f"cett={cett} is out of range; it is a share of the output, from 0 to below 1.")
         if not self.tokens:
@@ -86,11 +90,10 @@ class LayerCETT(LayerMetric):
                     f"threshold up to there gives cett={cett}."
                 )
             return THRESHOLDS[-1], len(errors) - 1, 1.0
-        if k == 0:  # only what adds nothing
-            return 0.0, 0, 0.0
-        low, high = errors[k - 1], errors[k]
-        exact = low > 0 and cett > 0
-        part = math.log(cett / low) / math.log(high / low) if exact else cett / high
+        low, high = errors[k - 1], errors[k]  # at 0 there is no error, so k is at least 1
+        if k == 1:
+            return THRESHOLDS[1] * cett / high, k, cett / high
+        part = math.log(cett / low) / math.log(high / low) if low and cett else cett / high
         part = min(max(part, 0.0), 1.0)
         return THRESHOLDS[k - 1] * 2 ** (part / PER_DOUBLING), k, part
 
@@ -105,7 +108,7 @@ class LayerCETT(LayerMetric):
 class CETT(Metric):
     """Sums the error over tokens, threshold by threshold, in float32.
 
-    A threshold that is some neuron's costs a product with the down projection, so that a pass takes up to a
+    A threshold that is some neuron's costs a product with the down projection, so that a pass takes some
     hundred times what the down projections take.
 
     Raises:

@@ -51,9 +51,8 @@ def measure(
         batch_size: windows per forward.
         max_tokens: stop after this many tokens (batches are not cut: after the batch that reaches it).
         progress: show a progress bar.
-        metrics: names of what else to count in the same pass, for ``report.metrics``: ``"density"`` by token
-            and by neuron, ``"derivative"`` sparsity, ``"union"`` over several tokens, ``"cett"``, the error
-            of leaving small neurons out. docs/measuring.md says what each is.
+        metrics: names of what else to count in the same pass, for ``report.metrics``: such as ``"density"``,
+            by token and by neuron, or ``"union"``, over several tokens. docs/measuring.md has them all.
 
     Raises:
         PatchError: no MLP block of a known shape in ``model``; or a metric cannot be had of one of them.
