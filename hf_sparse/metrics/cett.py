@@ -133,7 +133,8 @@ class CETT(Metric):
     def count(self, values: Tensor, routed: bool) -> None:
         weight_DF = down_weight(self.block).to(values.device).float()
         candidates = torch.tensor(THRESHOLDS, device=values.device)
-        for h_TF in values.float().split(_ROWS):
+        for rows in values.split(_ROWS):
+            h_TF = rows.float()
             places_TF = torch.bucketize(contributions(h_TF, column_norms(weight_DF)), candidates)
             counts = torch.bincount(places_TF.flatten(), minlength=len(THRESHOLDS) + 1)
             whole_T = (h_TF @ weight_DF.t()).norm(dim=1)

@@ -38,11 +38,12 @@ class LayerDerivative(LayerMetric):
 
 
 class Derivative(Metric):
-    """Counts zeros of the derivative, in the dtype of the pre-activation.
+    """Counts zeros of the derivative, in the dtype of the pre-activation: what the activation module gets.
 
     An activation of the operators' table has its slope there. Any other is differentiated by autograd, and
     where it looks at the other neurons of a token, as the statistical top-k does, its derivative is that of
-    the sum over the token's activations.
+    the sum over the token's activations. Where an activation is written into the forward of a stock block,
+    :func:`hf_sparse.measure` raises a ValueError: patched with ``"original"``, it computes the same.
     """
 
     name = "derivative"

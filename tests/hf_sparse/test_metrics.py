@@ -12,6 +12,7 @@ import torch
 import hf_sparse
 from hf_sparse.metrics.registry import metrics
 from hf_sparse.metrics.union import BATCHES, CHUNKS
+from support.composites import composite, inputs
 from support.models import tiny, tiny_t5
 from support.sites import padded, relu_model, seen
 from triton_ops.activations import TABLE
@@ -253,6 +254,51 @@ def test_names_that_are_no_metrics_and_reports_without_them_are_refused():
     layer = layers_of(model, [batch], "density")[0]
     with pytest.raises(ValueError, match="q=2 is no share"):
         layer.quantile(2)
+
+
+def test_a_block_that_gets_its_tokens_in_pieces_has_no_unions():
+    model = tiny("bert", chunk_size_feed_forward=4)
+    batch = {"input_ids": torch.randint(3, 128, (2, 8))}
+    assert layers_of(model, [batch], "density")[0].tokens == 16
+    with pytest.raises(ValueError, match="received 8 tokens of a batch of 16, so that its sequences"):
+        layers_of(model, [batch], "union")
+
+
+def test_an_activation_that_is_written_into_a_stock_forward_is_measured_once_it_is_patched():
+    model, batch = tiny("lfm2"), padded("none")
+    with pytest.raises(ValueError, match="a stock Lfm2MLP cannot be watched"):
+        layers_of(model, [batch], "derivative")
+    hf_sparse.patch(model, "original")
+    assert layers_of(model, [batch], "derivative")[0].zeros == 0
+
+
+def test_what_is_mixed_in_and_what_selects_is_differentiated_as_it_is_now():
+    model, batch = tiny("llama"), padded("left")
+    hf_sparse.patch(model, "relu")
+    hf_sparse.set_mix(model, 0.5)
+    assert [layer.zeros for layer in layers_of(model, [batch], "derivative")] == [0] * 3
+    hf_sparse.set_mix(model, 1.0)
+    zeros = [layer.zeros for layer in layers_of(model, [batch], "derivative")]
+    hf_sparse.patch(model, "relu", topk={"k": 5})
+    report = hf_sparse.measure(model, [batch], metrics=["derivative", "density"])
+    assert report.metrics["derivative"].layers[0].zeros == zeros[0] > 0
+    assert all(layer.quantile(1) == 5 / 88 for layer in report.metrics["density"].layers)
+    hf_sparse.patch(model, "original", statistical_topk={"sparsity": 0.8})
+    report = hf_sparse.measure(model, [batch], metrics=["derivative"])
+    assert report.sparsity > 0.7
+    assert all(layer.zeros == 0 for layer in report.metrics["derivative"].layers)
+
+
+def test_parts_that_see_no_text_are_in_no_metric():
+    model = composite("gemma3")
+    hf_sparse.patch(model, "relu")
+    batch = {"input_ids": inputs("gemma3")["input_ids"][:, 5:]}
+    report = hf_sparse.measure(model, [batch], metrics=metrics())
+    names = [layer.name for layer in report.layers]
+    assert len(names) == 3
+    for one in report.metrics.values():
+        assert [layer.name for layer in one.layers] == names
+        assert all(layer.tokens == batch["input_ids"].numel() for layer in one.layers)
 
 
 METRIC = """
