@@ -54,8 +54,8 @@ def cett_sparsity(
         data: texts, rows with a ``"text"``, or batches; the tokens of all are kept in memory.
         p: rise of perplexity, in percent.
         tolerance: how far the rise may be from ``p``, as a share of it.
-        calibration_tokens: the curves are of so many of the first tokens of ``data``, in whole batches. They
-            take longest: some hundred products with the down projections.
+        calibration_tokens: the curves are of so many of the first tokens of ``data``, in whole batches. That
+            takes several times as long as these tokens take else.
         tokenizer: for texts; None loads the one of ``model.name_or_path``.
         sequence_length: tokens per window of text; None means the model's context, at most 1,024.
         batch_size: windows per forward.

@@ -185,6 +185,21 @@ def test_what_has_no_such_sparsity_is_refused():
         curve.threshold(1)
 
 
+def test_contributions_beyond_the_candidates_have_no_threshold():
+    model = relu_model("llama")
+    down = model.model.layers[1].mlp.down_proj
+    with torch.no_grad():
+        down.weight.mul_(1e9)
+    report = hf_sparse.measure(model, [padded("none")], metrics=["cett"])
+    shares = [layer["shares"]["at CETT 0.1"] for layer in report.to_dict()["metrics"]["cett"]["layers"]]
+    assert shares[0] > 0.5
+    assert shares[1] is None
+    with pytest.raises(ValueError, match=r"some neurons of model\.layers\.1\.mlp add more than 65,536"):
+        report.metrics["cett"].layers[1].threshold(0.1)
+    with pytest.raises(ValueError, match=r"some neurons of model\.layers\.1\.mlp add more than 65,536"):
+        hf_sparse.cett_sparsity(model, [padded("none")])
+
+
 def test_a_step_in_perplexity_is_no_result(input_ids):
     """One sequence of few tokens: each value that is left out is a step."""
     with pytest.raises(ValueError, match=r"jumps from .* past p=1 % with tolerance=1e-09"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,7 @@ def test_all_metrics_of_parts_add_up_to_those_of_the_whole(family):
     whole = hf_sparse.measure(model, batches, metrics=metrics())
     summed = sum(hf_sparse.measure(model, [batch], metrics=metrics()) for batch in batches)
     assert list(whole.metrics) == list(summed.metrics) == list(metrics())
+    assert pickle.loads(pickle.dumps(whole)) == whole  # as processes send it
     for name in set(metrics()) - {"cett"}:
         assert summed.metrics[name] == whole.metrics[name]
     for a, b in zip(summed.metrics["cett"].layers, whole.metrics["cett"].layers, strict=True):
