@@ -119,10 +119,12 @@ class Metric(Observer):
         """Whether values of experts were among those seen."""
 
     def update(self, values: Tensor, routed: bool) -> None:
-        if values.shape[-1] != self.neurons:
+        width = self.block.hidden_size if self.site in ("x", "y") else self.neurons
+        if values.shape[-1] != width:
             raise ValueError(
-                f"{self.block.name} has {self.neurons} neurons, and {values.shape[-1]} values arrive for a "
-                f"token: they are split between processes. Measure {self.name!r} on a model that is not."
+                f"{self.block.name} is {width} wide at the site {self.site!r}, and {values.shape[-1]} values "
+                f"arrive for a token: they are split between processes. Measure {self.name!r} on a model that "
+                "is not."
             )
         self.tokens += len(values)
         self.routed |= routed
