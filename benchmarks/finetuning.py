@@ -6,24 +6,20 @@ trains MODEL with every variant below, for each of --seeds, writes docs/results/
 prints a table.
 --steps, --learning-rate, --sequence-length and --batch set what all of them share, --l1-scale the scale of
 coefficients that were published for LLaMA2-7B. A sharpness variant takes twice the time of the others and the
-same tokens. What was interrupted goes on where it stood when the command is given again.
+same tokens. What was interrupted goes on where it stood when the command is given again; a run that is in
+NAME.json is not made again.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from training_runs import ROOT, of_kind, train
-
-from triton_ops.processor import processor_name
+from training_runs import ROOT, Results, of_kind, train
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("dense", {}),
@@ -65,6 +61,7 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=256, help="default: %(default)s")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="default: %(default)s")
     parser.add_argument("--l1-scale", type=float, default=25.0, help="default: %(default)s")
+    parser.add_argument("--precision", default="fp32", help="fp32 or bf16; default: %(default)s")
     parser.add_argument("--eval-tokens", type=int, default=65_536, help="default: %(default)s")
     arguments = parser.parse_args()
     common = {
@@ -75,6 +72,7 @@ def main() -> None:
         "micro_batch": arguments.micro_batch,
         "sequence_length": arguments.sequence_length,
         "learning_rate": arguments.learning_rate,
+        "precision": arguments.precision,
         "weight_decay": 0.1,
         "beta2": 0.95,
         "warmup": 0.05,
@@ -86,26 +84,22 @@ def main() -> None:
         "log_every": 10,
         "gradient_checkpointing": False,
     }
-    found = []
+    folder = ROOT / "docs" / "results"
+    fields = {k: v for k, v in common.items() if k not in ("model", "dataset")}
+    results = Results(folder / f"{arguments.name}.json", {**fields, "l1_scale": arguments.l1_scale})
     for seed, variant in product(arguments.seeds, arguments.variants):
         recipe, own = VARIANTS[variant]
+        key = {"variant": variant, "recipe": recipe, "seed": seed}
+        if results.has(key):
+            continue
         own = {k: arguments.l1_scale if v == "scale" else v for k, v in own.items()}
         if recipe.startswith("flat_minima"):
             own["patch.zeroth_bias.positions"] = arguments.sequence_length
         output = arguments.runs / arguments.name / f"{recipe}-{'-'.join(map(str, own.values()))}-{seed}"
         log = train(output, recipe, {**common, **own, "seed": seed})
-        found.append({"variant": variant, "recipe": recipe, "seed": seed, **told(log)})
-    whole = {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "cpu": processor_name(),
-        "threads": os.environ.get("OMP_NUM_THREADS"),
-        "fields": {k: v for k, v in common.items() if k not in ("model", "dataset")},
-        "runs": found,
-    }
-    results = ROOT / "docs" / "results"
-    results.mkdir(parents=True, exist_ok=True)
-    (results / f"{arguments.name}.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-    draw(found, results / f"{arguments.name}.svg")
+        results.add(key, told(log))
+    found = sorted(results.rows, key=lambda row: (list(VARIANTS).index(row["variant"]), row["seed"]))
+    draw(found, folder / f"{arguments.name}.svg")
     print(table(found))
 
 

@@ -5,17 +5,15 @@
 trains a small T5 by span corruption and a small decoder on the same text, each in five variants of the
 recipes t5_scratch and decoder_scratch, and writes docs/results/from_scratch.json and a table. TEXT is a
 folder of documents with a validation split, as docs/training.md says. A run takes a few minutes on one core;
-what was interrupted goes on where it stood when the command is given again.
+what was interrupted goes on where it stood when the command is given again, and a run that is in the JSON
+file is not made again.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,6 @@ from training_runs import of_kind
 from transformers import LlamaConfig, PreTrainedTokenizerFast, T5Config
 
 from hf_sparse.documents import Documents
-from triton_ops.processor import processor_name
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTH, WORDS, SENTINELS = 128, 2048, 20
@@ -69,16 +66,15 @@ def main() -> None:
     arguments = parser.parse_args()
     fields = {**COMMON, "max_steps": arguments.steps, "learning_rate": arguments.learning_rate}
     prepare(arguments.runs / "models", arguments.dataset)
-    found = []
+    results = training_runs.Results(arguments.json, fields)
     for seed, model, variant in product(arguments.seeds, arguments.models, VARIANTS):
+        key = {"model": model, "variant": variant, "seed": seed}
+        if results.has(key):
+            continue
         output = arguments.runs / f"{model}-{variant.replace(' ', '-')}-{seed}"
         log = train(model, variant, seed, output, arguments.runs / "models", arguments.dataset, fields)
-        found.append({"model": model, "variant": variant, "seed": seed, **told(log)})
-    date = datetime.now(timezone.utc).strftime("%Y-%m-%d")
-    whole = {"date": date, "cpu": processor_name(), "threads": os.environ.get("OMP_NUM_THREADS")}
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps({**whole, "fields": fields, "runs": found}, indent=1) + "\n")
-    print(table(found))
+        results.add(key, told(log))
+    print(table(results.rows))
 
 
 def prepare(folder: Path, dataset: str) -> None:

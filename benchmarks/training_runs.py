@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+from triton_ops.processor import processor_name
 
 ROOT = Path(__file__).resolve().parents[1]
 _FLAGS = ("--resume", "--no-tensorboard", "--no-progress")
@@ -28,6 +32,42 @@ def train(output: Path, recipe: str, fields: Mapping[str, Any]) -> list[dict[str
         subprocess.run([sys.executable, finetune, "--config", path, *options, *_FLAGS], check=True)
     lines = (output / "log.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
+
+
+class Results:
+    """Rows of finished runs in a JSON file, which grows: a run that has its row there is not made again.
+
+    All runs of a file have the same ``fields``; a file with others is not added to.
+
+    Raises:
+        SystemExit: it has others.
+
+    """
+
+    def __init__(self, path: Path, fields: Mapping[str, Any]) -> None:
+        self.path, self.fields = path, json.loads(json.dumps(fields))
+        self.rows: list[dict[str, Any]] = []
+        if path.exists():
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if kept["fields"] != self.fields:
+                raise SystemExit(f"{path} has runs with other fields: {kept['fields']}; move it away.")
+            self.rows = kept["runs"]
+
+    def has(self, key: Mapping[str, Any]) -> bool:
+        """Whether there is a row with these values."""
+        return any(key.items() <= row.items() for row in self.rows)
+
+    def add(self, key: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+        """Add a row, with when and where it was made, and write the file."""
+        made = {
+            "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+            "cpu": processor_name(),
+            "threads": os.environ.get("OMP_NUM_THREADS"),
+        }
+        self.rows.append({**key, **made, **found})
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        whole = {"fields": self.fields, "runs": self.rows}
+        self.path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
 
 
 def of_kind(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_sparse._version import __version__
 from hf_sparse.activations import ActivationConfig
+from hf_sparse.calibration import CalibrationReport, calibrate
 from hf_sparse.config import SparsityConfig
 from hf_sparse.errors import PatchError
 from hf_sparse.exporting import export
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ActivationConfig",
     "CETTReport",
+    "CalibrationReport",
     "PatchError",
     "PatchReport",
     "SparsityCallback",
@@ -29,6 +31,7 @@ __all__ = [
     "TuneReport",
     "__version__",
     "backend",
+    "calibrate",
     "cett_sparsity",
     "export",
     "inspect",

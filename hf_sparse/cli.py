@@ -1,4 +1,4 @@
-"""The command ``hf-sparse``: patch, finetune, measure, tune, generate, export, push, quickstart; thin."""
+"""The command ``hf-sparse``: patch, calibrate, finetune, measure, tune, generate, export, push; thin."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_sparse import cli_export, cli_push
+from hf_sparse import cli_calibrate, cli_export, cli_push
 from hf_sparse._version import __version__
 from hf_sparse.activations.config import ACTIVATIONS
 from hf_sparse.config import SparsityConfig
-from hf_sparse.texts import EMBEDDED, evaluation_texts, file_texts
+from hf_sparse.texts import EMBEDDED, evaluation_texts, file_texts, training_texts
 from triton_ops import AUTO, BACKENDS
 
 _MODEL_HELP = f"a Hub id, a local folder, or {EMBEDDED!r}, the model embedded in this package"
@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"hf-sparse {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_patch(commands)
+    _add_calibrate(commands)
     _add_finetune(commands)
     _add_measure(commands)
     _add_tune(commands)
@@ -96,7 +97,7 @@ def _add_patch(commands: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
     parser.add_argument("--activation", choices=ACTIVATIONS, default="relu", help="default: relu")
-    parser.add_argument("--threshold", type=float, metavar="T", help="of fatrelu, at least 0")
+    parser.add_argument("--threshold", type=float, metavar="T", help="of fatrelu and cats_..., at least 0")
     parser.add_argument("--shift", type=float, metavar="B", help="of shifted_relu")
     parser.add_argument("--layers", type=int, nargs="+", metavar="I", help="blocks to patch; default: all")
     parser.add_argument("--include", nargs="+", metavar="P", help='the same by name, as "*.layers.[0-3].*"')
@@ -128,6 +129,30 @@ def _patch(arguments: argparse.Namespace, _: list[str]) -> int:
     tokenizer.save_pretrained(arguments.output)
     print(f"saved in {arguments.output}")
     return 0
+
+
+# ---- calibrate
+
+
+def _add_calibrate(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "calibrate",
+        _calibrate,
+        "Make a model sparse without training: thresholds on its activations, chosen on a text.",
+        "hf-sparse calibrate meta-llama/Llama-3.2-1B --target-sparsity 0.5 --dataset allenai/c4 "
+        "--dataset-config en --output ./llama-teal",
+    )
+    cli_calibrate.add_options(parser, _MODEL_HELP)
+    _add_text(parser, "default: documentation of the running Python", 65_536, split="training")
+    parser.set_defaults(dataset=EMBEDDED)
+
+
+def _calibrate(arguments: argparse.Namespace, _: list[str]) -> int:
+    if arguments.output is not None:
+        _require_empty(arguments.output)
+    model, tokenizer = _load(arguments.model)
+    return cli_calibrate.run(arguments, model, tokenizer, _texts(arguments, of=training_texts))
 
 
 # ---- finetune
@@ -366,13 +391,15 @@ def _quickstart(arguments: argparse.Namespace, rest: list[str]) -> int:
 # ---- shared
 
 
-def _add_text(parser: argparse.ArgumentParser, default: str, max_tokens: int) -> None:
+def _add_text(
+    parser: argparse.ArgumentParser, default: str, max_tokens: int, *, split: str = "validation"
+) -> None:
     """The options that choose a text and say how it goes through the model."""
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--dataset",
         metavar="ID",
-        help="the validation split, or all where there is none, of a Hub data set or of a local file or "
+        help=f"the {split} split, or all where there is none, of a Hub data set or of a local file or "
         f"folder (json, jsonl, parquet, txt); {default}",
     )
     source.add_argument("--text-file", metavar="FILE", type=Path, help="a text file, all of it")
@@ -385,15 +412,13 @@ def _add_text(parser: argparse.ArgumentParser, default: str, max_tokens: int) ->
     parser.add_argument("--max-tokens", type=int, default=max_tokens, metavar="N", help=most)
 
 
-def _texts(arguments: argparse.Namespace) -> Any:
+def _texts(arguments: argparse.Namespace, of: Any = evaluation_texts) -> Any:
     """The text that the options of :func:`_add_text` chose, None if they chose none."""
     if arguments.text_file is not None:
         return file_texts(arguments.text_file)
     if arguments.dataset is None:
         return None
-    return evaluation_texts(
-        arguments.dataset, config=arguments.dataset_config, text_field=arguments.text_field
-    )
+    return of(arguments.dataset, config=arguments.dataset_config, text_field=arguments.text_field)
 
 
 def _load(name: str) -> tuple[Any, Any]:

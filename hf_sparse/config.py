@@ -10,6 +10,7 @@ from hf_sparse.activations.config import ACTIVATION_FIELDS, ORIGINAL, Activation
 from hf_sparse.activations.statistical_topk import StatisticalTopKConfig
 from hf_sparse.activations.topk import TopKConfig
 from hf_sparse.checks import indices, known, mapping, shown
+from hf_sparse.inputs import InputsConfig
 from hf_sparse.modules.zeroth_bias import ZerothBiasConfig
 from hf_sparse.norm_relu import NormReLUConfig
 from hf_sparse.parts import Part
@@ -27,6 +28,7 @@ PARTS: dict[str, type[Part]] = {
     "topk": TopKConfig,
     "norm_relu": NormReLUConfig,
     "zeroth_bias": ZerothBiasConfig,
+    "inputs": InputsConfig,
 }
 """What the blocks of a model can have, by the name of the field in a config."""
 
@@ -41,7 +43,9 @@ class SparsityConfig:
         **others: further parts, by their names in :data:`PARTS`, or what their ``to_dict`` gives; None means
             without. ``topk`` (:class:`~hf_sparse.activations.TopKConfig`), ``statistical_topk``
             (:class:`~hf_sparse.activations.StatisticalTopKConfig`), ``norm_relu`` (True;
-            :class:`~hf_sparse.norm_relu.NormReLUConfig`).
+            :class:`~hf_sparse.norm_relu.NormReLUConfig`), ``zeroth_bias``
+            (:class:`~hf_sparse.modules.zeroth_bias.ZerothBiasConfig`), ``inputs`` (thresholds by names of
+            linear layers; :class:`~hf_sparse.inputs.InputsConfig`).
 
     Raises:
         ValueError: a field is out of its range; the message names the field, the value and the mend.

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from hf_sparse.activations import build_activation
+from hf_sparse.activations.cats import check_own
 from hf_sparse.activations.config import same_function
 from hf_sparse.adapters import Block
 from hf_sparse.adapters.copies import active
@@ -92,6 +93,7 @@ def new_activation(block: Block, config: SparsityConfig, index: int) -> nn.Modul
         PatchError: the block cannot have it.
 
     """
+    check_own(config.activation.name, block)
     activation = build_activation(config.activation, index, block.original_activation)
     for _, part in config.others:
         activation = part.around(activation, index, block)

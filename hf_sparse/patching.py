@@ -19,11 +19,13 @@ from hf_sparse.config import SparsityConfig
 from hf_sparse.errors import PatchError
 from hf_sparse.exchange import choose, exchange, new_activation, new_modules, outside, places
 from hf_sparse.gguf import forget_gguf
+from hf_sparse.inputs import pruned, thresholded
 from hf_sparse.modules import KeptBlock, KeptChange, ParameterLeaf, SparseBlock, sparse_part, sparse_parts
 from hf_sparse.part_reports import blocks_of, inspected, patched_parts, report
 from hf_sparse.patch_report import PatchReport
 from hf_sparse.selection import Patterns, Selection
 from hf_sparse.stock import stock_activation, stock_name
+from triton_ops.activations import TABLE
 
 
 def patch(
@@ -222,7 +224,8 @@ def _write(base: PreTrainedModel, part: Part, record: Record) -> None:
 def prepare(model: nn.Module, *, certify: bool = False) -> None:
     """Get a patched model ready to skip; otherwise the first call that skips does it, block by block.
 
-    Down projections are stored neuron-major: same values and shape, other strides. That lasts until somebody
+    Down projections, and linear layers with thresholds on their inputs, are stored neuron-major: same values
+    and shape, other strides. That lasts until somebody
     gets to the weights of the model (to train, save, move, list or change them), and is done again by the
     next call that skips. A compiled graph can do neither: call this last before ``torch.compile``, else the
     graph runs dense on the stock layout, and without certificates.
@@ -236,9 +239,11 @@ def prepare(model: nn.Module, *, certify: bool = False) -> None:
             report, layers and not MLPs: OPT, BERT), and those with top-k, are computed without it. It is used
             while nobody but the model holds that projection, so that no change of it goes unnoticed: with an
             optimizer or a list of its parameters at hand, decoding goes on without. False ends its use.
+            CATS has none: that a pre-activation is small does not prove its neuron silent.
 
     Raises:
-        PatchError: the model is not patched, or has an activation that is never exactly zero.
+        PatchError: the model is not patched; or, for a certificate, it has an activation that is never
+            exactly zero, or CATS.
 
     Warns:
         UserWarning: blocks cannot skip while something else holds their weights.
@@ -254,8 +259,22 @@ def prepare(model: nn.Module, *, certify: bool = False) -> None:
             f"{type(base).__name__} have {type(sparse[0].activation).__name__}. Patch with another one "
             'first, such as "relu".'
         )
+    rows = {row[0] for part in sparse if (row := row_of(part.activation)) is not None}
+    if certify and not any(TABLE[name].certifiable for name in rows):
+        raise PatchError(
+            f"certify=True proves neurons silent by an upper bound of their pre-activations, but with "
+            f"{', '.join(sorted(rows))} a neuron may be active below where it is silent. Leave certify out."
+        )
     for part in sparse:
         part.prepare(certify=certify)
+    for owner, name in thresholded(base):
+        pruned(owner, name).prepare()
+    if held := sum(pruned(owner, name).is_held for owner, name in thresholded(base)):
+        warnings.warn(
+            f"{held} linear layers with thresholds on their inputs run dense for now: something holds their "
+            "weights (an optimizer, a list of parameters, a kept state dict).",
+            stacklevel=2,
+        )
     if held := sum(part.is_held for part in sparse):
         warnings.warn(
             f"{held} of {len(sparse)} MLP blocks run dense for now: something holds their down projections "

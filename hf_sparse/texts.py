@@ -43,6 +43,15 @@ def evaluation_texts(
         yield from (text for text, _ in documents.read("train", None) if text in held_out)
 
 
+def training_texts(dataset: str, *, config: str | None = None, text_field: str = "text") -> Iterator[str]:
+    """Documents of the training split, in a fixed order, as a stream; else as :func:`evaluation_texts`."""
+    if dataset == EMBEDDED:
+        yield from python_corpus().train
+        return
+    documents = Documents(dataset, config=config, text_field=text_field, max_bad_documents=None)
+    yield from (text for text, _ in documents.read("train", None))
+
+
 def file_texts(path: str | os.PathLike[str]) -> list[str]:
     """The paragraphs of a text file.
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -30,8 +31,8 @@ class Activation:
     """A pointwise function that is exactly 0 for most neurons of a sparse model.
 
     Its functions take pre-activations ``p``, ``[..., F]`` of a floating dtype, and the parameter, in units of
-    ``p``: a number, or a tensor ``[F]`` of that dtype; 0 for a row that has none. NaN is never silent: it
-    comes through.
+    ``p`` (of the value for ``cats_…``): a number, or a tensor ``[F]`` of that dtype; 0 for a row that has
+    none. NaN is never silent: it comes through.
     """
 
     name: str
@@ -59,6 +60,33 @@ def _jsrelu(p: Tensor) -> Tensor:
 def _jsrelu_linear(p: Tensor) -> Tensor:
     d = torch.relu(p - 4)
     return _jsrelu(p.clamp(max=4)) + (4 * d + d)  # not 5 * d, which a compiler may round once less
+
+
+def _cats(name: str, own: Callable[[Tensor], Tensor], slope: Callable[[Tensor], Tensor]) -> Activation:
+    """CATS (arXiv 2404.08763): of the model's ``own`` activation only what is not small is kept.
+
+    Not certifiable: both functions fall before they rise, so that a neuron below a silent one may be active.
+    """
+
+    def silent(a: Tensor, t: float | Tensor) -> Tensor:
+        return a.abs() < t
+
+    def value(p: Tensor, t: float | Tensor) -> Tensor:
+        a = own(p)
+        return a.masked_fill(silent(a, t), 0)
+
+    return Activation(
+        name=name,
+        value=value,
+        slope=lambda p, t: slope(p).masked_fill(silent(own(p), t), 0),
+        silent=lambda p, t: silent(own(p), t),
+        parameter=Parameter("threshold", least=0.0),
+        certifiable=False,
+    )
+
+
+def _gelu_slope(p: Tensor, approximate: str) -> Tensor:
+    return torch.ops.aten.gelu_backward(torch.ones_like(p), p, approximate=approximate)
 
 
 _ROWS = (
@@ -107,6 +135,9 @@ _ROWS = (
         slope=lambda p, _: (p > 0).to(p.dtype) + torch.relu(p).clamp(max=4),
         silent=lambda p, _: p <= 0,
     ),
+    _cats("cats_silu", F.silu, lambda p: torch.ops.aten.silu_backward(torch.ones_like(p), p)),
+    _cats("cats_gelu", F.gelu, lambda p: _gelu_slope(p, "none")),
+    _cats("cats_gelu_tanh", lambda p: F.gelu(p, approximate="tanh"), lambda p: _gelu_slope(p, "tanh")),
 )
 
 TABLE: dict[str, Activation] = {row.name: replace(row, code=code) for code, row in enumerate(_ROWS)}

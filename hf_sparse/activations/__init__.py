@@ -1,6 +1,7 @@
 """Activation functions that are exactly zero for most neurons, as modules."""
 
 from hf_sparse.activations.build import MODULES, build_activation, gives_zeros, is_stock, relu_up, row_of
+from hf_sparse.activations.cats import CATS, CATSGELU, CATSGELUTanh, CATSSiLU
 from hf_sparse.activations.config import ActivationConfig
 from hf_sparse.activations.mixed import MixedActivation
 from hf_sparse.activations.relu_family import FATReLU, JSReLU, JSReLULinear, ShiftedReLU
@@ -8,8 +9,12 @@ from hf_sparse.activations.statistical_topk import StatisticalTopK, StatisticalT
 from hf_sparse.activations.topk import TopKConfig
 
 __all__ = [
+    "CATS",
+    "CATSGELU",
     "MODULES",
     "ActivationConfig",
+    "CATSGELUTanh",
+    "CATSSiLU",
     "FATReLU",
     "JSReLU",
     "JSReLULinear",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 from transformers.activations import ACT2CLS, ReLUSquaredActivation
 
+from hf_sparse.activations.cats import CLASSES
 from hf_sparse.activations.relu_family import FATReLU, JSReLU, JSReLULinear, ShiftedReLU
 from hf_sparse.activations.statistical_topk import StatisticalTopK
 from hf_sparse.activations.topk import TopKActivation
@@ -23,6 +24,7 @@ MODULES: dict[str, type[nn.Module]] = {
     "drelu": nn.ReLU,  # the block does as much to its up projection
     "jsrelu": JSReLU,
     "jsrelu_linear": JSReLULinear,
+    **CLASSES,
 }
 """The class for each row of :data:`triton_ops.activations.TABLE`. It is called with the row's parameter, if
 there is one, and keeps it as an attribute of that name.

@@ -22,7 +22,10 @@ ORIGINAL = "original"
 ACTIVATIONS = (ORIGINAL, *TABLE)
 """Names of activations. ``"original"`` keeps the model's own."""
 
-_OWNERS = {row.parameter.name: row.name for row in TABLE.values() if row.parameter}
+_OWNERS: dict[str, list[str]] = {}
+for _row in TABLE.values():
+    if _row.parameter is not None:
+        _OWNERS.setdefault(_row.parameter.name, []).append(_row.name)
 
 ACTIVATION_FIELDS = ("name", *_OWNERS, "mix")
 """Every field that an activation can have."""
@@ -41,6 +44,10 @@ class ActivationConfig(Part):
     ``"drelu"``               ReLU on gate and up, gated blocks only (TurboSparse, arXiv 2406.05955)
     ``"jsrelu"``              ``p + p**2 / 2 if p >= 0 else 0`` (J-SquaredReLU, arXiv 2605.25612)
     ``"jsrelu_linear"``       the same up to 4, its tangent ``12 + 5 * (p - 4)`` beyond
+    ``"cats_silu"``           ``a if |a| >= threshold else 0`` with ``a = silu(p)``, in models that have SiLU
+                              (CATS, arXiv 2404.08763)
+    ``"cats_gelu"``           the same of GELU, in models that have that
+    ``"cats_gelu_tanh"``      the same of its approximation with tanh, ``"gelu_new"`` and its like included
     ========================  ===============================================================
 
     Raises:
@@ -52,10 +59,10 @@ class ActivationConfig(Part):
     """One of :data:`ACTIVATIONS`."""
 
     parameter: float | tuple[float, ...]
-    """The number that the activation takes, in units of the pre-activation, or one per patched block, in the
-    order of ``layers`` if that is given, else of ``model.named_modules()``. It is given, read and saved under
-    its own name: ``threshold`` (at least 0) of ``"fatrelu"``, ``shift`` of ``"shifted_relu"``. Default 0, and
-    0 where there is none."""
+    """The number that the activation takes, or one per patched block, in the order of ``layers`` if that is
+    given, else of ``model.named_modules()``. It is given, read and saved under its own name: ``threshold``
+    (at least 0) of ``"fatrelu"`` and ``"cats_..."``, ``shift`` of ``"shifted_relu"``; in units of the
+    pre-activation, that of ``"cats_..."`` of the activation's value. Default 0, and 0 where there is none."""
 
     mix: float
     """Share k in [0, 1] of the new activation: ``(1 - k) * original(p) + k * new(p)``. A finetune raises it
@@ -80,8 +87,8 @@ class ActivationConfig(Part):
                         )
             elif key in _OWNERS:
                 raise ValueError(
-                    f"activation.{key}={shown(given)} has no meaning for {name!r}; use {_OWNERS[key]!r}, or "
-                    f"leave {key} out."
+                    f"activation.{key}={shown(given)} has no meaning for {name!r}; use "
+                    f"{' or '.join(map(repr, _OWNERS[key]))}, or leave {key} out."
                 )
             else:
                 known("activation", [key], ["name", *([own.name] if own else []), "mix"])

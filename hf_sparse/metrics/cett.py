@@ -214,6 +214,11 @@ def readable_down(block: Block) -> nn.Module:
             "adapter, quantised, offloaded or split): CETT needs the norms of its columns. Merge or load it "
             "as a plain layer."
         )
+    if getattr(down, "threshold", 0.0):
+        raise PatchError(
+            f"the down projection of {block.name} has a threshold on its inputs already, so that h does not "
+            "say what a neuron adds. Measure CETT without that layer among the inputs of the patch."
+        )
     return down
 
 

@@ -122,9 +122,9 @@ class Metric(Observer):
         width = self.block.hidden_size if self.site in ("x", "y") else self.neurons
         if values.shape[-1] != width:
             raise ValueError(
-                f"{self.block.name} is {width} wide at the site {self.site!r}, and {values.shape[-1]} values "
-                f"arrive for a token: they are split between processes. Measure {self.name!r} on a model that "
-                "is not."
+                f"{self.block.name} has {width} values of a token at the site {self.site!r}, and "
+                f"{values.shape[-1]} arrive: they are split between processes. Measure {self.name!r} on a "
+                "model that is not."
             )
         self.tokens += len(values)
         self.routed |= routed

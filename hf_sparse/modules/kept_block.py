@@ -18,6 +18,7 @@ from hf_sparse.activations.mixed import mixed
 from hf_sparse.adapters import Block
 from hf_sparse.adapters.copies import copies
 from hf_sparse.adapters.kept import MARK, Kept, KeptState, owners
+from hf_sparse.errors import PatchError
 from hf_sparse.modules.sparse_block import SparseBlock
 from hf_sparse.modules.sparse_linear import SparseLinear
 from triton_ops import Problem
@@ -160,6 +161,11 @@ def stock_downs(model: nn.Module) -> Iterator[None]:
     """
     taken: list[tuple[nn.Module, str, SparseLinear, nn.Linear]] = []
     for module in model.modules():
+        if isinstance(module, SparseLinear) and module.threshold:
+            raise PatchError(
+                "linear layers with thresholds on their inputs (inputs) cannot be quantised while loading; "
+                "load the model without, quantise it and calibrate it then."
+            )
         if MARK in vars(module):
             for owner, name in down_places(module, vars(module)[MARK].roles):
                 if type(one := owner._modules[name]) is SparseLinear:

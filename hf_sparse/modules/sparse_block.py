@@ -124,6 +124,10 @@ class SparseBlock(GuardedModule):
         """Put another activation in place; everything else stays."""
         self._modules[self.roles.act] = activation
 
+    def in_stock(self, name: str, child: nn.Module) -> None:
+        """Let the stock block have ``child`` under ``name``, as this one has."""
+        self._stock[0]._modules[name] = child
+
     def restore(self) -> nn.Module:
         """The stock block with its own activation, and this block's other children as they are now.
 

@@ -1,4 +1,4 @@
-"""The down projection of an MLP whose module stays: a linear layer that can skip zeros of its input."""
+"""A linear layer that can skip zeros of its input, and make some."""
 
 from __future__ import annotations
 
@@ -27,19 +27,23 @@ class SparseLinear(GuardedModule, nn.Linear):
 
     Args:
         stock: the layer to stand in for; it is not changed.
-        gives_zeros: whether the activation before it gives exact zeros.
+        gives_zeros: whether its input has exact zeros.
+        threshold: values of the input that are no larger are taken for zero; at 0 none are.
 
     """
+
+    threshold: float
 
     density: float | None
     """As :attr:`hf_sparse.modules.SparseBlock.density`."""
 
-    def __init__(self, stock: nn.Linear, *, gives_zeros: bool) -> None:
+    def __init__(self, stock: nn.Linear, *, gives_zeros: bool, threshold: float = 0.0) -> None:
         nn.Module.__init__(self)
         # The very dicts of parameters and hooks: what is put into one layer is in the other.
         self.__dict__.update({k: v for k, v in vars(stock).items() if k not in _NOT_SHARED})
         self._stock = (stock,)  # in a tuple, so that it is not registered as a child
         self.gives_zeros = gives_zeros
+        self.threshold = threshold
         self.density = None
         carry_hooks(stock, self)
 
@@ -52,12 +56,12 @@ class SparseLinear(GuardedModule, nn.Linear):
         """
         if type(self) is not SparseLinear:
             raise PatchError(
-                f"the parameters of a down projection {self.in_features} -> {self.out_features} are "
+                f"the parameters of a linear layer {self.in_features} -> {self.out_features} are "
                 "parametrised, or sharded by themselves; remove that first."
             )
         self.disclose()
         (stock,) = self._stock
-        own = (*_NOT_SHARED, "_stock", "gives_zeros", "density")
+        own = (*_NOT_SHARED, "_stock", "gives_zeros", "threshold", "density")
         vars(stock).update({k: v for k, v in vars(self).items() if k not in own})
         carry_hooks(self, stock)
         return stock
@@ -74,6 +78,8 @@ class SparseLinear(GuardedModule, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``input [..., F]`` to ``[..., D]``, any floating dtype."""
+        if self.threshold:
+            input = input.masked_fill(input.abs() <= self.threshold, 0)  # NaN stays
         backend, weight = self._way(input)
         if weight is None:
             return nn.Linear.forward(self._unguarded(), input)

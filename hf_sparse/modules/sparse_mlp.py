@@ -16,6 +16,7 @@ from hf_sparse.modules.sparse_block import SparseBlock, Way, hooks_on_all_module
 from hf_sparse.modules.stand_in import StandIn
 from hf_sparse.modules.surroundings import has_own_forward, is_plain, overridden, transformed
 from triton_ops import DENSE, Certificate, Problem
+from triton_ops.activations import TABLE
 from triton_ops.layout import view_of
 from triton_ops.problem import Form
 
@@ -105,7 +106,7 @@ class SparseMLP(SparseBlock):
         if activation is not None and called is not None:
             first = self.roles.split(called)
             deciding, held, form = first[0][0], None, self.roles.form
-            if certify:
+            if certify and TABLE[activation[0]].certifiable:
                 backend, held = self._certificate(deciding)
             if held is None:
                 backend = triton_ops.plan(deciding, form).backend(tokens, self.density)
@@ -197,7 +198,7 @@ class SparseMLP(SparseBlock):
 
     def prepare(self, *, certify: bool) -> None:
         """Store the down projection neuron-major and certify; else the first call that skips does so."""
-        self._certified.wanted = certify = certify and not self.selects
+        self._certified.wanted = certify = certify and self.certifiable
         self._certified.drop()
         if not self.gives_zeros:
             return
@@ -205,6 +206,12 @@ class SparseMLP(SparseBlock):
             lend(down.weight)
         if certify and self.owns(self.roles.deciding) and (first := self._deciding()) is not None:
             self._certificate(cast(Tensor, first.weight))
+
+    @property
+    def certifiable(self) -> bool:
+        """Whether a certificate can say which neurons are silent: not with a selection, nor with CATS."""
+        kernel = self.kernel()
+        return not self.selects and (kernel is None or TABLE[kernel[0]].certifiable)
 
     @property
     def certify(self) -> bool:
@@ -262,7 +269,7 @@ class SparseMLP(SparseBlock):
             forms.append(("linear", False))
         if down is None or not forms:
             return [], "its linear layers must be called (an adapter, a hook, quantised or offloaded weights)"
-        if self.certify and whole and self.roles.deciding is not None:
+        if self.certify and whole and self.certifiable and self.roles.deciding is not None:
             forms.append((form, True))
         sizes, weight = self.roles.sizes(self), down.weight
         return [Problem(form, *sizes, weight.dtype, weight.device.type, c) for form, c in forms], None

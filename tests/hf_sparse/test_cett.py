@@ -185,6 +185,17 @@ def test_what_has_no_such_sparsity_is_refused():
         curve.threshold(1)
 
 
+def test_a_threshold_on_the_input_of_the_down_projection_is_refused_and_elsewhere_not(input_ids):
+    for name, refused in (("mlp.up_proj", False), ("mlp.down_proj", True)):
+        model = tiny("llama")
+        hf_sparse.patch(model, hf_sparse.SparsityConfig(activation="original", inputs={name: 0.1}))
+        if not refused:
+            assert curves_of(model, [{"input_ids": input_ids}])[0].sparsity(0.1) > 0
+            continue
+        with pytest.raises(hf_sparse.PatchError, match=r"layers\.0\.mlp has a threshold on its inputs"):
+            hf_sparse.cett_sparsity(model, [{"input_ids": input_ids}])
+
+
 def test_contributions_beyond_the_candidates_have_no_threshold():
     model = relu_model("llama")
     down = model.model.layers[1].mlp.down_proj

@@ -10,7 +10,7 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse
 from hf_sparse.activations.config import ACTIVATIONS
@@ -20,7 +20,7 @@ from hf_sparse.cli import main
 from hf_sparse.launch import _with_recipe_path, application
 from triton_ops import BACKENDS
 
-COMMANDS = ("patch", "finetune", "measure", "tune", "generate", "export", "push", "quickstart")
+COMMANDS = ("patch", "calibrate", "finetune", "measure", "tune", "generate", "export", "push", "quickstart")
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -130,6 +130,25 @@ def test_measure_reads_a_dataset(tmp_path):
         )
         found.add(path.read_text())
     assert len(found) == 1
+
+
+def test_calibrate_saves_what_the_function_makes(tmp_path, capsys):
+    arguments = ["--target-sparsity", "0.4", "--max-tokens", "600", "--sequence-length", "64"]
+    report, output = tmp_path / "report.json", tmp_path / "teal"
+    assert main(["calibrate", "tiny", *arguments, "--json", str(report), "--output", str(output)]) == 0
+    assert "teal: sparsity" in capsys.readouterr().out
+    loaded = AutoModelForCausalLM.from_pretrained(output)
+    expected = AutoModelForCausalLM.from_pretrained(TINY_MODEL)
+    texts = [text for _, text in zip(range(20), python_corpus().train, strict=False)]
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
+    options = {"tokenizer": tokenizer, "max_tokens": 600, "sequence_length": 64}
+    hf_sparse.calibrate(expected, texts, target_sparsity=0.4, **options)
+    found = hf_sparse.inspect(loaded).config
+    assert found == hf_sparse.inspect(expected).config
+    assert json.loads(report.read_text())["config"] == found.to_dict()
+    assert main(["calibrate", "tiny", *arguments[:2], "--output", str(output)]) == 2  # it is not empty
+    with pytest.raises(SystemExit):
+        main(["calibrate", "tiny"])
 
 
 @pytest.mark.parametrize("backend", ["dense", "torch"])

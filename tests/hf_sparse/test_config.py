@@ -44,6 +44,7 @@ def test_json_round_trip_is_exact(config: SparsityConfig) -> None:
         (SparsityConfig(), {"name": "relu"}),
         (SparsityConfig.read("fatrelu", threshold=0.01), {"name": "fatrelu", "threshold": 0.01}),
         (SparsityConfig.read("fatrelu", threshold=(0.1, 0.2)), {"name": "fatrelu", "threshold": [0.1, 0.2]}),
+        (SparsityConfig.read("cats_silu", threshold=0.25), {"name": "cats_silu", "threshold": 0.25}),
         (SparsityConfig.read("shifted_relu", shift=-1), {"name": "shifted_relu", "shift": -1.0}),
         (SparsityConfig.read("jsrelu", mix=0.4), {"name": "jsrelu", "mix": 0.4}),
     ],
@@ -93,6 +94,14 @@ def test_a_config_is_a_value() -> None:
         (
             {"name": "relu", "threshold": 0.1},
             "activation.threshold=0.1 has no meaning for 'relu'; use 'fatrelu'",
+        ),
+        (
+            {"name": "cats_gelu", "threshold": -0.1},
+            "activation.threshold=-0.1 is too small; that of cats_gelu",
+        ),
+        (
+            {"name": "jsrelu", "threshold": 0.1},
+            "use 'fatrelu' or 'cats_silu' or 'cats_gelu' or 'cats_gelu_tanh', or leave threshold out",
         ),
         ({"name": "fatrelu", "shift": 0.1}, "activation.shift=0.1 has no meaning for 'fatrelu'"),
         ({"name": "shifted_relu", "shift": float("inf")}, "activation.shift=inf"),

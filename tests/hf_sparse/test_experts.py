@@ -20,7 +20,7 @@ from hf_sparse.adapters.experts import Experts
 from hf_sparse.adapters.shapes import recognise
 from hf_sparse.modules import SparseExperts
 from hf_sparse.objectives import L1Penalty
-from support.activations import FIELDS
+from support.activations import FIELDS, own_field
 from support.compiler import CPP
 from support.models import tiny
 from support.peek import layouts
@@ -134,7 +134,7 @@ def test_every_implementation_of_transformers_stays_and_may_follow_skipping(impl
 @pytest.mark.parametrize("activation", TABLE)
 @pytest.mark.parametrize("backend", [CPP])
 def test_every_activation_is_that_of_the_formula(activation, backend) -> None:
-    model = moe("olmoe")
+    model = moe("olmoe", **own_field(activation))
     row, value = TABLE[activation], sum(FIELDS[activation].values())
     hf_sparse.patch(model, activation, **FIELDS[activation])
     block = hf_sparse.inspect(model).blocks[0]

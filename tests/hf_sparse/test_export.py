@@ -113,6 +113,10 @@ REFUSED = {
         lambda: patched("llama", "fatrelu", threshold=0.1),
         "fatrelu .threshold 0.1.*no activation of",
     ),
+    "cats": (
+        lambda: patched("llama", "cats_silu", threshold=0.1),
+        "cats_silu .threshold 0.1.*no activation of",
+    ),
     "drelu": (lambda: patched("llama", "drelu"), "no activation of that kind"),
     "mixed": (lambda: patched("llama", "relu", mix=0.5), "set_mix"),
     "layers": (lambda: patched("llama", "relu", layers=(0, 2)), "only 2 of its MLP blocks"),

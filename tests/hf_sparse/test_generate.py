@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse
 from hf_sparse.assets import TINY_MODEL
-from support.activations import FIELDS
+from support.activations import FIELDS, OWN
 from support.compiler import CPP
 
 
@@ -60,12 +60,13 @@ print(json.dumps(same))
 
 @pytest.mark.slow
 def test_triton_kernels_give_the_dense_tokens() -> None:
+    fields = {name: given for name, given in FIELDS.items() if OWN.get(name, "silu") == "silu"}
     run = subprocess.run(
-        [sys.executable, "-c", TRITON, json.dumps(FIELDS)],
+        [sys.executable, "-c", TRITON, json.dumps(fields)],
         capture_output=True,
         text=True,
         timeout=600,
         env={**os.environ, "TRITON_INTERPRET": "1"},
     )
     assert run.returncode == 0, run.stderr
-    assert json.loads(run.stdout) == dict.fromkeys(FIELDS, True)
+    assert json.loads(run.stdout) == dict.fromkeys(fields, True)

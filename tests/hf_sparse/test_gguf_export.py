@@ -153,6 +153,7 @@ REFUSED = {
     "mixed": (lambda: made("llama", "relu", {}, mix=0.5), "relu .mixed in at 0.5"),
     "layers": (lambda: made("llama", "relu", {}, layers=[0]), "relu in some of its layers"),
     "fatrelu": (lambda: made("llama", "fatrelu", {}, threshold=0.1), "fatrelu .threshold 0.1"),
+    "cats": (lambda: made("llama", "cats_silu", {}, threshold=0.1), "with cats_silu .threshold 0.1"),
 }
 REFUSED_BESIDES = {
     "scaled": (

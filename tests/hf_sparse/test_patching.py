@@ -13,7 +13,7 @@ from torch.nn.modules.module import register_module_forward_hook
 import hf_sparse
 from hf_sparse import PatchError, SparsityConfig
 from hf_sparse.adapters import find_blocks
-from support.activations import FIELDS, GATED_OR_PLAIN
+from support.activations import FIELDS, GATED_OR_PLAIN, fits, own_field
 from support.compiler import CPP
 from support.skips import CountSkips
 from triton_ops.activations import TABLE
@@ -58,6 +58,10 @@ def test_substituted_activation_equals_plain_pytorch(tiny_model, layered_type, a
         with pytest.raises(PatchError, match="needs a gated MLP"):
             hf_sparse.patch(model, config_for(activation))
         return
+    if not fits(activation, find_blocks(model)[0][0].activation):
+        with pytest.raises(PatchError, match="keeps the large values of"):
+            hf_sparse.patch(model, config_for(activation))
+        return
     report = hf_sparse.patch(model, config_for(activation))
     assert len(report.blocks) == 3
     x = torch.randn(2, 5, 32)
@@ -71,7 +75,7 @@ def test_substituted_activation_equals_plain_pytorch(tiny_model, layered_type, a
 )
 @pytest.mark.parametrize("backend", ["torch", CPP])
 def test_generation_that_skips_gives_the_dense_tokens(tiny_model, family, activation, backend) -> None:
-    model = tiny_model(family)
+    model = tiny_model(family, **own_field(activation))
     hf_sparse.patch(model, config_for(activation))
     prompt = torch.randint(3, 128, (1, 6))
     tokens, skips = {}, {}

@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 import hf_sparse
 from hf_sparse import SparsityConfig
 from hf_sparse.activations import is_stock
-from support.activations import FIELDS
+from hf_sparse.adapters import find_blocks
+from support.activations import FIELDS, fits
 from support.peek import layouts, zeroth_biases
 from triton_ops.activations import TABLE
 
@@ -42,6 +43,10 @@ def test_round_trip_is_bit_identical(tiny_model, input_ids, tmp_path, family, na
             hf_sparse.patch(tiny_model(family), CONFIGS[name])
         return
     model = tiny_model(family)
+    if not fits(CONFIGS[name].activation.name, find_blocks(model)[0][0].activation):
+        with pytest.raises(hf_sparse.PatchError, match="keeps the large values of"):
+            hf_sparse.patch(model, CONFIGS[name])
+        return
     stock = model(input_ids).logits
     hf_sparse.patch(model, CONFIGS[name])
     for table in zeroth_biases(model):
@@ -80,6 +85,8 @@ def test_without_hf_sparse_the_model_is_the_same_or_refused(tiny_model, family, 
         if (config.activation.relu_up or config.others) and family != "llama":
             continue
         model = tiny_model(family)
+        if not fits(config.activation.name, find_blocks(model)[0][0].activation):
+            continue
         hf_sparse.patch(model, config)
         model.save_pretrained(tmp_path / name)
         expected[name] = model(input_ids).logits

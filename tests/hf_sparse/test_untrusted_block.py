@@ -16,6 +16,7 @@ import hf_sparse
 from hf_sparse import SparsityConfig
 from hf_sparse.activations.config import ACTIVATIONS
 from hf_sparse.adapters import find_blocks
+from support.activations import own_field
 from triton_ops.activations import TABLE
 
 SIZES = {
@@ -47,7 +48,7 @@ def honest(draw: st.DrawFn) -> dict:
         count = len(layers or range(3))
         number = st.sampled_from([0.0, 0.1, 2.0])
         fields[own.name] = draw(number | st.lists(number, min_size=count, max_size=count))
-    model = built(plain_config())
+    model = built(plain_config(**own_field(name)))
     hf_sparse.patch(model, SparsityConfig.read(name, **fields, layers=layers))
     return json.loads(json.dumps(model.config.to_dict()))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import triton_ops
 from support.activations import GATED_OR_PLAIN, ON_CPU, PARAMETRISED, assert_bits_of_the_reference, points
@@ -37,12 +38,25 @@ VALUES = [
     ("fatrelu", 0.5, 2.0, 2.0),
     ("drelu", 0.0, -1.0, 0.0),
     ("drelu", 0.0, 2.0, 2.0),
+    ("cats_silu", 0.25, 0.25, 0.0),
+    ("cats_silu", 0.25, -0.5, 0.0),
+    ("cats_silu", 0.25, -1.25, -0.27837518),  # the dip reaches below -0.25
+    ("cats_silu", 0.25, -3.0, 0.0),
+    ("cats_silu", 0.25, 2.0, 1.7615942),
+    ("cats_silu", 0.0, -3.0, -0.14227763),
+    ("cats_gelu", 0.1, -2.0, 0.0),
+    ("cats_gelu", 0.1, -1.0, -0.15865526),
+    ("cats_gelu", 0.1, 2.0, 1.9544997),
+    ("cats_gelu_tanh", 0.1, -2.0, 0.0),
+    ("cats_gelu_tanh", 0.1, -1.0, -0.15880801),
+    ("cats_gelu_tanh", 0.1, 2.0, 1.9545977),
 ]
 
 
 @pytest.mark.parametrize(("kind", "threshold", "p", "expected"), VALUES)
 def test_activation_has_its_published_value(kind, threshold, p, expected):
-    assert TABLE[kind].value(torch.tensor([p]), threshold).item() == expected
+    value = TABLE[kind].value(torch.tensor([p]), threshold).item()
+    assert value == pytest.approx(expected, rel=1e-6, abs=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
@@ -116,7 +130,7 @@ def test_one_parameter_for_all_is_the_same_for_each(name, gated, tokens, dtype, 
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("name", "gated"), PARAMETRISED)
+@pytest.mark.parametrize(("name", "gated"), [one for one in PARAMETRISED if TABLE[one[0]].certifiable])
 def test_a_certificate_goes_by_the_parameter_of_each_neuron(name, gated, dtype):
     block = make_block(1, 200, 300, dtype, name, gated=gated)
     p = torch.nn.functional.linear(block.x, block.deciding)[0]
@@ -131,6 +145,64 @@ def test_a_certificate_goes_by_the_parameter_of_each_neuron(name, gated, dtype):
         operator = triton_ops.gated_mlp if gated else triton_ops.plain_mlp
         options = {"activation": name, "threshold": block.threshold, "certificate": certificate}
         assert torch.equal(operator(*block.tensors(), **options), expected)
+
+
+OWN = {
+    "cats_silu": F.silu,
+    "cats_gelu": F.gelu,
+    "cats_gelu_tanh": lambda p: F.gelu(p, approximate="tanh"),
+}
+# torch's GELU is 1 - 1 for large negative numbers, in float64 as well.
+EXACT = {
+    "cats_silu": F.silu,
+    "cats_gelu": lambda p: p / 2 * torch.special.erfc(-p * 2**-0.5),
+    "cats_gelu_tanh": lambda p: p * torch.sigmoid((8 / math.pi) ** 0.5 * (p + 0.044715 * p**3)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
+@pytest.mark.parametrize("name", OWN)
+def test_with_threshold_0_cats_is_the_own_activation_to_the_bit(name, dtype):
+    p = torch.cat([points(name, dtype), torch.randn(1000).to(dtype) * 5])
+    assert torch.equal(TABLE[name].value(p, 0.0), OWN[name](p))
+    assert not TABLE[name].silent(p, 0.0).any()
+
+
+@needs_compiler
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", OWN)
+def test_compiled_exponentials_are_right_to_rounding(name, dtype, tokens):
+    p = torch.cat([torch.linspace(-12, 12, 601), torch.linspace(-0.01, 0.01, 21), torch.tensor([-90, 90])])
+    p = p.to(dtype)
+    eye = torch.eye(len(p), dtype=dtype)
+    down = triton_ops.neuron_major_(eye.clone())
+    with triton_ops.backend("cpp"):
+        y = triton_ops.plain_mlp(p.expand(tokens, -1), eye, down, activation=name)
+    exact = EXACT[name](p.double())
+    # Half a unit of 16 bits, and some of float32, more where the exponent of the exponential is large. Below
+    # 1e-30 some are 0, and float16 has subnormal numbers.
+    exponent = -(exact / p.double()).nan_to_num(1.0).clamp(1e-30, 1.0).log()
+    units = (dtype != torch.float32) * torch.finfo(dtype).eps / 2 + 3e-7 * (1 + exponent)
+    smallest = 2.0**-25 if dtype == torch.float16 else 1e-30
+    assert ((y[-1].double() - exact).abs() <= units * exact.abs() + smallest).all()
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", OWN)
+def test_compiled_cats_zeroes_what_the_dense_computation_zeroes(name, dtype):
+    # Thresholds between two pre-activations are decided alike; at the very value, within float32 rounding.
+    p = torch.linspace(-4, 4, 333).to(dtype)
+    eye = torch.eye(len(p), dtype=dtype)
+    down = triton_ops.neuron_major_(eye.clone())
+    for t in (0.0, 0.01, 0.1, 0.17, 0.25, 0.3, 1.0, 5.0):
+        expected = TABLE[name].value(p, t) != 0
+        with triton_ops.backend("cpp"):
+            for tokens in (1, 40):
+                x = p.expand(tokens, -1).contiguous()
+                y = triton_ops.plain_mlp(x, eye, down, activation=name, threshold=t)
+                assert torch.equal(y != 0, expected.expand(tokens, -1))
 
 
 @needs_compiler

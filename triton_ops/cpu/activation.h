@@ -1,9 +1,10 @@
 // The formula of each activation, under its name in triton_ops/activations.py. Scalar and vector code share it: V is
 // float or Vec, t the parameter as the dtype W has it.
 //
-// silent: where a neuron is silent; false for NaN. value: elsewhere, rounded after each operation as torch rounds.
+// silent: where a neuron is silent; false for NaN. value: elsewhere, rounded wherever torch rounds.
 #pragma once
 
+#include "smooth.h"
 #include "vector.h"
 
 #ifndef HFS_ACTIVATIONS
@@ -15,7 +16,7 @@ namespace activations {
 
 struct relu {
   static constexpr bool relu_up = false;  // whether the up projection goes through ReLU as well
-  template <class V> static auto silent(V p, V) { return p <= 0.0f; }
+  template <class W, class V> static auto silent(V p, V) { return p <= 0.0f; }
   template <class W, class V> static V value(V p, V) { return p; }
 };
 
@@ -41,13 +42,24 @@ struct jsrelu_linear : relu {
 };
 
 struct shifted_relu : relu {
-  template <class V> static auto silent(V p, V t) { return p <= t; }
+  template <class W, class V> static auto silent(V p, V t) { return p <= t; }
   template <class W, class V> static V value(V p, V t) { return rounded<W>(p - t); }
 };
 
 struct fatrelu : relu {
-  template <class V> static auto silent(V p, V t) { return p < t; }
+  template <class W, class V> static auto silent(V p, V t) { return p < t; }
 };
+
+// CATS. What is silent is decided by the rounded value, as in the dense computation.
+template <class Own>
+struct cats : relu {
+  template <class W, class V> static auto silent(V p, V t) { return smooth::magnitude(value<W>(p, t)) < t; }
+  template <class W, class V> static V value(V p, V) { return rounded<W>(Own::at(p)); }
+};
+
+struct cats_silu : cats<smooth::silu> {};
+struct cats_gelu : cats<smooth::gelu> {};
+struct cats_gelu_tanh : cats<smooth::gelu_tanh> {};
 
 // A name without a struct above does not compile, so the codes cannot mean anything else here than there.
 template <class... Known>

@@ -32,7 +32,7 @@ struct Hidden {
 
   template <class Activation>
   static Vec apply(Activation, Vec p, Vec parameter) {
-    return kept(Activation::template value<W>(p, parameter), ~Activation::silent(p, parameter));
+    return kept(Activation::template value<W>(p, parameter), ~Activation::template silent<W>(p, parameter));
   }
 
   // The activated gates of a block of neurons, from their sums and in the same order. Returns how many are active, those

@@ -34,7 +34,7 @@ bool activate(Activation, const float* products, float bias, float threshold, in
   int32_t any = 0;
   for (int64_t t = 0; t < T; ++t) {
     const float p = rounded<W>(products[t] + bias), value = Activation::template value<W>(p, threshold);
-    const bool on = !Activation::silent(p, threshold);
+    const bool on = !Activation::template silent<W>(p, threshold);
     h[t] = kept(value, on);
     any |= on;
   }
@@ -105,7 +105,7 @@ struct Fused {
     int64_t count = 0;
     activations::Table::select(kind, [&](auto activation) {
       for (int64_t i = 0; i < n; ++i)
-        if (!activation.silent(p[i], threshold_of(begin + i))) index[count++] = int32_t(i);
+        if (!activation.template silent<W>(p[i], threshold_of(begin + i))) index[count++] = int32_t(i);
     });
     return count;
   }

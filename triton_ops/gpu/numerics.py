@@ -22,6 +22,9 @@ FATRELU = tl.constexpr(TABLE["fatrelu"].code)
 DRELU = tl.constexpr(TABLE["drelu"].code)
 JSRELU = tl.constexpr(TABLE["jsrelu"].code)
 JSRELU_LINEAR = tl.constexpr(TABLE["jsrelu_linear"].code)
+CATS_SILU = tl.constexpr(TABLE["cats_silu"].code)
+CATS_GELU = tl.constexpr(TABLE["cats_gelu"].code)
+CATS_GELU_TANH = tl.constexpr(TABLE["cats_gelu_tanh"].code)
 
 
 @triton.jit
@@ -54,17 +57,6 @@ def load_threshold(threshold, thresholds_ptr, f, mask, EACH: tl.constexpr, dtype
 
 
 @triton.jit
-def is_silent(p, t, KIND: tl.constexpr):
-    """Whether a neuron with the parameter t is silent; not if p is NaN."""
-    if KIND == FATRELU:
-        return p < t
-    elif KIND == SHIFTED_RELU:  # noqa: RET505
-        return p <= t
-    else:
-        return p <= 0.0
-
-
-@triton.jit
 def activate(p, t, KIND: tl.constexpr, dtype: tl.constexpr):
     """The activation of p, with the parameter t, where it is not silent."""
     if KIND == RELU2:
@@ -77,8 +69,28 @@ def activate(p, t, KIND: tl.constexpr, dtype: tl.constexpr):
         a = round_to(c + 0.5 * round_to(c * c, dtype), dtype) + round_to(4.0 * d + d, dtype)
     elif KIND == SHIFTED_RELU:
         a = p - t
+    elif KIND == CATS_SILU:
+        a = p / (1.0 + tl.exp(-p))
+    elif KIND == CATS_GELU:
+        a = p * (0.5 + 0.5 * tl.erf(0.70710678118 * p))
+    elif KIND == CATS_GELU_TANH:
+        # p (1 + tanh u) / 2 with u = sqrt(2 / pi) (p + 0.044715 p**3)
+        a = p / (1.0 + tl.exp(-1.59576912160 * (p + 0.044715 * p * p * p)))
     else:
         known: tl.constexpr = (KIND == RELU) | (KIND == DRELU) | (KIND == FATRELU)
         tl.static_assert(known, "this activation has no formula in triton_ops/gpu/numerics.py")
         a = p
     return round_to(a, dtype)
+
+
+@triton.jit
+def is_silent(p, t, KIND: tl.constexpr, dtype: tl.constexpr):
+    """Whether a neuron with the parameter t is silent; not if p is NaN."""
+    if KIND == FATRELU:
+        return p < t
+    elif KIND == SHIFTED_RELU:  # noqa: RET505
+        return p <= t
+    elif (KIND == CATS_SILU) | (KIND == CATS_GELU) | (KIND == CATS_GELU_TANH):
+        return tl.abs(activate(p, t, KIND, dtype)) < t
+    else:
+        return p <= 0.0

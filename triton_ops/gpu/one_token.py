@@ -73,7 +73,7 @@ def _neurons(
     p = _dot_rows(x_ptr, gate_ptr + f * gate_stride, mask, D, BLOCK_F, BLOCK_D)
     p = add_bias(p, gate_bias_ptr, f, mask, GATE_BIAS, dtype)
     t_f = load_threshold(threshold, thresholds_ptr, f, mask, EACH, dtype)
-    active = mask & (is_silent(p, t_f, KIND) == 0)
+    active = mask & (is_silent(p, t_f, KIND, dtype) == 0)
     h = activate(p, t_f, KIND, dtype)
     if GATED:
         u = tl.zeros([BLOCK_F], tl.float32)
@@ -184,7 +184,8 @@ def _hidden_kernel(
         )
         # From here the operations of _neurons, all monotone: if the bound is silent, so is what it bounds.
         bound = add_bias(bound, gate_bias_ptr, f, in_f, GATE_BIAS, dtype)
-        silent = is_silent(bound, load_threshold(threshold, thresholds_ptr, f, in_f, EACH, dtype), KIND)
+        t_f = load_threshold(threshold, thresholds_ptr, f, in_f, EACH, dtype)
+        silent = is_silent(bound, t_f, KIND, dtype)
         tl.store(h_ptr + f, tl.zeros([OWNED], tl.float32).to(dtype), mask=in_f & silent)
         open = in_f & (silent == 0)
         count = tl.sum(open.to(tl.int32), axis=0)

@@ -98,7 +98,7 @@ def _hidden_kernel(
     p = _dot_tile(x_ptr, gate_ptr + f * gate_stride, in_f, t, in_t, D, UPCAST, BLOCK_F, BLOCK_T, BLOCK_D)
     p = add_bias(p, gate_bias_ptr, f[:, None], in_f[:, None], GATE_BIAS, dtype)
     t_f = load_threshold(threshold, thresholds_ptr, f[:, None], in_f[:, None], EACH, dtype)
-    active = valid & (is_silent(p, t_f, KIND) == 0)
+    active = valid & (is_silent(p, t_f, KIND, dtype) == 0)
     h = activate(p, t_f, KIND, dtype)
     if GATED:
         wanted = tl.max(active.to(tl.int32), axis=1) > 0

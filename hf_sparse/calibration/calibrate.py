@@ -1,0 +1,181 @@
+"""calibrate: from a dense model to a sparse one, without training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hf_sparse.calibration.method import Calibration
+from hf_sparse.calibration.report import CalibrationReport
+from hf_sparse.checks import shown
+from hf_sparse.config import SparsityConfig
+from hf_sparse.errors import PatchError
+from hf_sparse.observing import Observer, Pass, blocks_of, observe
+from hf_sparse.patching import inspect, patch, transformers_model, unpatch
+
+_NO_METHODS = ("__init__", "calibrate", "magnitudes", "method", "report")
+METHODS = tuple(sorted(f.stem for f in Path(__file__).parent.glob("*.py") if f.stem not in _NO_METHODS))
+"""Their names, those of the files that they are in."""
+
+_HIGHEST = 0.99
+_ROUNDS = 10
+
+
+def calibrate(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    method: str = "teal",
+    target_sparsity: float | None = None,
+    max_perplexity_increase: float | None = None,
+    tokenizer: Any = None,
+    sequence_length: int | None = None,
+    batch_size: int = 4,
+    max_tokens: int | None = 65_536,
+) -> CalibrationReport:
+    """Make ``model`` sparse without training: thresholds on its activations, chosen on ``data``.
+
+    The model is patched with what was found, as :func:`hf_sparse.patch` does it: it saves, loads and pushes,
+    ``generate`` skips, and :func:`hf_sparse.unpatch` undoes it. What goes wrong leaves it as it was.
+
+    ==============  =========================================================================================
+    ``"teal"``      small inputs of every linear layer of attention and MLP are taken for zero (TEAL,
+                    arXiv 2408.14690); for any model
+    ``"fatrelu"``   a threshold in the place of ReLU's zero (ProSparse, arXiv 2402.13516); for models with
+                    ReLU
+    ==============  =========================================================================================
+
+    Args:
+        model: a causal language model of transformers, stock or patched; a patched one keeps what it has.
+        data: texts, rows with a ``"text"`` or batches, as :func:`hf_sparse.measure` takes them. They are gone
+            through several times, so an iterator is refused.
+        method: the name of one.
+        target_sparsity: reach this sparsity, 0 to 1, of what the method prunes.
+        max_perplexity_increase: or be as sparse as possible, with a perplexity on ``data`` that is at most
+            this many percent above that of the model without thresholds of this method.
+        tokenizer: for texts; None loads the one of ``model.name_or_path``.
+        sequence_length: tokens per window of text.
+        batch_size: windows per forward.
+        max_tokens: of ``data``; None means all.
+
+    Raises:
+        PatchError: the model cannot be patched, or the method does not suit it.
+        ValueError: not one of the two aims is given, or it is out of range; no such method; see also
+            :func:`hf_sparse.measure`.
+
+    """
+    if method not in METHODS:
+        raise ValueError(f"method={shown(method)} is not known; choose one of {', '.join(METHODS)}.")
+    if (target_sparsity is None) == (max_perplexity_increase is None):
+        raise ValueError("give target_sparsity or max_perplexity_increase: one of them is the aim.")
+    if target_sparsity is not None and not 0 < target_sparsity < 1:
+        raise ValueError(f"target_sparsity={target_sparsity} is out of range; it is a share, as 0.5.")
+    if max_perplexity_increase is not None and not 0 < max_perplexity_increase < math.inf:
+        raise ValueError(
+            f"max_perplexity_increase={max_perplexity_increase} is out of range; it is in percent, as 1.0."
+        )
+    if isinstance(data, Iterator):
+        raise ValueError("data is an iterator, and calibrate goes through it several times; give a list.")
+    base = transformers_model(model)
+
+    def run(observers: list[Observer]) -> Pass:
+        return observe(
+            model,
+            data,
+            observers,
+            tokenizer=tokenizer,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            max_tokens=max_tokens,
+        )
+
+    before = inspect(base).config
+    if before is not None and before.activation.mix != 1:
+        raise PatchError(
+            f"the activation of the model is mixed in by {before.activation.mix:.0%} only; finish the "
+            "finetune, or hf_sparse.set_mix(model, 1)."
+        )
+    one: Calibration = import_module(f"{__package__}.{method}").Method(base, blocks_of(base), before)
+    with _undone_on_failure(base, before):
+        _set(base, one.base)
+        given = run(one.observers(blocks_of(base)))
+        if target_sparsity is not None:
+            level = _level_of(one, target_sparsity)
+        else:
+            assert max_perplexity_increase is not None
+
+            def loss(level: float) -> float:
+                _set(base, one.config(level))
+                return run([]).loss
+
+            level = _level_within(loss, given.loss + math.log1p(max_perplexity_increase / 100))
+        _set(base, one.config(level))
+        one.blocks = blocks_of(base)
+        one.settle(level)
+        counters = one.counters(one.blocks)
+        after = run(counters)
+        config = inspect(base).config
+        assert config is not None
+    return CalibrationReport(
+        method=method,
+        counts=one.counts,
+        config=config,
+        sparsity=one.counted(counters),
+        perplexity_before=_perplexity(given),
+        perplexity=_perplexity(after),
+        tokens=after.tokens,
+    )
+
+
+def _level_of(one: Calibration, sparsity: float) -> float:
+    """Where ``sparsity`` is expected."""
+    low, high = 0.0, 1.0
+    if one.expected(low) > sparsity + 0.005:
+        raise ValueError(
+            f"target_sparsity={sparsity} is below the {one.expected(low):.1%} that the model has without any "
+            "threshold; ask for more."
+        )
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if one.expected(middle) <= sparsity else (low, middle)
+    return low
+
+
+def _level_within(loss: Callable[[float], float], allowed: float) -> float:
+    """The highest level, to 0.1 %, whose loss is at most ``allowed``; the loss is taken to grow with it."""
+    low, high = 0.0, _HIGHEST
+    for _ in range(_ROUNDS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if loss(middle) <= allowed else (low, middle)
+    return low
+
+
+@contextmanager
+def _undone_on_failure(base: Any, before: SparsityConfig | None) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        _set(base, before)
+        raise
+
+
+def _set(base: Any, config: SparsityConfig | None) -> None:
+    now = inspect(base).config
+    if config is None:
+        if now is not None:
+            unpatch(base)
+    elif config != now:
+        patch(base, config)
+
+
+def _perplexity(passed: Pass) -> float:
+    try:
+        return math.exp(passed.loss)
+    except OverflowError:
+        return math.inf

@@ -1,0 +1,62 @@
+"""What a method of calibration has to answer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+from transformers import PreTrainedModel
+
+from hf_sparse.adapters import Block
+from hf_sparse.config import SparsityConfig
+from hf_sparse.observing import Observer
+
+
+class Calibration(ABC):
+    """One method, on one model. A subclass in a file of this folder is found by the name of the file.
+
+    First its :meth:`observers` look at the dense model; from what they saw, :meth:`config` makes a
+    :class:`~hf_sparse.SparsityConfig` for any level. The level goes from 0, where nothing is pruned that was
+    not silent before, towards 1, and both the sparsity and the damage grow with it.
+    """
+
+    counts: ClassVar[str]
+    """What its sparsity is a share of, for the report."""
+
+    def __init__(self, model: PreTrainedModel, blocks: Sequence[Block], start: SparsityConfig | None) -> None:
+        """Get ready for ``blocks`` of ``model``, whose config is ``start``, None if it is not patched.
+
+        Raises:
+            PatchError: the method does not suit the model; says why, and what to do.
+
+        """
+        self.model, self.blocks, self.start = model, blocks, start
+
+    @property
+    def base(self) -> SparsityConfig | None:
+        """The config with which the observers look; None for the stock model."""
+        return self.start
+
+    @abstractmethod
+    def observers(self, blocks: Sequence[Block]) -> list[Observer]:
+        """New ones, for the same blocks as they are now; kept, and asked in the other methods."""
+
+    @abstractmethod
+    def config(self, level: float) -> SparsityConfig:
+        """What to patch the model with at ``level``, 0 to 1."""
+
+    @abstractmethod
+    def expected(self, level: float) -> float:
+        """The sparsity at ``level`` if activations stay as they were seen; it grows with the level."""
+
+    @abstractmethod
+    def counters(self, blocks: Sequence[Block]) -> list[Observer]:
+        """Those that count the sparsity of the patched model, for :meth:`counted`."""
+
+    @abstractmethod
+    def counted(self, counters: Sequence[Observer]) -> float:
+        """The sparsity that ``counters`` found."""
+
+    def settle(self, level: float) -> None:  # noqa: B027 - most have nothing to tell
+        """Tell the patched modules what is known of their density, so that they choose well at once."""

@@ -1,0 +1,68 @@
+"""The command ``hf-sparse calibrate``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from hf_sparse.calibration.calibrate import METHODS
+
+_CHARACTERS = 8
+"""Of text for a token, which is plenty."""
+
+
+def add_options(parser: argparse.ArgumentParser, model_help: str) -> None:
+    """The options of the command, beside those of the text."""
+    parser.add_argument("model", metavar="MODEL", help=model_help)
+    parser.add_argument("--method", choices=METHODS, default="teal", help="default: teal")
+    aim = parser.add_mutually_exclusive_group(required=True)
+    aim.add_argument("--target-sparsity", type=float, metavar="S", help="a share, as 0.5")
+    aim.add_argument(
+        "--max-perplexity-increase", type=float, metavar="P", help="in percent: as sparse as that allows"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there, too")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="where to save; without it nothing is saved"
+    )
+
+
+def run(arguments: argparse.Namespace, model: Any, tokenizer: Any, texts: Iterable[Any]) -> int:
+    """Calibrate ``model`` and save it with its ``tokenizer``."""
+    import hf_sparse
+
+    report = hf_sparse.calibrate(
+        model,
+        _enough(texts, arguments.max_tokens),
+        method=arguments.method,
+        target_sparsity=arguments.target_sparsity,
+        max_perplexity_increase=arguments.max_perplexity_increase,
+        tokenizer=tokenizer,
+        sequence_length=arguments.sequence_length,
+        batch_size=arguments.batch_size,
+        max_tokens=arguments.max_tokens,
+    )
+    print(report)
+    if arguments.json is not None:
+        report.to_json(arguments.json)
+    if arguments.output is None:
+        print("nothing was saved; give --output DIR", file=sys.stderr)
+        return 0
+    model.save_pretrained(arguments.output)
+    tokenizer.save_pretrained(arguments.output)
+    print(f"saved in {arguments.output}")
+    return 0
+
+
+def _enough(texts: Iterable[Any], tokens: int) -> list[Any]:
+    """As many of ``texts`` as ``tokens`` can be made of: a data set may be streamed, and has no end."""
+    kept: list[Any] = []
+    size = 0
+    for text in texts:
+        kept.append(text)
+        size += len((text.get("text") if isinstance(text, dict) else text) or "")
+        if size >= _CHARACTERS * tokens:
+            break
+    return kept

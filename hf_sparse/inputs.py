@@ -1,0 +1,231 @@
+"""Thresholds on the inputs of linear layers, of MLP and attention alike."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import nn
+
+from hf_sparse.adapters.bottleneck import layer_of
+from hf_sparse.adapters.experts import Experts
+from hf_sparse.adapters.walk import modules_of
+from hf_sparse.checks import mapping, numbers, shown
+from hf_sparse.errors import PatchError
+from hf_sparse.modules.sparse_block import SparseBlock
+from hf_sparse.modules.sparse_linear import SparseLinear
+from hf_sparse.parts import Part
+
+if TYPE_CHECKING:
+    from hf_sparse.adapters import Block
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*", re.ASCII)
+_LONGEST = 200
+
+
+@dataclass(frozen=True)
+class InputsConfig(Part):
+    """``inputs``: values of the input of a linear layer that are taken for zero (TEAL, arXiv 2408.14690).
+
+    A layer with threshold t computes ``W s(x) + b`` with ``s(x)_j = x_j if |x_j| > t else 0``, and skips the
+    columns of W for which that is zero. Any ``nn.Linear`` in the layers whose MLP blocks are patched can have
+    one, those of attention too. They are given by their names in a layer::
+
+        SparsityConfig(activation="original", inputs={"self_attn.q_proj": 0.1, "mlp.down_proj": [0.02, 0.05]})
+
+    A threshold is one number, in units of the input, or one per patched block, in their order. It holds for
+    every token, in the prompt as well; at 0 there is none.
+
+    Raises:
+        ValueError: a name or threshold is none; the message names it and the mend.
+
+    """
+
+    thresholds: tuple[tuple[str, float | tuple[float, ...]], ...]
+    """Names and thresholds, in the order of the names."""
+
+    @classmethod
+    def read(cls, value: Any) -> InputsConfig:
+        if isinstance(value, cls):
+            return value
+        given = mapping("inputs", value)
+        if not given:
+            raise ValueError('inputs={} names no layer; give {"self_attn.q_proj": 0.1}, or leave it out.')
+        found = []
+        for name, threshold in sorted(given.items()):
+            if len(name) > _LONGEST or not _NAME.fullmatch(name):
+                raise ValueError(
+                    f"inputs has the field {shown(name)}, which is no name of a module in a layer."
+                )
+            each = numbers(f"inputs[{name!r}]", threshold)
+            for one in each if isinstance(each, tuple) else (each,):
+                if one < 0:
+                    raise ValueError(f"inputs[{name!r}]={one} is negative; a threshold is at least 0.")
+            found.append((name, each))
+        lengths = {len(each) for _, each in found if isinstance(each, tuple)}
+        if len(lengths) > 1:
+            raise ValueError(
+                f"inputs has thresholds for {' and '.join(map(str, sorted(lengths)))} blocks; give one "
+                "number, or one per patched block."
+            )
+        return cls(tuple(found))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: list(each) if isinstance(each, tuple) else each for name, each in self.thresholds}
+
+    @property
+    def blocks(self) -> int | None:
+        return next((len(each) for _, each in self.thresholds if isinstance(each, tuple)), None)
+
+    def arranged(self, order: Sequence[int]) -> InputsConfig:
+        def one(each: float | tuple[float, ...]) -> float | tuple[float, ...]:
+            return tuple(each[i] for i in order) if isinstance(each, tuple) else each
+
+        return InputsConfig(tuple((name, one(each)) for name, each in self.thresholds))
+
+    def check(self, block: Block) -> None:
+        if isinstance(block.roles, Experts):
+            raise PatchError(
+                f"inputs are for linear layers, but {block.name} ({block.stock_class.__name__}) has stacked "
+                "experts; leave inputs out."
+            )
+
+    def at(self, index: int) -> Mapping[str, float]:
+        """The thresholds in the layer of the ``index``-th patched block."""
+        return {name: each[index] if isinstance(each, tuple) else each for name, each in self.thresholds}
+
+    def outside(
+        self, model: nn.Module, chosen: Sequence[Block], blocks: Sequence[Block]
+    ) -> list[Callable[[], None]]:
+        changes: list[Callable[[], None]] = []
+        for index, layer in enumerate(_layers(chosen)):
+            within = model.get_submodule(layer)
+            for name, threshold in self.at(index).items():
+                for place in linear_places(within, name, layer):
+                    _require_linear(*place, f"{layer}.{name}")
+                changes.append(partial(_put, within, name, layer, threshold))
+        return changes
+
+    @classmethod
+    def undoing(cls, model: nn.Module, blocks: Sequence[Block]) -> list[Callable[[], None]]:
+        layers = [model.get_submodule(name) for name in dict.fromkeys(layer_of(b.name) for b in blocks)]
+        found = [layer for layer in layers if any(True for _ in thresholded(layer))]
+        for layer in found:
+            for owner, name in thresholded(layer):
+                if type(owner._modules[name]) is not SparseLinear:
+                    raise PatchError(
+                        f"{name} has a threshold on its input, and its parameters are parametrised, or "
+                        "sharded by themselves; remove that first."
+                    )
+        return [partial(_take_away, layer) for layer in found]
+
+    def confirm(self, model: nn.Module, chosen: Sequence[Block], blocks: Sequence[Block]) -> None:
+        expected: dict[int, float] = {}
+        for index, layer in enumerate(_layers(chosen)):
+            within = model.get_submodule(layer)
+            for name, threshold in self.at(index).items():
+                for owner, key in linear_places(within, name, layer):
+                    expected[id(owner._modules[key])] = threshold
+        found: dict[int, float] = {}
+        for layer in dict.fromkeys(layer_of(block.name) for block in blocks):
+            for owner, key in thresholded(model.get_submodule(layer)):
+                one = pruned(owner, key)
+                found[id(one)] = one.threshold
+        if {k: v for k, v in expected.items() if v} != found:
+            raise PatchError(
+                f"the config says thresholds on the inputs of {len(expected)} linear layers, and those of "
+                f"the model are others ({len(found)} have one); patch the model again."
+            )
+
+
+def linear_places(layer: nn.Module, name: str, path: str) -> list[tuple[nn.Module, str]]:
+    """Owner and name there of the linear layer ``name`` of ``layer``, also under an adapter.
+
+    Raises:
+        PatchError: there is no module of that name.
+
+    """
+    *inner, last = name.split(".")
+    owner: Any = layer
+    for part in inner:
+        owner = owner._modules.get(part) if owner is not None else None
+        while owner is not None and owner._modules.get("base_layer") is not None:
+            owner = owner._modules["base_layer"]
+    child = None if owner is None else owner._modules.get(last)
+    if child is None:
+        linears = [key for key, one in layer.named_modules() if isinstance(one, nn.Linear)]
+        raise PatchError(
+            f"inputs names {name!r}, and {path} has no such module; its linear layers are "
+            f"{', '.join(linears)}."
+        )
+    while (base := child._modules.get("base_layer")) is not None:
+        owner, last, child = child, "base_layer", base
+    return [(owner, last)]
+
+
+def thresholded(layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Owner and name there of each linear layer in ``layer`` with a threshold on its input."""
+    for owner in modules_of(layer):
+        for name, child in owner._modules.items():
+            if isinstance(child, SparseLinear) and child.threshold:
+                yield owner, name
+
+
+def pruned(owner: nn.Module, name: str) -> SparseLinear:
+    """One of those that :func:`thresholded` gives."""
+    return cast(SparseLinear, owner._modules[name])
+
+
+def _layers(chosen: Sequence[Block]) -> list[str]:
+    """The layer of each block.
+
+    Raises:
+        PatchError: two blocks are in one layer.
+
+    """
+    found: dict[str, str] = {}
+    for block in chosen:
+        layer = layer_of(block.name)
+        if layer in found or layer == block.name:
+            raise PatchError(
+                f"inputs are named by layers, and {block.name} "
+                + (f"and {found[layer]} are in the same" if layer in found else "is in none")
+                + "; leave inputs out, or select one block of each layer (layers=, exclude=)."
+            )
+        found[layer] = block.name
+    return list(found)
+
+
+def _require_linear(owner: nn.Module, name: str, path: str) -> None:
+    child = owner._modules[name]
+    if type(child) is nn.Linear or (type(child) is SparseLinear and child.threshold):
+        return
+    raise PatchError(
+        f"inputs names {path}, which is a {type(child).__name__} and no nn.Linear; take it out of inputs."
+    )
+
+
+def _put(layer: nn.Module, name: str, path: str, threshold: float) -> None:
+    for owner, key in linear_places(layer, name, path):
+        stock = owner._modules[key]
+        assert isinstance(stock, nn.Linear)
+        if threshold:
+            _exchange(owner, key, SparseLinear(stock, gives_zeros=True, threshold=threshold))
+
+
+def _take_away(layer: nn.Module) -> None:
+    for owner, name in list(thresholded(layer)):
+        _exchange(owner, name, pruned(owner, name).restore())
+
+
+def _exchange(owner: nn.Module, name: str, new: nn.Module) -> None:
+    """Put ``new`` into ``owner``, and into the stock block that it stands for.
+
+    Who else holds a linear layer could change it unnoticed, so that its weight would not be lent.
+    """
+    owner._modules[name] = new
+    if isinstance(owner, SparseBlock):
+        owner.in_stock(name, new)

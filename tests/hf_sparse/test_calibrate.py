@@ -1,0 +1,183 @@
+"""Calibration: thresholds from a look at the activations, on stock and patched models."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+import hf_sparse
+from hf_sparse import PatchError, SparsityConfig
+from hf_sparse.assets import TINY_MODEL
+from hf_sparse.assets.corpus import python_corpus
+from hf_sparse.calibration.magnitudes import Magnitudes, counted
+from support.models import tiny
+
+
+@pytest.fixture
+def pretrained() -> tuple[Any, list[str]]:
+    texts = [text for _, text in zip(range(40), python_corpus().held_out, strict=False)]
+    return AutoModelForCausalLM.from_pretrained(TINY_MODEL), texts
+
+
+def batches(count: int = 3, vocabulary: int = 128) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, vocabulary, (count, 2, 24), generator=generator)
+    mask = torch.ones(2, 24, dtype=torch.int64)
+    mask[0, :5] = 0
+    return [{"input_ids": one, "attention_mask": mask} for one in ids]
+
+
+@given(
+    st.lists(st.floats(-1e3, 1e3, width=32, allow_subnormal=False), min_size=1, max_size=60),
+    st.floats(0.01, 0.99),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_quantiles_of_streamed_magnitudes_are_those_of_all(values, share, dtype) -> None:
+    x = torch.tensor(values).to(dtype).float()
+    streamed = Magnitudes()
+    for part in x.split(7):
+        streamed.add(counted(part.to(dtype)))
+    found = streamed.quantile(share)
+    assert streamed.total == len(x)
+    magnitudes = x.abs().double()
+    slack = found * 2**-8 + 1e-37
+    assert (magnitudes <= found + slack).double().mean() >= share - 1e-9
+    assert (magnitudes < found - slack).double().mean() <= share + 1e-9
+    assert streamed.at_most(found) == pytest.approx(max(share, float((x == 0).double().mean())), abs=1e-6)
+
+
+def test_teal_prunes_the_smallest_inputs_of_every_linear_layer() -> None:
+    model, data = tiny("llama"), batches()
+    inputs: dict[str, list[torch.Tensor]] = {}
+    names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    for batch in data:
+        rows = batch["attention_mask"].flatten().bool()
+        hooks = [
+            model.get_submodule(n).register_forward_pre_hook(
+                lambda _, args, n=n, rows=rows: inputs.setdefault(n, []).append(args[0].flatten(0, 1)[rows])
+            )
+            for n in names
+        ]
+        with torch.no_grad():
+            model(**batch, position_ids=(batch["attention_mask"].cumsum(-1) - 1).clamp(min=0))
+        for hook in hooks:
+            hook.remove()
+    before = hf_sparse.measure(model, data).perplexity
+
+    report = hf_sparse.calibrate(model, data, method="teal", target_sparsity=0.4)
+
+    assert len(names) == 21
+    for name in names:
+        magnitudes = torch.cat(inputs[name]).abs().flatten().double()
+        expected = magnitudes.quantile(0.4)
+        assert model.get_submodule(name).threshold == pytest.approx(float(expected), rel=0.005)
+    assert report.sparsity == pytest.approx(0.4, abs=0.02)
+    assert report.perplexity_before == pytest.approx(before)
+    assert report.perplexity == pytest.approx(hf_sparse.measure(model, data).perplexity)
+    assert report.config == hf_sparse.inspect(model).config
+    assert report.tokens == 3 * 43
+    assert "weights of all linear layers" in str(report)
+    assert json.loads(report.to_json())["config"]["inputs"]["mlp.up_proj"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "named"), [("opt", "teal", "stays a"), ("llama", "fatrelu", "a threshold into ReLU")]
+)
+def test_a_model_that_the_method_does_not_suit_is_refused_and_stays(kind, method, named) -> None:
+    model = tiny(kind)
+    modules = list(model.modules())
+    with pytest.raises(PatchError, match=named):
+        hf_sparse.calibrate(model, batches(), method=method, target_sparsity=0.5)
+    assert list(model.modules()) == modules
+    assert hf_sparse.inspect(model).config is None
+
+
+def test_fatrelu_reaches_the_sparsity_with_a_threshold_for_each_block() -> None:
+    model, data = tiny("llama"), batches()
+    hf_sparse.patch(model, "relu")
+    plain = hf_sparse.measure(model, data)
+    report = hf_sparse.calibrate(model, data, method="fatrelu", target_sparsity=0.7)
+    measured = hf_sparse.measure(model, data)
+    assert report.sparsity == measured.sparsity == pytest.approx(0.7, abs=0.01)
+    assert [layer.sparsity for layer in measured.layers] == pytest.approx([0.7] * 3, abs=0.03)
+    assert len(set(report.config.activation.threshold)) == 3
+    assert report.perplexity_before == pytest.approx(plain.perplexity)
+    # Calibrating again starts from ReLU, not from the thresholds of before.
+    again = hf_sparse.calibrate(model, data, method="fatrelu", target_sparsity=0.6)
+    assert again.sparsity == pytest.approx(0.6, abs=0.01)
+    assert again.perplexity_before == report.perplexity_before
+    with pytest.raises(ValueError, match="is below the"):
+        hf_sparse.calibrate(model, data, method="fatrelu", target_sparsity=0.1)
+    assert hf_sparse.inspect(model).config == again.config
+
+
+def test_fatrelu_takes_models_that_come_with_relu() -> None:
+    model = tiny("opt", activation_function="relu")
+    report = hf_sparse.calibrate(model, batches(), method="fatrelu", target_sparsity=0.8)
+    assert hf_sparse.measure(model, batches()).sparsity == pytest.approx(0.8, abs=0.02)
+    assert report.config.activation.name == "fatrelu"
+
+
+@pytest.mark.parametrize("method", ["teal", "fatrelu"])
+def test_an_increase_of_perplexity_is_used_up_and_not_exceeded(method, pretrained) -> None:
+    model, texts = pretrained
+    if method == "fatrelu":
+        hf_sparse.patch(model, "relu")
+    arguments = {"sequence_length": 64, "max_tokens": 2048}
+    report = hf_sparse.calibrate(model, texts, method=method, max_perplexity_increase=3.0, **arguments)
+    assert 2.0 < report.increase <= 3.0
+    assert report.sparsity > 0.1
+    assert hf_sparse.measure(model, texts, **arguments).perplexity == pytest.approx(report.perplexity)
+
+
+def test_what_a_model_has_stays_and_the_result_is_loaded(tmp_path) -> None:
+    model, data = tiny("llama"), batches()
+    hf_sparse.patch(model, "relu")
+    hf_sparse.calibrate(model, data, method="fatrelu", target_sparsity=0.7)
+    report = hf_sparse.calibrate(model, data, method="teal", target_sparsity=0.3)
+    assert report.config.activation.name == "fatrelu"
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = data[0]["input_ids"]
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert hf_sparse.inspect(loaded).config == report.config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({}, "one of them is the aim"),
+        ({"target_sparsity": 0.5, "max_perplexity_increase": 1.0}, "one of them is the aim"),
+        ({"target_sparsity": 50}, "it is a share"),
+        ({"max_perplexity_increase": -1.0}, "it is in percent"),
+        ({"target_sparsity": 0.5, "method": "magic"}, "choose one of fatrelu, teal"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, named) -> None:
+    with pytest.raises(ValueError, match=named):
+        hf_sparse.calibrate(tiny("llama"), batches(), **arguments)
+
+
+def test_an_iterator_and_a_mixed_activation_are_refused() -> None:
+    model = tiny("llama")
+    with pytest.raises(ValueError, match="several times"):
+        hf_sparse.calibrate(model, iter(batches()), target_sparsity=0.5)
+    hf_sparse.patch(model, SparsityConfig(activation={"name": "relu", "mix": 0.5}))
+    with pytest.raises(PatchError, match="mixed in by 50%"):
+        hf_sparse.calibrate(model, batches(), target_sparsity=0.5)
+
+
+def test_a_failure_on_the_way_leaves_the_model_as_it_was() -> None:
+    model = tiny("llama")
+    hf_sparse.patch(model, "relu")
+    before = hf_sparse.inspect(model).config
+    bad = [*batches(1), {"input_ids": torch.zeros(2, 3, dtype=torch.int64), "labels": torch.zeros(1, 2)}]
+    with pytest.raises(ValueError, match="labels has shape"):
+        hf_sparse.calibrate(model, bad, target_sparsity=0.5)
+    assert hf_sparse.inspect(model).config == before
