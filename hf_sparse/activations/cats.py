@@ -88,15 +88,27 @@ def check_own(name: str, block: Block) -> None:
     """
     if name not in CLASSES:
         return
+    if (fits := fitting(block)) != name:
+        raise PatchError(
+            f"activation.name={name!r} keeps the large values of {CLASSES[name].of}, but {block.name} has "
+            f'{type(block.original_activation).__name__}: use "{fits}".'
+        )
+
+
+def fitting(block: Block) -> str:
+    """The name of the one for the activation that ``block`` came with.
+
+    Raises:
+        PatchError: there is none.
+
+    """
     act = block.original_activation
-    fitting = [one for one, kind in CLASSES.items() if _same(act, kind(0.0))]
-    if name in fitting:
-        return
-    use = f'use "{fitting[0]}"' if fitting else 'CATS is for SiLU and GELU; use another, such as "relu"'
-    raise PatchError(
-        f"activation.name={name!r} keeps the large values of {CLASSES[name].of}, but {block.name} has "
-        f"{type(act).__name__}: {use}."
-    )
+    name = next((one for one, kind in CLASSES.items() if _same(act, kind(0.0))), None)
+    if name is None:
+        raise PatchError(
+            f'{block.name} has {type(act).__name__}: CATS is for SiLU and GELU; use another, such as "relu".'
+        )
+    return name
 
 
 @torch.no_grad()

@@ -19,8 +19,7 @@ from hf_sparse.errors import PatchError
 from hf_sparse.observing import Observer, Pass, blocks_of, observe
 from hf_sparse.patching import inspect, patch, transformers_model, unpatch
 
-_NO_METHODS = ("__init__", "calibrate", "magnitudes", "method", "report")
-METHODS = tuple(sorted(f.stem for f in Path(__file__).parent.glob("*.py") if f.stem not in _NO_METHODS))
+METHODS = tuple(sorted(f.stem for f in (Path(__file__).parent / "methods").glob("[!_]*.py")))
 """Their names, those of the files that they are in."""
 
 _HIGHEST = 0.99
@@ -47,6 +46,8 @@ def calibrate(
     ==============  =========================================================================================
     ``"teal"``      small inputs of every linear layer of attention and MLP are taken for zero (TEAL,
                     arXiv 2408.14690); for any model
+    ``"cats"``      small values of SiLU or GELU are taken for zero (CATS, arXiv 2404.08763); for models
+                    with either
     ``"fatrelu"``   a threshold in the place of ReLU's zero (ProSparse, arXiv 2402.13516); for models with
                     ReLU
     ==============  =========================================================================================
@@ -101,7 +102,7 @@ def calibrate(
             f"the activation of the model is mixed in by {before.activation.mix:.0%} only; finish the "
             "finetune, or hf_sparse.set_mix(model, 1)."
         )
-    one: Calibration = import_module(f"{__package__}.{method}").Method(base, blocks_of(base), before)
+    one: Calibration = import_module(f"{__package__}.methods.{method}").Method(base, blocks_of(base), before)
     with _undone_on_failure(base, before):
         _set(base, one.base)
         given = run(one.observers(blocks_of(base)))

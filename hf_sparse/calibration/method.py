@@ -14,7 +14,7 @@ from hf_sparse.observing import Observer
 
 
 class Calibration(ABC):
-    """One method, on one model. A subclass in a file of this folder is found by the name of the file.
+    """One method, on one model: the class ``Method`` of a file in ``methods/``, by the name of the file.
 
     First its :meth:`observers` look at the dense model; from what they saw, :meth:`config` makes a
     :class:`~hf_sparse.SparsityConfig` for any level. The level goes from 0, where nothing is pruned that was

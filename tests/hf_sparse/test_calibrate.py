@@ -17,6 +17,7 @@ from hf_sparse.assets import TINY_MODEL
 from hf_sparse.assets.corpus import python_corpus
 from hf_sparse.calibration.magnitudes import Magnitudes, counted
 from support.models import tiny
+from support.skips import CountSkips
 
 
 @pytest.fixture
@@ -124,7 +125,25 @@ def test_fatrelu_takes_models_that_come_with_relu() -> None:
     assert report.config.activation.name == "fatrelu"
 
 
-@pytest.mark.parametrize("method", ["teal", "fatrelu"])
+def test_cats_silences_the_smallest_values_of_the_activation() -> None:
+    model, data = tiny("llama"), batches()
+    before = hf_sparse.measure(model, data).perplexity
+    report = hf_sparse.calibrate(model, data, method="cats", target_sparsity=0.6)
+    measured = hf_sparse.measure(model, data)
+    assert report.config.activation.name == "cats_silu"
+    assert report.sparsity == measured.sparsity == pytest.approx(0.6, abs=0.02)
+    assert report.perplexity_before == pytest.approx(before)
+    with torch.no_grad(), hf_sparse.backend("cpp"), CountSkips() as skips:
+        model(data[0]["input_ids"][:1, :1])
+    assert skips.count == 3
+    hf_sparse.patch(model, "relu")
+    with pytest.raises(PatchError, match="choose another method"):
+        hf_sparse.calibrate(model, data, method="cats", target_sparsity=0.6)
+    gelu = hf_sparse.calibrate(tiny("gpt2"), data, method="cats", target_sparsity=0.6)
+    assert gelu.config.activation.name == "cats_gelu_tanh"
+
+
+@pytest.mark.parametrize("method", ["teal", "fatrelu", "cats"])
 def test_an_increase_of_perplexity_is_used_up_and_not_exceeded(method, pretrained) -> None:
     model, texts = pretrained
     if method == "fatrelu":
@@ -156,7 +175,7 @@ def test_what_a_model_has_stays_and_the_result_is_loaded(tmp_path) -> None:
         ({"target_sparsity": 0.5, "max_perplexity_increase": 1.0}, "one of them is the aim"),
         ({"target_sparsity": 50}, "it is a share"),
         ({"max_perplexity_increase": -1.0}, "it is in percent"),
-        ({"target_sparsity": 0.5, "method": "magic"}, "choose one of fatrelu, teal"),
+        ({"target_sparsity": 0.5, "method": "magic"}, "choose one of cats, fatrelu, teal"),
     ],
 )
 def test_bad_arguments_are_named(arguments, named) -> None:
