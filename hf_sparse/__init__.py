@@ -10,7 +10,7 @@ from hf_sparse.errors import PatchError
 from hf_sparse.exporting import export
 from hf_sparse.hooks import install, uninstall
 from hf_sparse.hub import push_to_hub
-from hf_sparse.metrics import SparsityReport, measure
+from hf_sparse.metrics import CETTReport, SparsityReport, cett_sparsity, measure
 from hf_sparse.patch_report import PatchReport
 from hf_sparse.patching import inspect, patch, prepare, set_mix, unpatch
 from hf_sparse.tuning import TuneReport, tune
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ActivationConfig",
+    "CETTReport",
     "CalibrationReport",
     "PatchError",
     "PatchReport",
@@ -31,6 +32,7 @@ __all__ = [
     "__version__",
     "backend",
     "calibrate",
+    "cett_sparsity",
     "export",
     "inspect",
     "install",

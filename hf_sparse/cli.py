@@ -197,6 +197,8 @@ def _add_measure(commands: Any) -> None:
     parser.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
     _add_text(parser, "default: held-out documentation of the running Python", 32_768)
     parser.set_defaults(dataset=EMBEDDED)
+    also = "what else to count, such as density and union: see docs/measuring.md"
+    parser.add_argument("--metrics", metavar="NAME", nargs="+", default=(), help=also)
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the report as JSON")
     parser.add_argument(
         "--plot", metavar="FILE", type=Path, help="also draw sparsity by layer (png, svg, pdf)"
@@ -215,6 +217,7 @@ def _measure(arguments: argparse.Namespace, _: list[str]) -> int:
         batch_size=arguments.batch_size,
         max_tokens=arguments.max_tokens,
         progress=sys.stderr.isatty(),
+        metrics=arguments.metrics,
     )
     print(report)
     if arguments.json:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from hf_sparse.metrics.metric import MetricReport
 from triton_ops.table import table
 
 DEFINITION = "sparsity: share of exact zeros among the values that reach the down projections"
@@ -81,6 +82,8 @@ class SparsityReport:
     padding and ignored labels."""
     sequence_length: int | None = None
     """Tokens in a window of text; None if the data came in batches. Perplexity depends on it."""
+    metrics: Mapping[str, MetricReport] = field(default_factory=dict, hash=False)
+    """What was asked for beside sparsity, by name."""
 
     @property
     def sparsity(self) -> float:
@@ -110,7 +113,8 @@ class SparsityReport:
         """The report over the data of both.
 
         Raises:
-            ValueError: they are of different models, or over windows of different lengths.
+            ValueError: they are of different models, over windows of different lengths, or not with the same
+                metrics.
 
         """
         if len(self.layers) != len(other.layers):
@@ -123,6 +127,11 @@ class SparsityReport:
                 f"reports with sequence_length={self.sequence_length} and {other.sequence_length} do not "
                 "add up: the loss depends on it. Measure both with the same."
             )
+        if self.metrics.keys() != other.metrics.keys():
+            raise ValueError(
+                f"reports with metrics={sorted(self.metrics)} and {sorted(other.metrics)} do not add up; "
+                "measure both with the same."
+            )
         predicted = self.predicted_tokens + other.predicted_tokens
         summed = self.loss * self.predicted_tokens + other.loss * other.predicted_tokens
         return replace(
@@ -131,6 +140,7 @@ class SparsityReport:
             loss=summed / predicted,
             tokens=self.tokens + other.tokens,
             predicted_tokens=predicted,
+            metrics={name: one + other.metrics[name] for name, one in self.metrics.items()},
         )
 
     def __radd__(self, nothing: int) -> SparsityReport:
@@ -148,15 +158,16 @@ class SparsityReport:
             row("all layers", sum(layer.neurons for layer in self.layers), self),
         ]
         window = f" in windows of {self.sequence_length:,}" if self.sequence_length else ""
-        return (
+        own = (
             f"{table(rows)}\n"
             f"perplexity {self.perplexity:.4g} (loss {self.loss:.4f}), {self.tokens:,} tokens{window}\n"
             f"{DEFINITION}"
         )
+        return "\n\n".join([own, *map(str, self.metrics.values())])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; an infinite perplexity or a loss that is not a number is None."""
-        return {
+        found = {
             "definition": DEFINITION,
             "sparsity": self.sparsity,
             "density": self.density,
@@ -177,6 +188,8 @@ class SparsityReport:
                 for layer in self.layers
             ],
         }
+        metrics = {name: one.to_dict() for name, one in self.metrics.items()}
+        return found | {"metrics": metrics} if metrics else found
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """The report as JSON text, also written to ``path`` if one is given."""
@@ -193,6 +206,8 @@ class SparsityReport:
             ValueError: it is none.
 
         """
+        from hf_sparse.metrics.registry import chosen  # which imports every metric
+
         try:
             layers = tuple(
                 LayerSparsity(
@@ -203,12 +218,16 @@ class SparsityReport:
                 for one in data["layers"]
             )
             window, loss = data["sequence_length"], data["loss"]
+            given = data.get("metrics", {})
             report = cls(
                 layers=layers,
                 loss=math.nan if loss is None else float(loss),
                 tokens=_count(data["tokens"]),
                 predicted_tokens=_count(data["predicted_tokens"]),
                 sequence_length=None if window is None else _count(window),
+                metrics={
+                    one.name: MetricReport.from_dict(one, given[one.name]) for one in chosen(list(given))
+                },
             )
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import chain, compress
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from hf_sparse.adapters import Block
 from hf_sparse.composite import inner_models
+from hf_sparse.metrics.metric import Metric, MetricReport
 from hf_sparse.metrics.report import LayerSparsity, SparsityReport
 from hf_sparse.observing import Observer, blocks_of, observe
 from hf_sparse.observing.running import inner_model, without_copies
@@ -25,6 +27,7 @@ def measure(
     batch_size: int = 4,
     max_tokens: int | None = None,
     progress: bool = False,
+    metrics: Iterable[str] = (),
 ) -> SparsityReport:
     """Run ``model`` over ``data``; report per-layer and overall activation sparsity, loss and perplexity.
 
@@ -48,39 +51,57 @@ def measure(
         batch_size: windows per forward.
         max_tokens: stop after this many tokens (batches are not cut: after the batch that reaches it).
         progress: show a progress bar.
+        metrics: names of what else to count in the same pass, for ``report.metrics``: such as ``"density"``,
+            by token and by neuron, or ``"union"``, over several tokens. docs/measuring.md has them all.
 
     Raises:
-        PatchError: no MLP block of a known shape in ``model``.
+        PatchError: no MLP block of a known shape in ``model``; or a metric cannot be had of one of them.
         ValueError: no data, or data of another kind, such as texts for an encoder-decoder; no tokenizer; a
-            size out of range; a model that predicts no tokens.
+            size out of range; a model that predicts no tokens; a metric that is not known.
 
     """
-    counters = [ZeroCounter(block) for block in blocks_of(model)]
+    blocks = blocks_of(model)
+    counters = [ZeroCounter(block) for block in blocks]
+    others = {one: [one(block) for block in blocks] for one in _chosen(metrics)}
     passed = observe(
         model,
         data,
-        counters,
+        [*counters, *chain(*others.values())],
         tokenizer=tokenizer,
         sequence_length=sequence_length,
         batch_size=batch_size,
         max_tokens=max_tokens,
         progress=progress,
     )
-    layers = tuple(counter.result() for counter in counters)
+    layers = [counter.result() for counter in counters]
     if not any(layer.tokens for layer in layers):
         raise ValueError(
             f"the model ran, but no token reached the down projection of any of its {len(layers)} MLP "
             "blocks: something runs them by other means than their modules."
         )
     if inner_models(inner_model(without_copies(model))):  # parts that see no text, such as one for images
-        layers = tuple(layer for layer in layers if layer.tokens)
+        seen = [bool(layer.tokens) for layer in layers]
+        layers = list(compress(layers, seen))
+        others = {one: list(compress(counted, seen)) for one, counted in others.items()}
     return SparsityReport(
-        layers=layers,
+        layers=tuple(layers),
         loss=passed.loss,
         tokens=passed.tokens,
         predicted_tokens=passed.predicted_tokens,
         sequence_length=passed.sequence_length,
+        metrics={
+            one.name: MetricReport(one.name, one.about, tuple(block.result() for block in counted))
+            for one, counted in others.items()
+        },
     )
+
+
+def _chosen(names: Iterable[str]) -> list[type[Metric]]:
+    if not names:
+        return []
+    from hf_sparse.metrics.registry import chosen  # which imports every metric
+
+    return chosen(names)
 
 
 class ZeroCounter(Observer):

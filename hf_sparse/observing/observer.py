@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar, TypeVar
 
 from torch import Tensor
@@ -26,6 +27,9 @@ class Observer(ABC):
         self.block = block
         self.mask: Tensor | None = None
         """Int ``[B, S]`` of the batch, 0 at padding; None means there is none."""
+        self.lengths: Sequence[int] = ()
+        """Tokens of each sequence of the batch, without padding. The rows of an update are those of the first
+        sequence, in order, then those of the next; but of experts, which have an order of their own."""
 
     @abstractmethod
     def update(self, values: Tensor, routed: bool) -> None:

@@ -101,12 +101,14 @@ def observe(
         for batch in batches:
             if of_encoder is not None:
                 given = seen(bare, batch, device)
+                lengths = [mask.count_nonzero(1).tolist() for mask in given[1:]]
                 for one, inside in zip(observers, of_encoder, strict=True):
                     one.mask = given.encoder_mask if inside else given.decoder_mask
+                    one.lengths = lengths[0] if inside else lengths[1]
                 labels = given.inputs["labels"]
                 rows = labels_losses(model(**given.inputs, use_cache=False), labels)
                 count = int((labels != IGNORED).sum())
-                size = sum(int(mask.count_nonzero()) for mask in given[1:])
+                size = sum(map(sum, lengths))
             else:
                 rows, count, size = _of_decoder(model, bare, batch, device, observers)
             loss += _summed(rows, grad)
@@ -133,16 +135,17 @@ def _of_decoder(
     """A forward of a causal language model: the losses of its sequences, tokens predicted, tokens seen."""
     input_ids, mask, labels = parts(batch, device)
     padding = mask is not None and not mask.all()
+    lengths = [input_ids.shape[1]] * len(input_ids) if mask is None else mask.count_nonzero(1).tolist()
     for one in observers:
         one.mask = mask if padding else None
+        one.lengths = lengths
     extra: dict[str, Tensor] = {}
     takes_positions = "position_ids" in signature(bare.forward).parameters
     if mask is not None and not mask[:, 0].all() and takes_positions:
         extra["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)  # padded on the left
     output = model(input_ids=input_ids, attention_mask=mask, use_cache=False, **extra)
     rows, targets = _losses(output, input_ids, mask, labels)
-    size = input_ids.numel() if mask is None else int(mask.count_nonzero())
-    return rows, int((targets != IGNORED).sum()), size
+    return rows, int((targets != IGNORED).sum()), sum(lengths)
 
 
 def _losses(

@@ -107,6 +107,13 @@ def test_measure_writes_what_the_function_returns(tmp_path, text_file, capsys):
     assert written["tokens"] == report.tokens == 1000
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert "all layers" in capsys.readouterr().out
+    arguments += ["--metrics", "density", "union", "--json", str(json_file)]
+    assert main(["measure", "tiny", *arguments]) == 0
+    report = hf_sparse.measure(
+        model, texts, max_tokens=1000, sequence_length=128, metrics=["density", "union"]
+    )
+    assert hf_sparse.SparsityReport.from_json(json_file).metrics == report.metrics
+    assert str(report.metrics["union"]) in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -74,6 +74,9 @@ def test_padding_reaches_no_observer_and_nothing_is_left_behind():
     passed = observe(model, [{"input_ids": ids, "attention_mask": mask}], seen)
     assert passed.tokens == 8
     assert all(len(one.values[0]) == 8 and not one.gradients for one in seen)
+    assert all(list(one.lengths) == [3, 5] for one in seen)
     model(input_ids=ids)
     assert all(len(one.values) == 1 for one in seen)
+    observe(model, [{"input_ids": ids}], seen)
+    assert all(list(one.lengths) == [5, 5] for one in seen)
     assert passed.loss == hf_sparse.measure(model, [{"input_ids": ids, "attention_mask": mask}]).loss
