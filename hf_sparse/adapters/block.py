@@ -106,6 +106,7 @@ class Block:
         - ``"p"``, the pre-activation ``[..., F]``: of the gate, or of a plain block's up projection;
         - ``"a"``, the output of the activation ``[..., F]``;
         - ``"h"``, the input of the down projection ``[..., F]``, whose exact zeros are the silent neurons;
+          what is left of it, if there is a threshold on it (``inputs``);
         - ``"y"``, the output ``[..., D]``.
 
         With it ``fn`` gets None, or which token each row is of, int64: what is inside of experts has a row

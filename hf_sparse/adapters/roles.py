@@ -158,7 +158,17 @@ class LayerRoles(Roles):
             )
         else:
             watched = module.get_submodule(self.down if site == "h" else self.act)
+        if site == "h":
+            return watch_child(watched, lambda h, tokens: fn(used(watched, h), tokens), before=True)
         return watch_child(watched, fn, before=site in ("x", "p", "h"))
+
+
+def used(down: nn.Module, h: Tensor) -> Tensor:
+    """What a down projection, perhaps under an adapter, makes of its input ``h`` before it multiplies."""
+    while (base := down._modules.get("base_layer")) is not None:
+        down = base
+    threshold = vars(down).get("threshold", 0.0)  # of hf_sparse.modules.SparseLinear
+    return h.masked_fill(h.abs() <= threshold, 0) if threshold else h
 
 
 def watch_child(module: nn.Module, fn: Watcher, *, before: bool) -> RemovableHandle:

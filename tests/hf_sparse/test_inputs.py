@@ -218,6 +218,21 @@ def test_quantised_loading_would_lose_them_and_is_refused(tmp_path) -> None:
         )
 
 
+def test_measured_sparsity_has_what_the_down_projection_takes_for_zero(input_ids) -> None:
+    model = tiny("llama")
+    reference = by_hand(copy.deepcopy(model))
+    hf_sparse.patch(model, config())
+    zeros = []
+    for layer in reference.model.layers:
+        layer.mlp.down_proj.register_forward_pre_hook(
+            lambda _, args: zeros.append((args[0] == 0).float().mean())
+        )
+    reference(input_ids)
+    report = hf_sparse.measure(model, [{"input_ids": input_ids}])
+    assert [layer.sparsity for layer in report.layers] == pytest.approx([float(z) for z in zeros])
+    assert min(zeros) > 0
+
+
 def test_nan_is_not_taken_for_zero(input_ids) -> None:
     model = tiny("llama")
     hf_sparse.patch(model, config())
