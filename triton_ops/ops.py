@@ -66,7 +66,7 @@ def gated_mlp(
         up_bias: ``[F]`` or None.
         down_bias: ``[D]`` or None.
         activation: a name in :data:`triton_ops.activations.TABLE`.
-        threshold: its parameter, in units of the pre-activation; 0 if it has none. A number, or one for each
+        threshold: its parameter, in the units of the table; 0 if it has none. A number, or one for each
             neuron: ``[F]``, dtype and device of ``x``, whose values are not checked and get no gradient.
         certificate: of ``gate`` as it is now (:func:`certify`). Backends that can use it then read only the
             gate rows of neurons that may be active. The result is the same, bit for bit. Ignored for an

@@ -38,7 +38,7 @@ def gated_mlp(
         up_bias: ``[F]`` or None.
         down_bias: ``[D]`` or None.
         activation: a name in :data:`triton_ops.activations.TABLE`.
-        threshold: its parameter, in units of the pre-activation, a number or ``[F]``; 0 if it has none.
+        threshold: its parameter, in the units of the table, a number or ``[F]``; 0 if it has none.
 
     Returns:
         ``[..., D]``.

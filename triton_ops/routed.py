@@ -54,7 +54,7 @@ def routed_mlp(
         up_bias: ``[E, F]`` or None.
         down_bias: ``[E, D]`` or None.
         activation: a name in :data:`triton_ops.activations.TABLE`.
-        threshold: its parameter, in units of the pre-activation; 0 if it has none.
+        threshold: its parameter, in the units of the table; 0 if it has none.
         backend: as of :func:`gated_mlp`, for each expert.
 
     Returns:
