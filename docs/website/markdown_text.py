@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -56,27 +57,26 @@ def headings(text: str) -> list[Heading]:
     return found
 
 
+def outside_fences(text: str, change: Callable[[str], str]) -> str:
+    """``text`` with ``change`` done to every stretch between fenced blocks."""
+    changed: list[str] = []
+    for code, lines in itertools.groupby(lines_with_code(text), key=lambda pair: pair[1]):
+        stretch = "".join(f"{line}\n" for line, _ in lines)
+        changed.append(stretch if code else change(stretch))
+    return "".join(changed)
+
+
 def outside_code(text: str, change: Callable[[str], str]) -> str:
     """``text`` with ``change`` done to every stretch that is neither a fenced block nor a code span."""
-    changed: list[str] = []
-    prose: list[str] = []
 
-    def flush() -> None:
-        stretch, at = "".join(prose), 0
-        for span in _CODE_SPAN.finditer(stretch):
-            changed.extend((change(stretch[at : span.start()]), span[0]))
+    def outside_spans(prose: str) -> str:
+        changed, at = [], 0
+        for span in _CODE_SPAN.finditer(prose):
+            changed += [change(prose[at : span.start()]), span[0]]
             at = span.end()
-        changed.append(change(stretch[at:]))
-        prose.clear()
+        return "".join([*changed, change(prose[at:])])
 
-    for line, code in lines_with_code(text):
-        if code:
-            flush()
-            changed.append(f"{line}\n")
-        else:
-            prose.append(f"{line}\n")
-    flush()
-    return "".join(changed)
+    return outside_fences(text, outside_spans)
 
 
 def links(text: str) -> list[str]:
@@ -104,7 +104,7 @@ def change_links(text: str, change: Callable[[str], str]) -> str:
 
 def without_comments(text: str) -> str:
     """``text`` without HTML comments: what they say is for writers and tests."""
-    return outside_code(text, lambda prose: _COMMENT.sub("", prose))
+    return outside_fences(text, lambda prose: _COMMENT.sub("", prose))
 
 
 def indented_by_four(text: str) -> str:
