@@ -12,7 +12,7 @@ _ITEM = re.compile(r"^( *)([-*+]|\d+\.)( +)")
 _HEADING = re.compile(r"^(#{1,6}) (.+?)(?: \{#([\w-]+)\})?$")
 _LINK = re.compile(r"(\]\()([^)\s]+)(\))|(<img [^>]*?src=\")([^\"]+)(\")")
 _CODE_SPAN = re.compile(r"(?<!`)(`+)(?!`)(?:(?!\n\n).)+?(?<!`)\1(?!`)", re.DOTALL)
-_COMMENT = re.compile(r"<!--.*?-->\n*", re.DOTALL)
+_COMMENT = re.compile(r"^[ ]*<!--.*?-->\n+|<!--.*?-->", re.DOTALL | re.MULTILINE)
 
 
 @dataclass(frozen=True)

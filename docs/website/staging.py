@@ -15,7 +15,8 @@ from website.markdown_text import change_links, headings, indented_by_four, outs
 from website.pages import ROOT, Page, pages
 
 LANGUAGES = {".py": "python", ".h": "cpp", ".cpp": "cpp", ".yaml": "yaml", ".toml": "toml", ".sh": "bash"}
-COPIED = {".js", ".json", ".png", ".svg"}
+COPIED = {".css", ".js", ".json", ".png", ".svg"}
+_BY_FILE = re.compile(r"\[[\w./-]+\.md\](\(([^)\s]+)\))")
 _ARXIV = re.compile(r"(?<![/\d])((?:arXiv )?(\d\d(?:0[1-9]|1[0-2])\.\d{5}))(?!\d)")
 
 
@@ -55,16 +56,23 @@ class _Staging:
         return found
 
     def _finished(self, page: Page) -> str:
-        text = change_links(page.text, lambda target: self._target(page, target))
+        text = outside_code(
+            page.text, lambda prose: _BY_FILE.sub(lambda link: self._titled(page, link), prose)
+        )
+        text = change_links(text, lambda target: self._target(page, target))
         return indented_by_four(outside_code(without_comments(text), _with_arxiv_links))
+
+    def _titled(self, page: Page, link: re.Match[str]) -> str:
+        """A link whose text is the name of a file, with the title of the page that the file has become."""
+        to, _ = self.places.get(_meant(page, link[2]), ("", ""))
+        titles = [headings(one.text)[0].text for one in self.pages if one.path == to]
+        return f"[{titles[0]}]{link[1]}" if titles else link[0]
 
     def _target(self, page: Page, target: str) -> str:
         """A link of ``page`` as it has to be on the site."""
         if re.match(r"[a-z]+:", target):
             return target
-        path, _, anchor = target.partition("#")
-        name = posixpath.join(posixpath.dirname(page.source), path) if path else page.source
-        name = posixpath.normpath(name)
+        name, anchor = _meant(page, target)
         if place := self.places.get((name, anchor)):
             to, anchor = place
             if to == page.path:
@@ -87,15 +95,21 @@ class _Staging:
         if path.suffix in COPIED:
             return path
         if path.is_dir():
-            here = _place(path, name)
-            shown = sorted(
-                child.name for child in path.iterdir() if child.suffix in LANGUAGES.keys() | COPIED
-            )
-            body = "\n".join(f"- [{one}]({_relative(self._linked(f'{name}/{one}'), here)})" for one in shown)
+            here = Page(_place(path, name), f"{name}/", "")
+            suffixes = LANGUAGES.keys() | COPIED | {".md"}
+            shown = sorted(child.name for child in path.iterdir() if child.suffix in suffixes)
+            body = "\n".join(f"- [{one}]({self._target(here, one)})" for one in shown)
         else:
             code = path.read_text(encoding="utf-8").rstrip()
             body = f"`````````{LANGUAGES.get(path.suffix, 'text')}\n{code}\n`````````"
         return f"---\nsearch:\n  exclude: true\n---\n\n# {name}\n\n{body}\n"
+
+
+def _meant(page: Page, target: str) -> tuple[str, str]:
+    """The file or folder of the repository that a link of ``page`` leads to, and the anchor in it, or ""."""
+    path, _, anchor = target.partition("#")
+    name = posixpath.join(posixpath.dirname(page.source), path) if path else page.source
+    return posixpath.normpath(name), anchor
 
 
 def _place(path: Path, name: str) -> str:

@@ -38,21 +38,8 @@ def repository(tmp_path):
     for folder in ("docs", "code"):
         (tmp_path / folder).mkdir()
     (tmp_path / "code" / "one.py").write_text('"""```in here```"""\n')
-    methods = [
-        "# Methods",
-        "",
-        "Some.",
-        "",
-        "## A one",
-        "",
-        "[B](#b-two)",
-        "",
-        "## B two",
-        "",
-        "### Inner",
-        "x",
-    ]
-    (tmp_path / "docs" / "methods.md").write_text("\n".join(methods))
+    methods = "# Methods\n\nSome.\n\n## A one\n\n[B](#b-two)\n\n## B two\n\n### Inner\nx"
+    (tmp_path / "docs" / "methods.md").write_text(methods)
     (tmp_path / "docs" / "page.md").write_text("# Page\n\n## There\n")
     return tmp_path
 
@@ -68,9 +55,11 @@ def test_every_method_is_a_page_and_links_to_it_lead_there(site):
 
 
 def test_a_methods_links_and_headings_are_those_of_its_page(repository):
+    (repository / "docs" / "results").mkdir()
+    (repository / "docs" / "results" / "one.md").write_text("# One")
     (repository / "docs" / "page.md").write_text(
-        "# Page\n[a](methods.md) [b](methods.md#inner) [`c`](../code/one.py) [d](../code) [e](#page)\n"
-        "[f](https://x.y/z) `[g](nowhere.md)`\n"
+        "# Page\n[a](methods.md) [b](methods.md#inner) [`c`](../code/one.py) [d](../code)\n"
+        "[e](results) [f](#page) [g](https://x.y/z) `[h](nowhere.md)`\n"
     )
     found = staged(repository)
     assert links(found["page.md"]) == [
@@ -78,6 +67,7 @@ def test_a_methods_links_and_headings_are_those_of_its_page(repository):
         "methods/b-two.md#inner",
         "source/code/one.py.md",
         "source/code/index.md",
+        "source/docs/results/index.md",
         "#page",
         "https://x.y/z",
     ]
@@ -85,6 +75,7 @@ def test_a_methods_links_and_headings_are_those_of_its_page(repository):
     assert found["methods/b-two.md"] == "# B two\n\n## Inner\nx\n"
     assert '"""```in here```"""' in found["source/code/one.py.md"]
     assert links(found["source/code/index.md"]) == ["one.py.md"]
+    assert links(found["source/docs/results/index.md"]) == ["../../../results/one.md"]
 
 
 @pytest.mark.parametrize(
@@ -107,11 +98,18 @@ def test_a_link_that_leads_nowhere_is_refused(repository, name, target):
         staged(repository)
 
 
+def test_a_link_by_the_name_of_a_file_has_the_title_of_its_page(repository):
+    (repository / "docs" / "page.md").write_text(
+        "# Page\n[methods.md](methods.md#inner) [two.md](../code/two.py)\n"
+    )
+    (repository / "code" / "two.py").touch()
+    assert "[B two](methods/b-two.md#inner) [two.md](source/code/two.py.md)" in staged(repository)["page.md"]
+
+
 def test_what_is_said_to_writers_and_tests_is_not_on_the_site(site):
     assert not any("<!--" in text for name, text in site.items() if _is_page(name))
-    assert without_comments("a\n\n<!-- not run: it needs `x` -->\n\nb\n```\n<!-- kept -->\n```\n") == (
-        "a\n\nb\n```\n<!-- kept -->\n```\n"
-    )
+    text = "a\n\n   <!-- not run:\n   it needs `x` -->\n\n   b <!-- c -->\n```\n<!-- kept -->\n```\n"
+    assert without_comments(text) == "a\n\n   b \n```\n<!-- kept -->\n```\n"
 
 
 def test_lists_as_github_reads_them_are_lists_on_the_site():
