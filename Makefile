@@ -2,7 +2,7 @@
 # make test         the whole test suite; ARGS="tests/hf_sparse -k measure" for a part
 # make test-fast    without what takes seconds: for daily work, in under two minutes
 # make lint         ruff and mypy
-# make docs         the documentation site, in build/site; a broken link or an unknown API name fails it
+# make docs         the documentation site, in build/site (Python 3.11); a broken link or an unknown API name fails it
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
