@@ -2,6 +2,7 @@
 # make test         the whole test suite; ARGS="tests/hf_sparse -k measure" for a part
 # make test-fast    without what takes seconds: for daily work, in under two minutes
 # make lint         ruff and mypy
+# make docs         the documentation site, in build/site (Python 3.11); a broken link or an unknown API name fails it
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +11,7 @@ ARGS ?=
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 INTERPRETED := tests/triton_ops/test_gpu_kernels.py tests/triton_ops/test_gpu_certificate.py
 
-.PHONY: quickstart test test-fast test-interpreter lint format setup clean
+.PHONY: quickstart test test-fast test-interpreter lint format docs setup clean
 
 setup: $(VENV)/.installed
 
@@ -42,6 +43,13 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.docs-installed
+	PYTHONPATH=docs $(BIN)/python -m website
+
+$(VENV)/.docs-installed: $(VENV)/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
