@@ -253,7 +253,7 @@ def test_a_parametrised_down_projection_is_not_taken_out() -> None:
     hf_sparse.patch(model, "relu")
     down = model.model.decoder.layers[1].fc2
     nn.utils.parametrize.register_parametrization(down, "weight", nn.Identity())
-    with pytest.raises(hf_sparse.PatchError, match="down projection 88 -> 32 are parametrised"):
+    with pytest.raises(hf_sparse.PatchError, match="linear layer 88 -> 32 are parametrised"):
         hf_sparse.unpatch(model)
     nn.utils.parametrize.remove_parametrizations(down, "weight")
     hf_sparse.unpatch(model)

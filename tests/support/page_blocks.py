@@ -57,11 +57,16 @@ def run(page: Path) -> None:
             for block in blocks(page.read_text(encoding="utf-8")):
                 if block.not_run:
                     continue
-                exec(compile(block.first, f"{page.name}, comment before line {block.line}", "exec"), names)
+                _execute(block.first, f"{page.name}, comment before line {block.line}", names)
                 # Tracebacks name the line of the page.
-                exec(compile("\n" * (block.line - 1) + block.code, str(page), "exec"), names)
+                _execute("\n" * (block.line - 1) + block.code, str(page), names)
         finally:
             os.chdir(before)
+
+
+def _execute(code: str, place: str, names: dict[str, Any]) -> None:
+    # Without what this file has from __future__.
+    exec(compile(code, place, "exec", dont_inherit=True), names)
 
 
 def main() -> None:
