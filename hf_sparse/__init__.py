@@ -7,6 +7,7 @@ from hf_sparse.activations import ActivationConfig
 from hf_sparse.config import SparsityConfig
 from hf_sparse.errors import PatchError
 from hf_sparse.exporting import export
+from hf_sparse.flatness import FlatnessReport, explain
 from hf_sparse.hooks import install, uninstall
 from hf_sparse.hub import push_to_hub
 from hf_sparse.metrics import SparsityReport, measure
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ActivationConfig",
+    "FlatnessReport",
     "PatchError",
     "PatchReport",
     "SparsityCallback",
@@ -28,6 +30,7 @@ __all__ = [
     "TuneReport",
     "__version__",
     "backend",
+    "explain",
     "export",
     "inspect",
     "install",
