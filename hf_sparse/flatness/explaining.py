@@ -61,8 +61,8 @@ def explain(
         batch_size: windows per forward.
         max_tokens: as there.
         progress: show a progress bar.
-        spectrum_limit: the shorter side of the largest weight matrix whose singular values are computed, on
-            the CPU; 0 computes none.
+        spectrum_limit: the shorter side of the largest weight matrix whose singular values are computed; 0
+            computes none. They take long: see :data:`hf_sparse.flatness.spectrum.LIMIT`.
 
     Raises:
         PatchError: no MLP block of a known shape; one of experts; one whose activation is not elementwise or

@@ -78,7 +78,7 @@ class FlatnessReport:
         gated = any(layer.form == "gated" for layer in self.layers)
         spectra = any(layer.key_spectrum is not None for layer in self.layers)
         head = ["MLP block", "density", "AF_K/T", "C", "|x|²/D", "g²", "σ'²", "coupling"]
-        head += ["u²"] * gated + ["s₁/sᵣ of K"] * spectra
+        head += ["u²"] * gated + ["s₁/sᵣ of K"] * spectra + ["norm", "jsrelu"]
         rows = [tuple(head), None, *(_row(layer, gated, spectra) for layer in self.layers)]
         window = f" in windows of {self.sequence_length:,}" if self.sequence_length else ""
         lines = [
@@ -119,7 +119,7 @@ class FlatnessReport:
     def _conjectures(self) -> Iterator[str]:
         yield (
             "conjecture (arXiv 2605.25612): training keeps AF_K small, so a larger C ends in a lower "
-            "density.\n  At the present weights both grow alike and the density stays."
+            "density.\n  At the present weights both grow alike and the density stays. Factors of C, now:"
         )
         of = [layer.outlooks for layer in self.layers]
         for index, name in enumerate(_MODULES.values()):
@@ -129,7 +129,7 @@ class FlatnessReport:
             said = []
             if factors:
                 least, most = (f"{end:.3g}" for end in (min(factors), max(factors)))
-                said.append(f"C would be {least if least == most else f'{least} to {most}'} times as large")
+                said.append(f"{least if least == most else f'{least} to {most}'}")
             if notes:
                 blocks = "" if len(notes) == len(column) else f" ({len(notes)} of {len(column)} blocks)"
                 said.append("; ".join(dict.fromkeys(notes)) + blocks)
@@ -169,4 +169,5 @@ def _row(layer: LayerFlatness, gated: bool, spectra: bool) -> tuple[str, ...]:
         cells.append(f"{layer.factor:.3g}" if layer.form == "gated" else "")
     if spectra:
         cells.append("" if layer.key_spectrum is None else f"{layer.key_spectrum.ratio:.3g}")
+    cells += ["" if one.factor is None else f"{one.factor:.2f}x" for one in layer.outlooks[1:]]
     return tuple(cells)
