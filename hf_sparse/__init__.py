@@ -8,6 +8,7 @@ from hf_sparse.calibration import CalibrationReport, calibrate
 from hf_sparse.config import SparsityConfig
 from hf_sparse.errors import PatchError
 from hf_sparse.exporting import export
+from hf_sparse.flatness import FlatnessReport, explain
 from hf_sparse.hooks import install, uninstall
 from hf_sparse.hub import push_to_hub
 from hf_sparse.metrics import CETTReport, SparsityReport, cett_sparsity, measure
@@ -23,6 +24,7 @@ __all__ = [
     "ActivationConfig",
     "CETTReport",
     "CalibrationReport",
+    "FlatnessReport",
     "PatchError",
     "PatchReport",
     "SparsityCallback",
@@ -33,6 +35,7 @@ __all__ = [
     "backend",
     "calibrate",
     "cett_sparsity",
+    "explain",
     "export",
     "inspect",
     "install",

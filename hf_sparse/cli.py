@@ -1,4 +1,4 @@
-"""The command ``hf-sparse``: patch, calibrate, finetune, measure, tune, generate, export, push; thin."""
+"""The command ``hf-sparse``: patch, calibrate, finetune, measure, explain, tune, generate, export, push."""
 
 from __future__ import annotations
 
@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_calibrate(commands)
     _add_finetune(commands)
     _add_measure(commands)
+    _add_explain(commands)
     _add_tune(commands)
     _add_generate(commands)
     _add_export(commands)
@@ -224,6 +225,42 @@ def _measure(arguments: argparse.Namespace, _: list[str]) -> int:
         report.to_json(arguments.json)
     if arguments.plot:
         report.plot(arguments.plot)
+    return 0
+
+
+# ---- explain
+
+
+def _add_explain(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "explain",
+        _explain,
+        "Account for the density of each layer: flatness over input norm and activation gradient.",
+        "hf-sparse explain ./llama-relu --dataset allenai/c4",
+    )
+    parser.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    _add_text(parser, "default: held-out documentation of the running Python", 8192)
+    parser.set_defaults(dataset=EMBEDDED)
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the report as JSON")
+
+
+def _explain(arguments: argparse.Namespace, _: list[str]) -> int:
+    import hf_sparse
+
+    model, tokenizer = _load(arguments.model)
+    report = hf_sparse.explain(
+        model,
+        _texts(arguments),
+        tokenizer=tokenizer,
+        sequence_length=arguments.sequence_length,
+        batch_size=arguments.batch_size,
+        max_tokens=arguments.max_tokens,
+        progress=sys.stderr.isatty(),
+    )
+    print(report)
+    if arguments.json:
+        report.to_json(arguments.json)
     return 0
 
 

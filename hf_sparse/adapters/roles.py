@@ -163,11 +163,16 @@ class LayerRoles(Roles):
         return watch_child(watched, fn, before=site in ("x", "p", "h"))
 
 
+def input_threshold(linear: nn.Module) -> float:
+    """What a linear layer, perhaps under an adapter, takes for zero of its input; see ``SparseLinear``."""
+    while (base := linear._modules.get("base_layer")) is not None:
+        linear = base
+    return float(vars(linear).get("threshold", 0.0))
+
+
 def used(down: nn.Module, h: Tensor) -> Tensor:
-    """What a down projection, perhaps under an adapter, makes of its input ``h`` before it multiplies."""
-    while (base := down._modules.get("base_layer")) is not None:
-        down = base
-    threshold = vars(down).get("threshold", 0.0)  # of hf_sparse.modules.SparseLinear
+    """What a down projection makes of its input ``h`` before it multiplies."""
+    threshold = input_threshold(down)
     return h.masked_fill(h.abs() <= threshold, 0) if threshold else h
 
 

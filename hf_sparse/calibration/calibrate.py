@@ -16,7 +16,7 @@ from hf_sparse.calibration.report import CalibrationReport
 from hf_sparse.checks import shown
 from hf_sparse.config import SparsityConfig
 from hf_sparse.errors import PatchError
-from hf_sparse.observing import Observer, Pass, blocks_of, observe
+from hf_sparse.observing import BlockObserver, Pass, blocks_of, observe
 from hf_sparse.patching import inspect, patch, transformers_model, unpatch
 
 METHODS = tuple(sorted(f.stem for f in (Path(__file__).parent / "methods").glob("[!_]*.py")))
@@ -88,7 +88,7 @@ def calibrate(
         raise ValueError("data is an iterator, and calibrate goes through it several times; give a list.")
     base = transformers_model(model)
 
-    def run(observers: list[Observer]) -> Pass:
+    def run(observers: list[BlockObserver]) -> Pass:
         return observe(
             model,
             data,

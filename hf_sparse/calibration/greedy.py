@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from hf_sparse.adapters import Block
-from hf_sparse.observing import Observer
+from hf_sparse.observing import BlockObserver
 
 STEP = 0.05
 """What the sparsity of the largest linear layer grows by in a round; of smaller ones by as many weights."""
 _MOST = 0.95
 
 
-class LayerInputs(Observer):
+class LayerInputs(BlockObserver):
     """Keeps what one layer is called with in the first batch."""
 
     def __init__(self, block: Block, layer: nn.Module) -> None:
@@ -25,16 +26,12 @@ class LayerInputs(Observer):
         self.layer = layer
         self.call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
 
-    def __enter__(self) -> LayerInputs:
-        self._handle = self.layer.register_forward_pre_hook(self._called, with_kwargs=True)
-        return self
+    def _watch(self) -> Iterator[RemovableHandle]:
+        yield self.layer.register_forward_pre_hook(self._called, with_kwargs=True)
 
     def _called(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.call is None:
             self.call = args, kwargs
-
-    def update(self, values: Tensor, routed: bool) -> None:
-        """Nothing passes here."""
 
 
 def path(

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from hf_sparse.adapters import Block
 from hf_sparse.config import SparsityConfig
-from hf_sparse.observing import Observer
+from hf_sparse.observing import BlockObserver
 
 
 class Calibration(ABC):
@@ -43,7 +43,7 @@ class Calibration(ABC):
         return self.start
 
     @abstractmethod
-    def observers(self, blocks: Sequence[Block]) -> list[Observer]:
+    def observers(self, blocks: Sequence[Block]) -> list[BlockObserver]:
         """New ones, for the same blocks as they are now; kept, and asked in the other methods."""
 
     def finish(self, most: float) -> None:  # noqa: B027 - most need nothing else
@@ -58,11 +58,11 @@ class Calibration(ABC):
         """The sparsity at ``level`` if activations stay as they were seen; it grows with the level."""
 
     @abstractmethod
-    def counters(self, blocks: Sequence[Block]) -> list[Observer]:
+    def counters(self, blocks: Sequence[Block]) -> list[BlockObserver]:
         """Those that count the sparsity of the patched model, for :meth:`counted`."""
 
     @abstractmethod
-    def counted(self, counters: Sequence[Observer]) -> float:
+    def counted(self, counters: Sequence[BlockObserver]) -> float:
         """The sparsity that ``counters`` found."""
 
     def settle(self, level: float) -> None:  # noqa: B027 - most have nothing to tell

@@ -15,7 +15,7 @@ from hf_sparse.calibration.method import Calibration
 from hf_sparse.config import SparsityConfig
 from hf_sparse.metrics.sparsity import ZeroCounter
 from hf_sparse.modules import sparse_part
-from hf_sparse.observing import Observer
+from hf_sparse.observing import BlockObserver, Observer
 
 
 class OfActivation(Calibration):
@@ -40,7 +40,7 @@ class OfActivation(Calibration):
     def base(self) -> SparsityConfig:
         return self._with(0.0)
 
-    def observers(self, blocks: Sequence[Block]) -> list[Observer]:
+    def observers(self, blocks: Sequence[Block]) -> list[BlockObserver]:
         self._seen = [self.values(block) for block in blocks]
         return list(self._seen)
 
@@ -51,10 +51,10 @@ class OfActivation(Calibration):
         neurons = [one.block.intermediate_size for one in self._seen]
         return sum(n * s for n, s in zip(neurons, self._silent(level), strict=True)) / sum(neurons)
 
-    def counters(self, blocks: Sequence[Block]) -> list[Observer]:
+    def counters(self, blocks: Sequence[Block]) -> list[BlockObserver]:
         return [ZeroCounter(block) for block in blocks]
 
-    def counted(self, counters: Sequence[Observer]) -> float:
+    def counted(self, counters: Sequence[BlockObserver]) -> float:
         layers = [one.result() for one in cast(Sequence[ZeroCounter], counters)]
         return sum(one.zeros for one in layers) / sum(one.tokens * one.neurons for one in layers)
 

@@ -18,7 +18,7 @@ from torch.nn.functional import embedding_bag
 
 from hf_sparse.adapters import Block
 from hf_sparse.adapters.experts import Experts
-from hf_sparse.adapters.roles import read_linear
+from hf_sparse.adapters.roles import input_threshold, read_linear
 from hf_sparse.errors import PatchError
 from hf_sparse.metrics.metric import LayerMetric, Metric
 from hf_sparse.modules import SparseLinear
@@ -214,7 +214,7 @@ def readable_down(block: Block) -> nn.Module:
             "adapter, quantised, offloaded or split): CETT needs the norms of its columns. Merge or load it "
             "as a plain layer."
         )
-    if getattr(down, "threshold", 0.0):
+    if input_threshold(down):
         raise PatchError(
             f"the down projection of {block.name} has a threshold on its inputs already, so that h does not "
             "say what a neuron adds. Measure CETT without that layer among the inputs of the patch."

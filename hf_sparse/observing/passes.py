@@ -17,7 +17,7 @@ from hf_sparse.adapters import Block, require_blocks
 from hf_sparse.observing.batches import as_batches, parts
 from hf_sparse.observing.encoder_decoder import IGNORED, in_encoder, seen
 from hf_sparse.observing.encoder_decoder import losses as labels_losses
-from hf_sparse.observing.observer import Observer
+from hf_sparse.observing.observer import BlockObserver
 from hf_sparse.observing.running import inner_model, input_device, observed, takes_gradients, without_copies
 
 
@@ -48,7 +48,7 @@ def blocks_of(model: nn.Module) -> list[Block]:
 def observe(
     model: nn.Module,
     data: Iterable[Any],
-    observers: Sequence[Observer],
+    observers: Sequence[BlockObserver],
     *,
     tokenizer: Any = None,
     sequence_length: int | None = None,
@@ -130,7 +130,7 @@ def _of_decoder(
     bare: PreTrainedModel,
     batch: Mapping[str, Any],
     device: torch.device,
-    observers: Sequence[Observer],
+    observers: Sequence[BlockObserver],
 ) -> tuple[Iterator[Tensor], int, int]:
     """A forward of a causal language model: the losses of its sequences, tokens predicted, tokens seen."""
     input_ids, mask, labels = parts(batch, device)

@@ -92,12 +92,27 @@ def takes_gradients(model: nn.Module, inner: PreTrainedModel) -> Iterator[None]:
     def required(module: nn.Module, args: Any, embedded: torch.Tensor) -> torch.Tensor:
         return embedded.detach().requires_grad_()
 
-    handle = inner.get_input_embeddings().register_forward_hook(required)
+    handles = [one.register_forward_hook(required) for one in _embeddings(inner)]
     try:
         for parameter in trained:
             parameter.requires_grad_(False)
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         for parameter in trained:
             parameter.requires_grad_(True)
+
+
+def _embeddings(model: PreTrainedModel) -> list[nn.Module]:
+    """Those of ``model``, and of each stack of an encoder-decoder, which need not be the same modules."""
+    stacks: list[PreTrainedModel] = [model]
+    if getattr(model.config, "is_encoder_decoder", False):
+        stacks += [model.get_encoder(), model.get_decoder()]
+    found = []
+    for stack in stacks:
+        try:
+            found.append(stack.get_input_embeddings())
+        except NotImplementedError:  # such as of an encoder of speech
+            continue
+    return list(dict.fromkeys(found))

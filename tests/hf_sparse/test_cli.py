@@ -20,7 +20,18 @@ from hf_sparse.cli import main
 from hf_sparse.launch import _with_recipe_path, application
 from triton_ops import BACKENDS
 
-COMMANDS = ("patch", "calibrate", "finetune", "measure", "tune", "generate", "export", "push", "quickstart")
+COMMANDS = (
+    "patch",
+    "calibrate",
+    "finetune",
+    "measure",
+    "explain",
+    "tune",
+    "generate",
+    "export",
+    "push",
+    "quickstart",
+)
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -53,7 +64,7 @@ def test_an_error_as_a_process_is_one_line():
     assert result.stderr == "hf-sparse: error: MODEL='./no-such-folder' is no folder.\n"
 
 
-@pytest.mark.parametrize("name", ["patch", "measure", "tune", "generate", "export", "push", "quickstart"])
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "finetune"])
 def test_help_of_each_command_has_an_example(name, capsys):
     with pytest.raises(SystemExit) as end:
         main([name, "--help"])
@@ -114,6 +125,20 @@ def test_measure_writes_what_the_function_returns(tmp_path, text_file, capsys):
     )
     assert hf_sparse.SparsityReport.from_json(json_file).metrics == report.metrics
     assert str(report.metrics["union"]) in capsys.readouterr().out
+
+
+def test_explain_writes_what_the_function_returns(tmp_path, text_file, capsys):
+    json_file = tmp_path / "why.json"
+    arguments = ["--text-file", str(text_file), "--max-tokens", "256", "--sequence-length", "64"]
+    assert main(["explain", "tiny", *arguments, "--json", str(json_file)]) == 0
+    model = AutoModelForCausalLM.from_pretrained(TINY_MODEL)
+    texts = [p.strip() for p in text_file.read_text(encoding="utf-8").split("\n\n") if p.strip()]
+    report = hf_sparse.explain(model, texts, max_tokens=256, sequence_length=64)
+    written = json.loads(json_file.read_text())
+    assert written["tokens"] == report.tokens == 256
+    found = [layer["key_flatness"] for layer in written["layers"]]
+    assert found == pytest.approx([layer.key_flatness for layer in report.layers], rel=1e-4)
+    assert "exact: density = AF_K / (T n C)" in capsys.readouterr().out
 
 
 @pytest.mark.slow

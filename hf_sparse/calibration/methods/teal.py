@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from hf_sparse.adapters import Block
@@ -18,7 +19,7 @@ from hf_sparse.config import SparsityConfig
 from hf_sparse.errors import PatchError
 from hf_sparse.inputs import linear_places
 from hf_sparse.modules.sparse_linear import SparseLinear
-from hf_sparse.observing import Observer
+from hf_sparse.observing import BlockObserver, Observer
 from hf_sparse.observing.running import observed
 
 
@@ -46,9 +47,9 @@ class Method(Calibration):
         plain = SparsityConfig(activation="original")
         return plain if self.start is None else self.start.changed(inputs=None)
 
-    def observers(self, blocks: Sequence[Block]) -> list[Observer]:
+    def observers(self, blocks: Sequence[Block]) -> list[BlockObserver]:
         self._seen = self._observers(blocks)
-        found: list[Observer] = [one for layer in self._seen for one in layer]
+        found: list[BlockObserver] = [one for layer in self._seen for one in layer]
         if self.allocation == "greedy":
             self._layers = [LayerInputs(b, self.model.get_submodule(layer_of(b.name))) for b in blocks]
         return [*found, *self._layers]
@@ -73,10 +74,10 @@ class Method(Calibration):
     def expected(self, level: float) -> float:
         return level
 
-    def counters(self, blocks: Sequence[Block]) -> list[Observer]:
+    def counters(self, blocks: Sequence[Block]) -> list[BlockObserver]:
         return [one for layer in self._observers(blocks) for one in layer]
 
-    def counted(self, counters: Sequence[Observer]) -> float:
+    def counted(self, counters: Sequence[BlockObserver]) -> float:
         read = unread = 0.0
         for one in cast(Sequence[InputMagnitudes], counters):
             size = one.linear.in_features * one.linear.out_features
@@ -108,9 +109,8 @@ class InputMagnitudes(Observer):
         self.magnitudes = Magnitudes()
         self._shared = shared
 
-    def __enter__(self) -> InputMagnitudes:
-        self._handle = self.linear.register_forward_pre_hook(self._given)
-        return self
+    def _watch(self) -> Iterator[RemovableHandle]:
+        yield self.linear.register_forward_pre_hook(self._given)
 
     def _given(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         self._shared.of(args[0], self)
