@@ -367,6 +367,54 @@ def loading(result: Result) -> str:
 {paragraph(about)}"""
 
 
+def calibrated(result: Result) -> str:
+    dense, stock, sparse = result.rows
+    low, high = sparse["speedup_quartiles"]
+    about = f"""
+        {sparse["layers"]} layers of {sparse["hidden"]} × {sparse["neurons"]}, {DTYPES[sparse["dtype"]]}, {sparse["of"]}
+        weights, calibrated with `{sparse["method"]}` to {percent(sparse["sparsity"])} (of {sparse["counts"]}), one
+        sequence, {sparse["new_tokens"]} new tokens. The ratios are against the same model on the same kernels with
+        nothing skipped; the output matrix, a fifth of the weights, is always read."""
+    rows = [
+        ["stock transformers", f"{stock['tokens_per_s']:.1f}", times(stock["speedup"])],
+        ["same kernels, nothing skipped", f"{dense['tokens_per_s']:.1f}", times(1.0)],
+        [
+            f"calibrated, {percent(sparse['sparsity'])}",
+            f"{sparse['tokens_per_s']:.1f}",
+            f"**{times(sparse['speedup'])}** ({low:.2f} to {high:.2f})",
+        ],
+    ]
+    return f"""\
+{result.conditions} [All rows](../benchmarks/results/calibrated.json).
+
+{paragraph(about)}
+
+{table(["`generate()`", "tokens/s", "ratio"], rows)}"""
+
+
+def training_step(result: Result) -> str:
+    first = result.rows[0]
+    about = f"""
+        An update of a Llama of the shape of SmolLM2-135M: {first["batch"]} × {first["length"]} tokens in pieces of
+        {first["micro_batch"]}, float32, by turns, {first["update"]["repeats"]} of each; the same loss after the first.
+        Time and memory are shares of those of transformers.Trainer without sparsity. Peak memory varies by some per
+        cent between runs of one command, with what the allocator does."""
+    rows = []
+    for row in result.rows:
+        low, high = row["share_quartiles"]
+        share = f"{row['share_of_the_first'] * 100:.1f} % ({low * 100:.1f} to {high * 100:.1f})"
+        seconds, memory = row["update"]["median_ms"] / 1e3, row["memory_share_of_the_first"]
+        rows.append(
+            [f"{row['trainer']}", f"{seconds:.2f}", share, f"{row['peak_mib']:.0f}", f"{memory * 100:.1f} %"]
+        )
+    return f"""\
+{result.conditions} [All rows](../benchmarks/results/training_step.json).
+
+{paragraph(about)}
+
+{table(["trainer", "s an update", "time", "peak MiB", "memory"], rows)}"""
+
+
 def finetuned(result: Result) -> str:
     names = {
         "dense": "dense baseline",
@@ -401,7 +449,9 @@ SECTIONS = (
     Section("Mixtures of experts", ("experts.json",), experts),
     Section("Under a LoRA adapter", ("lora.json",), lora),
     Section("`generate()`", ("generate.json",), generate),
+    Section("Calibrated, without training", ("calibrated.json",), calibrated),
     Section("A busy neighbour", ("busy_neighbour.json",), busy),
     Section("Loading", ("loading.json",), loading),
+    Section("An update of a training", ("training_step.json",), training_step),
     Section("Finetuned for sparsity", ("../../docs/results/c4-stories260k.json",), finetuned),
 )
