@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from hf_sparse.adapters import Block
 
 LIMIT = 1024
-"""The shorter side of the largest matrix that :func:`spectrum` takes by default. Its time grows with the third
-power of that: on two cores a second there, 7 at 2,048 and 40 at 4,096."""
+"""The shorter side of the largest matrix that :func:`spectrum` takes by default. Its time grows with the
+third power of that: on two cores a second there, 7 at 2,048 and 40 at 4,096."""
 
 _CONCENTRATED = 0.8
 
