@@ -174,6 +174,22 @@ def thresholded(layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
                 yield owner, name
 
 
+def named_thresholded(model: nn.Module) -> Iterator[tuple[str, SparseLinear]]:
+    """Qualified name and layer of each in ``model``; found without a module disclosing anything."""
+    todo: list[tuple[str, nn.Module]] = [("", model)]
+    seen: set[nn.Module] = set()
+    while todo:
+        name, module = todo.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        if isinstance(module, SparseLinear) and module.threshold:
+            yield name, module
+        prefix = f"{name}." if name else ""
+        children = [(prefix + key, child) for key, child in module._modules.items() if child is not None]
+        todo += reversed(children)
+
+
 def pruned(owner: nn.Module, name: str) -> SparseLinear:
     """One of those that :func:`thresholded` gives."""
     return cast(SparseLinear, owner._modules[name])

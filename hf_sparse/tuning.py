@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from hf_sparse.calibration.input_magnitudes import measure_inputs
 from hf_sparse.errors import PatchError
+from hf_sparse.inputs import named_thresholded
 from hf_sparse.metrics import measure
 from hf_sparse.modules import sparse_part
 from hf_sparse.patching import inspect, transformers_model
@@ -77,14 +79,14 @@ class TuneReport:
     """What :func:`hf_sparse.tune` found; ``print`` shows it as a table."""
 
     layers: tuple[TunedLayer, ...]
-    """The patched MLP blocks in the order of the model."""
+    """The patched MLP blocks in the order of the model, and linear layers with thresholds on their inputs."""
     tokens: tuple[int, ...]
     """Numbers of tokens in a call that the table shows."""
     measurements: tuple[Measurement, ...]
     """Those that were made now; shapes measured before are not measured again."""
 
     def __str__(self) -> str:
-        head = ["MLP block", "shape", "density", *map(str, self.tokens), "choice, by tokens in a call"]
+        head = ["layer", "shape", "density", *map(str, self.tokens), "choice, by tokens in a call"]
         rows: list[list[str] | None] = [head, None]
         for layer in self.layers:
             limits = layer.break_even
@@ -162,45 +164,68 @@ def tune(
             part = sparse_part(block.module)
             assert part is not None
             part.density = found.get(block.name, part.density)
-
-    measurements: dict[Problem, Measurement] = {}
-    layers: list[TunedLayer] = []
-    for block in _bar(blocks, progress):
-        part = sparse_part(block.module)
-        assert part is not None
-        problems, obstacle = part.problems()
-        limits: dict[Problem, tuple[float, ...]] = {}
-        for problem in problems:
-            try:
-                backend = available(problem.device, problem.dtype)
-            except RuntimeError as error:
-                obstacle = str(error)
-                break
-            if problem.certified and not REGISTRY[backend].certifies:
-                continue
-            known = break_even.measured(backend, problem)
-            covered = known is not None and (problem.certified or len(known) >= counts[-1])
-            if not covered or (force and problem not in measurements):
-                measurements[problem] = measure_shape(problem, backend=backend, tokens=counts)
-            limits[problem] = break_even.measured(backend, problem) or ()
-        skips = {problem: limit for problem, limit in limits.items() if not problem.certified}
-        with_certificate = [limit for problem, limit in limits.items() if problem.certified]
-        weight = next(block.module.parameters())
-        dtype = str(weight.dtype).removeprefix("torch.")
-        layers.append(
-            TunedLayer(
-                name=block.name,
-                shape=f"{block.hidden_size} x {block.intermediate_size} {dtype} {block.form}",
-                density=part.density,
-                break_even=_larger(list(skips.values())),
-                beyond=max(
-                    (break_even.beyond(REGISTRY[backend], *item) for item in skips.items()), default=0.0
-                ),
-                certified=max(with_certificate[0], default=0.0) if with_certificate else None,
-                obstacle=obstacle,
-            )
+        measure_inputs(
+            base,
+            dataset,
+            tokenizer=tokenizer,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            max_tokens=max_tokens,
         )
+
+    pruned = list(named_thresholded(base))
+    todo: list[tuple[str, str, Any]] = []
+    for block in blocks:
+        dtype = str(next(block.module.parameters()).dtype).removeprefix("torch.")
+        shape = f"{block.hidden_size} x {block.intermediate_size} {dtype} {block.form}"
+        todo.append((block.name, shape, sparse_part(block.module)))
+    for name, linear in pruned:
+        dtype = str(linear.weight.dtype).removeprefix("torch.")
+        todo.append((name, f"{linear.in_features} -> {linear.out_features} {dtype} linear", linear))
+    measurements: dict[Problem, Measurement] = {}
+    layers = [
+        _tuned(name, shape, part, counts, measurements, force=force)
+        for name, shape, part in _bar(todo, progress)
+    ]
     return TuneReport(layers=tuple(layers), tokens=counts, measurements=tuple(measurements.values()))
+
+
+def _tuned(
+    name: str,
+    shape: str,
+    part: Any,
+    counts: tuple[int, ...],
+    measurements: dict[Problem, Measurement],
+    *,
+    force: bool,
+) -> TunedLayer:
+    """Measure what is not known of the problems of ``part``, and say what follows."""
+    problems, obstacle = part.problems()
+    limits: dict[Problem, tuple[float, ...]] = {}
+    for problem in problems:
+        try:
+            backend = available(problem.device, problem.dtype)
+        except RuntimeError as error:
+            obstacle = str(error)
+            break
+        if problem.certified and not REGISTRY[backend].certifies:
+            continue
+        known = break_even.measured(backend, problem)
+        covered = known is not None and (problem.certified or len(known) >= counts[-1])
+        if not covered or (force and problem not in measurements):
+            measurements[problem] = measure_shape(problem, backend=backend, tokens=counts)
+        limits[problem] = break_even.measured(backend, problem) or ()
+    skips = {problem: limit for problem, limit in limits.items() if not problem.certified}
+    with_certificate = [limit for problem, limit in limits.items() if problem.certified]
+    return TunedLayer(
+        name=name,
+        shape=shape,
+        density=part.density,
+        break_even=_larger(list(skips.values())),
+        beyond=max((break_even.beyond(REGISTRY[backend], *item) for item in skips.items()), default=0.0),
+        certified=max(with_certificate[0], default=0.0) if with_certificate else None,
+        obstacle=obstacle,
+    )
 
 
 def _larger(limits: list[tuple[float, ...]]) -> tuple[float, ...]:

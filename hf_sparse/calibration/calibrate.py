@@ -16,7 +16,7 @@ from hf_sparse.calibration.report import CalibrationReport
 from hf_sparse.checks import shown
 from hf_sparse.config import SparsityConfig
 from hf_sparse.errors import PatchError
-from hf_sparse.observing import BlockObserver, Pass, blocks_of, observe
+from hf_sparse.observing import BlockObserver, Pass, observe
 from hf_sparse.patching import inspect, patch, transformers_model, unpatch
 
 METHODS = tuple(sorted(f.stem for f in (Path(__file__).parent / "methods").glob("[!_]*.py")))
@@ -99,13 +99,14 @@ def calibrate(
             max_tokens=max_tokens,
         )
 
-    before = inspect(base).config
+    given = inspect(base)  # of a model made of several, its language part
+    before = given.config
     if before is not None and before.activation.mix != 1:
         raise PatchError(
             f"the activation of the model is mixed in by {before.activation.mix:.0%} only; finish the "
             "finetune, or hf_sparse.set_mix(model, 1)."
         )
-    one: Calibration = import_module(f"{__package__}.methods.{method}").Method(base, blocks_of(base), before)
+    one: Calibration = import_module(f"{__package__}.methods.{method}").Method(base, given.blocks, before)
     if allocation not in one.allocations:
         raise ValueError(
             f"allocation={shown(allocation)} is none of method {method!r}; use "
@@ -114,7 +115,7 @@ def calibrate(
     one.allocation = allocation
     with _undone_on_failure(base, before):
         _set(base, one.base)
-        given = run(one.observers(blocks_of(base)))
+        dense = run(one.observers(inspect(base).blocks))
         one.finish(_HIGHEST if target_sparsity is None else target_sparsity)
         if target_sparsity is not None:
             level = _level_of(one, target_sparsity)
@@ -125,9 +126,9 @@ def calibrate(
                 _set(base, one.config(level))
                 return run([]).loss
 
-            level = _level_within(loss, given.loss + math.log1p(max_perplexity_increase / 100))
+            level = _level_within(loss, dense.loss + math.log1p(max_perplexity_increase / 100))
         _set(base, one.config(level))
-        one.blocks = blocks_of(base)
+        one.blocks = inspect(base).blocks
         one.settle(level)
         counters = one.counters(one.blocks)
         after = run(counters)
@@ -138,7 +139,7 @@ def calibrate(
         counts=one.counts,
         config=config,
         sparsity=one.counted(counters),
-        perplexity_before=_perplexity(given),
+        perplexity_before=_perplexity(dense),
         perplexity=_perplexity(after),
         tokens=after.tokens,
     )

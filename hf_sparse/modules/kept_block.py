@@ -76,14 +76,7 @@ class KeptBlock:
     def problems(self) -> tuple[list[Problem], str | None]:
         """As :meth:`SparseBlock.problems`."""
         linears = list(self._linears())
-        if not linears:
-            return [], "its down projection is no plain linear layer"
-        if obstacle := linears[0].obstacle:
-            return [], obstacle
-        weight = linears[0]._parameters["weight"]
-        assert weight is not None
-        hidden, neurons = self._roles.sizes(self._module)
-        return [Problem("linear", hidden, neurons, weight.dtype, weight.device.type)], None
+        return linears[0].problems() if linears else ([], "its down projection is no plain linear layer")
 
     def _linears(self) -> Iterator[SparseLinear]:
         for owner, name in down_places(self._module, self._roles):

@@ -13,7 +13,7 @@ from hf_sparse.modules.hooked import carry_hooks
 from hf_sparse.modules.ownership import any_lent, give_back, holds_alone, is_lent, lend
 from hf_sparse.modules.sparse_block import hooks_on_all_modules
 from hf_sparse.modules.surroundings import has_own_forward, is_plain, overridden, transformed
-from triton_ops import DENSE
+from triton_ops import DENSE, Problem
 from triton_ops.layout import view_of
 
 # What belongs to one module object and is not taken over from the stock layer.
@@ -116,6 +116,14 @@ class SparseLinear(GuardedModule, nn.Linear):
             give_back(weight)
         return DENSE, None if compiling else view_of(weight)
 
+    def problems(self) -> tuple[list[Problem], str | None]:
+        """What the layer can run of the operators as it is, or why it can run none."""
+        weight = self._readable()
+        if self.obstacle is not None or weight is None:
+            return [], self.obstacle
+        device = weight.device.type
+        return [Problem("linear", self.out_features, self.in_features, weight.dtype, device, False)], None
+
     def prepare(self) -> None:
         """Store the weight neuron-major; else the first call that skips does so."""
         if self.gives_zeros and self.may_lend() and (weight := self._readable()) is not None:
@@ -132,7 +140,7 @@ class SparseLinear(GuardedModule, nn.Linear):
         if not self.gives_zeros:
             return "its activation is not exactly zero"
         if self._readable() is None:
-            return "its down projection must be called (a hook, quantised or offloaded weights)"
+            return "its linear layer must be called (a hook, quantised or offloaded weights)"
         return None
 
     def may_lend(self) -> bool:

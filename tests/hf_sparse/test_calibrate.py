@@ -16,6 +16,7 @@ from hf_sparse import PatchError, SparsityConfig
 from hf_sparse.assets import TINY_MODEL
 from hf_sparse.assets.corpus import python_corpus
 from hf_sparse.calibration.magnitudes import Magnitudes, counted
+from hf_sparse.inputs import named_thresholded
 from support.models import tiny
 from support.skips import CountSkips
 
@@ -138,6 +139,23 @@ def test_fatrelu_takes_models_that_come_with_relu() -> None:
     report = hf_sparse.calibrate(model, batches(), method="fatrelu", target_sparsity=0.8)
     assert hf_sparse.measure(model, batches()).sparsity == pytest.approx(0.8, abs=0.02)
     assert report.config.activation.name == "fatrelu"
+
+
+def test_tune_knows_linear_layers_with_thresholds(own_cache) -> None:
+    model, data = tiny("llama"), batches()
+    hf_sparse.calibrate(model, data, method="teal", target_sparsity=0.4)
+    pruned = dict(named_thresholded(model))
+    assert [linear.density for linear in pruned.values()] == pytest.approx([0.6] * 21, abs=0.01)
+    for linear in pruned.values():
+        linear.density = None
+    report = hf_sparse.tune(model, data, tokens=[1])
+    found = {layer.name: layer for layer in report.layers}
+    assert len(found) == 3 + 21
+    assert all(found[name].density == linear.density for name, linear in pruned.items())
+    assert found["model.layers.1.self_attn.q_proj"].shape == "32 -> 32 float32 linear"
+    assert found["model.layers.1.self_attn.q_proj"].obstacle is None
+    assert found["model.layers.1.mlp"].obstacle == "its activation is not exactly zero, or has a hook"
+    assert 0.5 < found["model.layers.2.mlp.up_proj"].density < 0.7
 
 
 def test_cats_silences_the_smallest_values_of_the_activation() -> None:

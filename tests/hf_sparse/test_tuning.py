@@ -157,7 +157,7 @@ def test_the_table(tiny_model, backend) -> None:
     stored(backend, "gated", 1.0, 0.3, 0.3, 0.3)
     hf_sparse.inspect(model).blocks[0].module.density = 0.125
     lines = str(hf_sparse.tune(model)).splitlines()
-    assert lines[0].split()[:3] == ["MLP", "block", "shape"]
+    assert lines[0].split()[:2] == ["layer", "shape"]
     assert lines[2].split() == [
         *("model.layers.0.mlp", "32", "x", "88", "float32", "gated", "12.5%"),
         *("100%", "30%", "30%", "0%", "0%", "0%", "skips", "at", "1-4"),

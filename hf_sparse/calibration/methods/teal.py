@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import cast
 
-import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import nn
 from transformers import PreTrainedModel
 
 from hf_sparse.adapters import Block
 from hf_sparse.adapters.bottleneck import layer_of
 from hf_sparse.calibration.greedy import LayerInputs, at, path
-from hf_sparse.calibration.magnitudes import Magnitudes, counted
+from hf_sparse.calibration.input_magnitudes import InputMagnitudes, Shared
 from hf_sparse.calibration.method import Calibration
 from hf_sparse.config import SparsityConfig
 from hf_sparse.errors import PatchError
 from hf_sparse.inputs import linear_places
 from hf_sparse.modules.sparse_linear import SparseLinear
-from hf_sparse.observing import BlockObserver, Observer
+from hf_sparse.observing import BlockObserver
 from hf_sparse.observing.running import observed
 
 
@@ -94,43 +92,10 @@ class Method(Calibration):
     def _observers(self, blocks: Sequence[Block]) -> list[list[InputMagnitudes]]:
         found = []
         for block in blocks:
-            shared = _Shared()
+            shared = Shared()
             layer = _linears(self.model, block, self._names)
             found.append([InputMagnitudes(block, linear, shared) for _, linear in layer])
         return found
-
-
-class InputMagnitudes(Observer):
-    """The magnitudes of the input of one linear layer, before its threshold."""
-
-    def __init__(self, block: Block, linear: nn.Linear, shared: _Shared) -> None:
-        super().__init__(block)
-        self.linear = linear
-        self.magnitudes = Magnitudes()
-        self._shared = shared
-
-    def _watch(self) -> Iterator[RemovableHandle]:
-        yield self.linear.register_forward_pre_hook(self._given)
-
-    def _given(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self._shared.of(args[0], self)
-
-    def update(self, values: Tensor, routed: bool) -> None:
-        self._shared.counts = counted(values)
-
-
-class _Shared:
-    """Counts of the last input of a layer: several linear layers are given the same tensor."""
-
-    def __init__(self) -> None:
-        self._last: Tensor | None = None
-        self.counts = torch.zeros(0)
-
-    def of(self, values: Tensor, one: InputMagnitudes) -> None:
-        if values is not self._last:
-            self._last = values
-            one._see(values, None)
-        one.magnitudes.add(self.counts)
 
 
 def _linear_names(model: PreTrainedModel, blocks: Sequence[Block]) -> list[str]:
