@@ -44,7 +44,7 @@ def test_round_trip_is_bit_identical(tiny_model, input_ids, tmp_path, family, na
         return
     model = tiny_model(family)
     if not fits(CONFIGS[name].activation.name, find_blocks(model)[0][0].activation):
-        with pytest.raises(hf_sparse.PatchError, match="SiLU"):
+        with pytest.raises(hf_sparse.PatchError, match=r"CATS is for|keeps the large"):
             hf_sparse.patch(model, CONFIGS[name])
         return
     stock = model(input_ids).logits

@@ -328,7 +328,8 @@ def test_two_processes_train_as_one(tmp_path):
     log, refused = json.loads((tmp_path / "log.json").read_text())
     made = trainer(tmp_path / "one", METHODS, **DISTRIBUTED, gradient_accumulation_steps=4)
     expected, log_1 = run(made)
-    assert_same(expected, weights)
+    # Adam makes a part of a step, 3e-3, of the rounding of a gradient that is next to nothing.
+    assert_same(expected, weights, atol=1e-4)
     for one, two in zip(log_1, log, strict=True):
         for name in {"loss", "task_loss", "l1", "distillation", "eval_sparsity"} & one.keys():
             assert one[name] == pytest.approx(two[name], rel=1e-4), (name, one["step"])
