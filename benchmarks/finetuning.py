@@ -132,14 +132,26 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    groups: list[tuple[float, float, list[str]]] = []  # of variants too close together for a label each
     for variant in dict.fromkeys(run["variant"] for run in runs):
         points = _ends(runs, variant)
         perplexity = statistics.fmean(p for p, _ in points)
         sparsity = 100 * statistics.fmean(s for _, s in points)
         axes.plot([100 * s for _, s in points], [p for p, _ in points], ".", color="tab:blue", alpha=0.4)
-        axes.annotate(variant, (sparsity, perplexity), textcoords="offset points", xytext=(4, 4), fontsize=8)
+        near = [names for x, y, names in groups if abs(x - sparsity) < 2 and abs(y / perplexity - 1) < 0.06]
+        if near:
+            near[0].append(variant)
+        else:
+            groups.append((sparsity, perplexity, [variant]))
+    for x, y, names in groups:
+        left = {"ha": "right", "va": "center", "xytext": (-6, 0)} if len(names) > 1 else {"xytext": (4, 4)}
+        axes.annotate("\n".join(names), (x, y), textcoords="offset points", fontsize=8, **left)
     axes.set(xlabel="sparsity, % of the inputs of the down projections", ylabel="perplexity", yscale="log")
-    axes.grid(alpha=0.3)
+    axes.set_xlim(-3, 107)
+    axes.margins(y=0.15)
+    axes.yaxis.set_major_formatter("{x:.0f}")
+    axes.yaxis.set_minor_formatter("{x:.0f}")
+    axes.grid(alpha=0.3, which="both")
     figure.savefig(path)
     plt.close(figure)
 
