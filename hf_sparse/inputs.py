@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
+from hf_sparse.adapters.block import replaced_forward
 from hf_sparse.adapters.bottleneck import layer_of
+from hf_sparse.adapters.copies import copies
 from hf_sparse.adapters.experts import Experts
 from hf_sparse.adapters.walk import modules_of
 from hf_sparse.checks import mapping, numbers, shown
@@ -115,6 +117,11 @@ class InputsConfig(Part):
         found = [layer for layer in layers if any(True for _ in thresholded(layer))]
         for layer in found:
             for owner, name in thresholded(layer):
+                if (by := replaced_forward(pruned(owner, name))) is not None:
+                    raise PatchError(
+                        f"the forward of {name}, which has a threshold on its input, was replaced by {by}; "
+                        "take that back first."
+                    )
                 if type(owner._modules[name]) is not SparseLinear:
                     raise PatchError(
                         f"{name} has a threshold on its input, and its parameters are parametrised, or "
@@ -133,7 +140,7 @@ class InputsConfig(Part):
         for layer in dict.fromkeys(layer_of(block.name) for block in blocks):
             for owner, key in thresholded(model.get_submodule(layer)):
                 one = pruned(owner, key)
-                found[id(one)] = one.threshold
+                found[id(one)] = one.threshold or 0.0
         if {k: v for k, v in expected.items() if v} != found:
             raise PatchError(
                 f"the config says thresholds on the inputs of {len(expected)} linear layers, and those of "
@@ -161,16 +168,21 @@ def linear_places(layer: nn.Module, name: str, path: str) -> list[tuple[nn.Modul
             f"inputs names {name!r}, and {path} has no such module; its linear layers are "
             f"{', '.join(linears)}."
         )
-    while (base := child._modules.get("base_layer")) is not None:
-        owner, last, child = child, "base_layer", base
-    return [(owner, last)]
+    return [_under_adapters(*one) for one in copies(owner, last)]
+
+
+def _under_adapters(owner: nn.Module, name: str) -> tuple[nn.Module, str]:
+    child = owner._modules[name]
+    while child is not None and (base := child._modules.get("base_layer")) is not None:
+        owner, name, child = child, "base_layer", base
+    return owner, name
 
 
 def thresholded(layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     """Owner and name there of each linear layer in ``layer`` with a threshold on its input."""
     for owner in modules_of(layer):
         for name, child in owner._modules.items():
-            if isinstance(child, SparseLinear) and child.threshold:
+            if isinstance(child, SparseLinear) and child.threshold is not None:
                 yield owner, name
 
 
@@ -183,7 +195,7 @@ def named_thresholded(model: nn.Module) -> Iterator[tuple[str, SparseLinear]]:
         if module in seen:
             continue
         seen.add(module)
-        if isinstance(module, SparseLinear) and module.threshold:
+        if isinstance(module, SparseLinear) and module.threshold is not None:
             yield name, module
         prefix = f"{name}." if name else ""
         children = [(prefix + key, child) for key, child in module._modules.items() if child is not None]
@@ -217,7 +229,11 @@ def _layers(chosen: Sequence[Block]) -> list[str]:
 
 def _require_linear(owner: nn.Module, name: str, path: str) -> None:
     child = owner._modules[name]
-    if type(child) is nn.Linear or (type(child) is SparseLinear and child.threshold):
+    if type(child) is nn.Linear or (type(child) is SparseLinear and child.threshold is not None):
+        if (by := replaced_forward(child)) is not None:
+            raise PatchError(
+                f"inputs names {path}, whose forward was replaced by {by}; take that back, or {path} out."
+            )
         return
     raise PatchError(
         f"inputs names {path}, which is a {type(child).__name__} and no nn.Linear; take it out of inputs."

@@ -167,7 +167,7 @@ def input_threshold(linear: nn.Module) -> float:
     """What a linear layer, perhaps under an adapter, takes for zero of its input; see ``SparseLinear``."""
     while (base := linear._modules.get("base_layer")) is not None:
         linear = base
-    return float(vars(linear).get("threshold", 0.0))
+    return float(vars(linear).get("threshold") or 0.0)
 
 
 def used(down: nn.Module, h: Tensor) -> Tensor:

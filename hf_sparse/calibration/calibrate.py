@@ -14,8 +14,11 @@ from torch import nn
 from hf_sparse.calibration.method import Calibration
 from hf_sparse.calibration.report import CalibrationReport
 from hf_sparse.checks import shown
+from hf_sparse.composite import LANGUAGE
 from hf_sparse.config import SparsityConfig
 from hf_sparse.errors import PatchError
+from hf_sparse.inputs import named_thresholded
+from hf_sparse.modules import sparse_part
 from hf_sparse.observing import BlockObserver, Pass, observe
 from hf_sparse.patching import inspect, patch, transformers_model, unpatch
 
@@ -99,7 +102,7 @@ def calibrate(
             max_tokens=max_tokens,
         )
 
-    given = inspect(base)  # of a model made of several, its language part
+    given = inspect(base, part=LANGUAGE)
     before = given.config
     if before is not None and before.activation.mix != 1:
         raise PatchError(
@@ -115,7 +118,7 @@ def calibrate(
     one.allocation = allocation
     with _undone_on_failure(base, before):
         _set(base, one.base)
-        dense = run(one.observers(inspect(base).blocks))
+        dense = run(one.observers(inspect(base, part=LANGUAGE).blocks))
         one.finish(_HIGHEST if target_sparsity is None else target_sparsity)
         if target_sparsity is not None:
             level = _level_of(one, target_sparsity)
@@ -128,11 +131,11 @@ def calibrate(
 
             level = _level_within(loss, dense.loss + math.log1p(max_perplexity_increase / 100))
         _set(base, one.config(level))
-        one.blocks = inspect(base).blocks
+        one.blocks = inspect(base, part=LANGUAGE).blocks
         one.settle(level)
         counters = one.counters(one.blocks)
         after = run(counters)
-        config = inspect(base).config
+        config = inspect(base, part=LANGUAGE).config
         assert config is not None
     return CalibrationReport(
         method=method,
@@ -148,6 +151,11 @@ def calibrate(
 def _level_of(one: Calibration, sparsity: float) -> float:
     """Where ``sparsity`` is expected."""
     low, high = 0.0, 1.0
+    if one.expected(high) < sparsity - 0.005:
+        raise ValueError(
+            f"target_sparsity={sparsity} is above the {one.expected(high):.1%} that this method and "
+            "allocation reach; ask for less."
+        )
     if one.expected(low) > sparsity + 0.005:
         raise ValueError(
             f"target_sparsity={sparsity} is below the {one.expected(low):.1%} that the model has without any "
@@ -170,20 +178,31 @@ def _level_within(loss: Callable[[float], float], allowed: float) -> float:
 
 @contextmanager
 def _undone_on_failure(base: Any, before: SparsityConfig | None) -> Iterator[None]:
+    known = {name: part.density for name, part in _parts(base)}
     try:
         yield
     except BaseException:
         _set(base, before)
         raise
+    finally:
+        for name, part in _parts(base):  # patching again makes them anew
+            if part.density is None:
+                part.density = known.get(name)
+
+
+def _parts(base: Any) -> list[tuple[str, Any]]:
+    """What keeps a density: patched blocks, and linear layers with thresholds."""
+    blocks = [(block.name, sparse_part(block.module)) for block in inspect(base, part=LANGUAGE).blocks]
+    return [(name, part) for name, part in blocks if part is not None] + list(named_thresholded(base))
 
 
 def _set(base: Any, config: SparsityConfig | None) -> None:
-    now = inspect(base).config
+    now = inspect(base, part=LANGUAGE).config
     if config is None:
         if now is not None:
-            unpatch(base)
+            unpatch(base, part=LANGUAGE)
     elif config != now:
-        patch(base, config)
+        patch(base, config, part=LANGUAGE)
 
 
 def _perplexity(passed: Pass) -> float:

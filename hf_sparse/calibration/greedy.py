@@ -25,13 +25,18 @@ class LayerInputs(BlockObserver):
         super().__init__(block)
         self.layer = layer
         self.call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._padding: Tensor | None = None
 
     def _watch(self) -> Iterator[RemovableHandle]:
         yield self.layer.register_forward_pre_hook(self._called, with_kwargs=True)
 
     def _called(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.call is None:
-            self.call = args, kwargs
+            self.call, self._padding = (args, kwargs), self.mask
+
+    def tokens(self, output: Tensor) -> Tensor:
+        """The rows of what the layer gave for that call that are no padding."""
+        return self._text(output, None, self._padding)
 
 
 def path(
@@ -67,7 +72,7 @@ def path(
 
     def output() -> Tensor:
         result = seen.layer(*args, **kwargs)
-        return (result[0] if isinstance(result, tuple) else result).float()
+        return seen.tokens(result[0] if isinstance(result, tuple) else result).float()
 
     found = [(0.0, (0.0,) * len(linears))]
     target = output()

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_sparse.adapters import Block
 from hf_sparse.adapters.bottleneck import layer_of
+from hf_sparse.adapters.roles import input_threshold
 from hf_sparse.calibration.magnitudes import Magnitudes, counted
 from hf_sparse.inputs import named_thresholded
 from hf_sparse.modules.sparse_linear import SparseLinear
@@ -67,4 +68,5 @@ def measure_inputs(model: PreTrainedModel, data: Iterable[Any], **options: Any) 
     observe(model, data, seen, **options)
     for one in seen:
         assert isinstance(one.linear, SparseLinear)
-        one.linear.density = 1 - one.magnitudes.at_most(one.linear.threshold)
+        if one.magnitudes.total:  # else it is in a part that sees no text
+            one.linear.density = 1 - one.magnitudes.at_most(input_threshold(one.linear))

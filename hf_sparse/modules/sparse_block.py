@@ -28,7 +28,7 @@ from triton_ops import DENSE, Certificate, Problem
 from triton_ops.problem import Form
 
 # What belongs to one module object and is not taken over from the stock block.
-_NOT_SHARED = ("_modules", "forward", "_old_forward", "_hf_hook")
+_NOT_SHARED = ("_modules", "forward", "_old_forward", "_hf_hook", "_compiled_call_impl")
 
 
 class Way(NamedTuple):

@@ -17,7 +17,7 @@ from triton_ops import DENSE, Problem
 from triton_ops.layout import view_of
 
 # What belongs to one module object and is not taken over from the stock layer.
-_NOT_SHARED = ("forward", "_old_forward", "_hf_hook")
+_NOT_SHARED = ("forward", "_old_forward", "_hf_hook", "_compiled_call_impl")
 
 
 class SparseLinear(GuardedModule, nn.Linear):
@@ -28,16 +28,16 @@ class SparseLinear(GuardedModule, nn.Linear):
     Args:
         stock: the layer to stand in for; it is not changed.
         gives_zeros: whether its input has exact zeros.
-        threshold: values of the input that are no larger are taken for zero; at 0 none are.
+        threshold: values of the input that are no larger are taken for zero; None if it has none.
 
     """
 
-    threshold: float
+    threshold: float | None
 
     density: float | None
     """As :attr:`hf_sparse.modules.SparseBlock.density`."""
 
-    def __init__(self, stock: nn.Linear, *, gives_zeros: bool, threshold: float = 0.0) -> None:
+    def __init__(self, stock: nn.Linear, *, gives_zeros: bool, threshold: float | None = None) -> None:
         nn.Module.__init__(self)
         # The very dicts of parameters and hooks: what is put into one layer is in the other.
         self.__dict__.update({k: v for k, v in vars(stock).items() if k not in _NOT_SHARED})
@@ -62,6 +62,8 @@ class SparseLinear(GuardedModule, nn.Linear):
         self.disclose()
         (stock,) = self._stock
         own = (*_NOT_SHARED, "_stock", "gives_zeros", "threshold", "density")
+        for gone in vars(stock).keys() - vars(self).keys() - {*_NOT_SHARED}:
+            del vars(stock)[gone]  # such as what a pruning that has ended had put there
         vars(stock).update({k: v for k, v in vars(self).items() if k not in own})
         carry_hooks(self, stock)
         return stock

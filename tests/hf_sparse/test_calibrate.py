@@ -17,6 +17,7 @@ from hf_sparse.assets import TINY_MODEL
 from hf_sparse.assets.corpus import python_corpus
 from hf_sparse.calibration.magnitudes import Magnitudes, counted
 from hf_sparse.inputs import named_thresholded
+from support.composites import composite
 from support.models import tiny
 from support.skips import CountSkips
 
@@ -139,6 +140,53 @@ def test_fatrelu_takes_models_that_come_with_relu() -> None:
     report = hf_sparse.calibrate(model, batches(), method="fatrelu", target_sparsity=0.8)
     assert hf_sparse.measure(model, batches()).sparsity == pytest.approx(0.8, abs=0.02)
     assert report.config.activation.name == "fatrelu"
+
+
+def test_padding_has_no_part_in_the_greedy_allocation() -> None:
+    found = []
+    for filling in (0, 7):
+        torch.manual_seed(0)
+        model, (batch,) = tiny("llama"), batches(1)
+        batch["attention_mask"][:, :18] = 0
+        batch["input_ids"][:, :18] = filling
+        hf_sparse.calibrate(model, [batch], target_sparsity=0.4, allocation="greedy")
+        found.append(hf_sparse.inspect(model).config)
+    assert found[0] == found[1]
+
+
+def test_only_the_language_part_of_a_model_is_calibrated() -> None:
+    model, data = composite("llava"), batches()
+    hf_sparse.patch(model, "relu", part="vision")
+    before = [one.config for one in hf_sparse.inspect(model).patched]
+    with pytest.raises(PatchError, match="a threshold into ReLU"):
+        hf_sparse.calibrate(model, data, method="fatrelu", target_sparsity=0.8)
+    assert [one.config for one in hf_sparse.inspect(model).patched] == before
+    hf_sparse.calibrate(model, data, method="cats", target_sparsity=0.5)
+    found = {one.part: one.config.activation.name for one in hf_sparse.inspect(model).patched}
+    assert sorted(found.values()) == ["cats_silu", "relu"]
+
+
+def test_what_is_out_of_reach_is_said_and_not_missed() -> None:
+    model, data = tiny("llama"), batches()
+    with pytest.raises(ValueError, match="is above the"):
+        hf_sparse.calibrate(model, data, allocation="greedy", target_sparsity=0.99)
+    with pytest.raises(PatchError, match="is a Conv1D"):
+        hf_sparse.calibrate(tiny("gpt2"), data, target_sparsity=0.4)
+    hf_sparse.patch(model, "fatrelu", threshold=5.0)
+    with pytest.raises(ValueError, match="is below the"):
+        hf_sparse.calibrate(model, data, target_sparsity=0.1)
+
+
+def test_densities_that_tune_found_outlive_a_calibration_and_its_failure() -> None:
+    model, data = tiny("llama"), batches()
+    hf_sparse.patch(model, "relu")
+    for layer in model.model.layers:
+        layer.mlp.density = 0.25
+    with pytest.raises(ValueError, match="labels has shape"):
+        hf_sparse.calibrate(model, [*data, {**data[0], "labels": torch.zeros(1, 2)}], target_sparsity=0.4)
+    assert [layer.mlp.density for layer in model.model.layers] == [0.25] * 3
+    hf_sparse.calibrate(model, data, target_sparsity=0.4)
+    assert [layer.mlp.density for layer in model.model.layers] == [0.25] * 3
 
 
 def test_tune_knows_linear_layers_with_thresholds(own_cache) -> None:

@@ -8,10 +8,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from transformers import AutoModelForCausalLM
 
 import hf_sparse
 from hf_sparse import PatchError, SparsityConfig
+from hf_sparse.modules import SparseLinear
 from support.models import tiny
 from support.skips import CountSkips
 
@@ -231,6 +233,65 @@ def test_measured_sparsity_has_what_the_down_projection_takes_for_zero(input_ids
     report = hf_sparse.measure(model, [{"input_ids": input_ids}])
     assert [layer.sparsity for layer in report.layers] == pytest.approx([float(z) for z in zeros])
     assert min(zeros) > 0
+
+
+def test_a_forward_that_another_tool_put_there_is_refused(input_ids) -> None:
+    model = tiny("llama")
+    q = model.model.layers[0].self_attn.q_proj
+    q.forward = lambda x: 2 * nn.functional.linear(x, q.weight)
+    stock = model(input_ids).logits
+    with pytest.raises(PatchError, match="forward was replaced"):
+        hf_sparse.patch(model, config(**{"self_attn.q_proj": 0.5}))
+    assert torch.equal(model(input_ids).logits, stock)
+    del q.forward
+    hf_sparse.patch(model, config(**{"self_attn.q_proj": 0.5}))
+    model.model.layers[0].self_attn.q_proj.forward = lambda x: x
+    with pytest.raises(PatchError, match="take that back first"):
+        hf_sparse.unpatch(model)
+
+
+def test_what_was_compiled_by_itself_does_not_run_on_without_the_patch(input_ids) -> None:
+    model = tiny("llama")
+    reference = by_hand(copy.deepcopy(model), {"self_attn.q_proj": 0.5})
+    model.model.layers[0].self_attn.q_proj.compile(backend="eager")
+    hf_sparse.patch(model, config(**{"self_attn.q_proj": 0.5}))
+    assert torch.equal(model(input_ids).logits, reference(input_ids).logits)
+    model, reference = tiny("llama"), None
+    stock = model(input_ids).logits
+    model.model.layers[0].mlp.compile(backend="eager")
+    hf_sparse.patch(model, SparsityConfig(activation="relu", layers=[0]))
+    assert not torch.allclose(model(input_ids).logits, stock)
+
+
+def test_what_has_ended_while_patched_does_not_come_back(input_ids) -> None:
+    model = tiny("llama")
+    prune.l1_unstructured(model.model.layers[0].self_attn.q_proj, "weight", 0.5)
+    hf_sparse.patch(model, config(**{"self_attn.q_proj": 0.5}))
+    prune.remove(model.model.layers[0].self_attn.q_proj, "weight")
+    hf_sparse.unpatch(model)
+    q = model.model.layers[0].self_attn.q_proj
+    with torch.no_grad():
+        q.weight.zero_()
+    assert q(torch.randn(2, 32)).abs().max() == 0
+
+
+def test_copies_of_adapters_have_thresholds_and_a_threshold_taken_away_is_noticed(input_ids) -> None:
+    model = tiny("llama")
+    hf_sparse.patch(model, config(**{"mlp.down_proj": 0.001}))
+    expected = model(input_ids).logits
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["down_proj"]))
+    torch.testing.assert_close(adapted(input_ids).logits, expected)
+    assert hf_sparse.inspect(adapted).config == config(**{"mlp.down_proj": 0.001})
+    hf_sparse.patch(adapted, config(**{"mlp.down_proj": 0.002}))
+    hf_sparse.unpatch(adapted)
+    assert not any(isinstance(module, SparseLinear) for module in adapted.modules())
+    model = tiny("llama")
+    hf_sparse.patch(model, config(**{"self_attn.q_proj": 0.5}))
+    model.model.layers[1].self_attn.q_proj.threshold = 0.0
+    with pytest.raises(PatchError, match="patch the model again"):
+        hf_sparse.inspect(model)
+    hf_sparse.unpatch(model)
+    assert not any(isinstance(module, SparseLinear) for module in model.modules())
 
 
 def test_nan_is_not_taken_for_zero(input_ids) -> None:

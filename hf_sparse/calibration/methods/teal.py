@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 
 from hf_sparse.adapters import Block
 from hf_sparse.adapters.bottleneck import layer_of
+from hf_sparse.adapters.copies import in_use, place
+from hf_sparse.adapters.roles import input_threshold, linear_size
 from hf_sparse.calibration.greedy import LayerInputs, at, path
 from hf_sparse.calibration.input_magnitudes import InputMagnitudes, Shared
 from hf_sparse.calibration.method import Calibration
@@ -60,7 +62,7 @@ class Method(Calibration):
             layer.call = None
 
     def config(self, level: float) -> SparsityConfig:
-        shares = [at(one, level) for one in self._paths] or [(level,) * len(self._names)] * len(self._seen)
+        shares = self._shares(level)
         inputs = {
             name: tuple(
                 layer[i].magnitudes.quantile(own[i]) for layer, own in zip(self._seen, shares, strict=True)
@@ -70,7 +72,17 @@ class Method(Calibration):
         return self.base.changed(inputs=inputs)
 
     def expected(self, level: float) -> float:
-        return level
+        zeros = total = 0.0
+        for layer, own in zip(self._seen, self._shares(level), strict=True):
+            for one, share in zip(layer, own, strict=True):
+                size = one.linear.in_features * one.linear.out_features
+                zeros += size * max(share, one.magnitudes.at_most(0.0))
+                total += size
+        return zeros / total
+
+    def _shares(self, level: float) -> list[tuple[float, ...]]:
+        """By layer, the share that is pruned of each linear layer's input."""
+        return [at(one, level) for one in self._paths] or [(level,) * len(self._names)] * len(self._seen)
 
     def counters(self, blocks: Sequence[Block]) -> list[BlockObserver]:
         return [one for layer in self._observers(blocks) for one in layer]
@@ -79,7 +91,7 @@ class Method(Calibration):
         read = unread = 0.0
         for one in cast(Sequence[InputMagnitudes], counters):
             size = one.linear.in_features * one.linear.out_features
-            unread += size * one.magnitudes.at_most(getattr(one.linear, "threshold", 0.0))
+            unread += size * one.magnitudes.at_most(input_threshold(one.linear))
             read += size
         return unread / read
 
@@ -87,7 +99,7 @@ class Method(Calibration):
         for block, seen in zip(self.blocks, self._seen, strict=True):
             for (_, linear), one in zip(_linears(self.model, block, self._names), seen, strict=True):
                 if isinstance(linear, SparseLinear):
-                    linear.density = 1 - one.magnitudes.at_most(linear.threshold)
+                    linear.density = 1 - one.magnitudes.at_most(input_threshold(linear))
 
     def _observers(self, blocks: Sequence[Block]) -> list[list[InputMagnitudes]]:
         found = []
@@ -106,14 +118,19 @@ def _linear_names(model: PreTrainedModel, blocks: Sequence[Block]) -> list[str]:
 
     """
     first: list[str] | None = None
+    names: list[str]
     for block in blocks:
         layer = model.get_submodule(layer_of(block.name))
-        names = [
-            name.removesuffix(".base_layer")
-            for name, one in layer.named_modules()
-            if type(one) is nn.Linear or type(one) is SparseLinear
-            if "lora_" not in name
-        ]
+        names = []
+        for name, one in in_use(layer):
+            if type(one) in (nn.Linear, SparseLinear):
+                if "lora_" not in name:
+                    names.append(place(f".{name}").removeprefix("."))
+            elif linear_size(one) is not None and "base_layer" not in one._modules:
+                raise PatchError(
+                    f"TEAL is for nn.Linear, and {layer_of(block.name)}.{name} is a {type(one).__name__}; "
+                    "choose another method, or patch with inputs= of your own."
+                )
         if first is not None and names != first:
             raise PatchError(
                 f"TEAL wants the same linear layers in every layer, and {layer_of(block.name)} has "
@@ -127,7 +144,9 @@ def _linear_names(model: PreTrainedModel, blocks: Sequence[Block]) -> list[str]:
 def _linears(model: PreTrainedModel, block: Block, names: Sequence[str]) -> list[tuple[str, nn.Linear]]:
     layer = model.get_submodule(layer_of(block.name))
     found = []
+    used = {one for _, one in in_use(layer)}
     for name in names:
-        ((owner, key),) = linear_places(layer, name, layer_of(block.name))
-        found.append((name, cast(nn.Linear, owner._modules[key])))
+        for owner, key in linear_places(layer, name, layer_of(block.name)):
+            if owner._modules[key] in used:
+                found.append((name, cast(nn.Linear, owner._modules[key])))
     return found
