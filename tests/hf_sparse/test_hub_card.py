@@ -112,7 +112,7 @@ def test_a_loss_that_is_no_number_is_no_result(patched) -> None:
 def test_what_tune_found_says_on_which_machine(patched, own_cache) -> None:
     found = hf_sparse.tune(patched, tokens=(1,))
     text = card(patched, speed=found)
-    assert "Speed:\n\n```text\nMLP block" in text
+    assert "Speed:\n\n```text\nlayer" in text
     assert "threads" in text.partition("Speed:")[2]
 
 
