@@ -214,9 +214,7 @@ def _measure(arguments: argparse.Namespace, _: list[str]) -> int:
         model,
         _texts(arguments),
         tokenizer=tokenizer,
-        sequence_length=arguments.sequence_length,
-        batch_size=arguments.batch_size,
-        max_tokens=arguments.max_tokens,
+        **_passing(arguments),
         progress=sys.stderr.isatty(),
         metrics=arguments.metrics,
     )
@@ -253,9 +251,7 @@ def _explain(arguments: argparse.Namespace, _: list[str]) -> int:
         model,
         _texts(arguments),
         tokenizer=tokenizer,
-        sequence_length=arguments.sequence_length,
-        batch_size=arguments.batch_size,
-        max_tokens=arguments.max_tokens,
+        **_passing(arguments),
         progress=sys.stderr.isatty(),
     )
     print(report)
@@ -291,9 +287,7 @@ def _tune(arguments: argparse.Namespace, _: list[str]) -> int:
         model,
         _texts(arguments),
         tokenizer=tokenizer,
-        sequence_length=arguments.sequence_length,
-        batch_size=arguments.batch_size,
-        max_tokens=arguments.max_tokens,
+        **_passing(arguments),
         force=arguments.force,
         progress=sys.stderr.isatty(),
     )
@@ -447,6 +441,11 @@ def _add_text(
     parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="windows at once; default: 4")
     most = f"stop after as many; default: {max_tokens}"
     parser.add_argument("--max-tokens", type=int, default=max_tokens, metavar="N", help=most)
+
+
+def _passing(arguments: argparse.Namespace) -> dict[str, Any]:
+    """How the options of :func:`_add_text` say that a text goes through the model."""
+    return {name: getattr(arguments, name) for name in ("sequence_length", "batch_size", "max_tokens")}
 
 
 def _texts(arguments: argparse.Namespace, of: Any = evaluation_texts) -> Any:

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from hf_sparse.calibration.input_magnitudes import measure_inputs
+from hf_sparse.calibration.input_magnitudes import of_thresholded, tell_densities
 from hf_sparse.errors import PatchError
 from hf_sparse.inputs import named_thresholded
-from hf_sparse.metrics import measure
+from hf_sparse.metrics.sparsity import measure_beside
 from hf_sparse.modules import sparse_part
 from hf_sparse.patching import inspect, transformers_model
 from triton_ops import DENSE, Problem, break_even
@@ -150,7 +150,9 @@ def tune(
         raise PatchError(f"tune needs a patched model; this {type(base).__name__} is not patched.")
     blocks = [block for part in patched.patched for block in part.blocks]
     if dataset is not None:
-        density = measure(
+        inputs = of_thresholded(base)
+        density = measure_beside(
+            inputs,
             base,
             dataset,
             tokenizer=tokenizer,
@@ -164,14 +166,7 @@ def tune(
             part = sparse_part(block.module)
             assert part is not None
             part.density = found.get(block.name, part.density)
-        measure_inputs(
-            base,
-            dataset,
-            tokenizer=tokenizer,
-            sequence_length=sequence_length,
-            batch_size=batch_size,
-            max_tokens=max_tokens,
-        )
+        tell_densities(inputs)
 
     pruned = list(named_thresholded(base))
     todo: list[tuple[str, str, Any]] = []

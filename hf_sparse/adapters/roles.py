@@ -172,8 +172,12 @@ def input_threshold(linear: nn.Module) -> float:
 
 def used(down: nn.Module, h: Tensor) -> Tensor:
     """What a down projection makes of its input ``h`` before it multiplies."""
-    threshold = input_threshold(down)
-    return h.masked_fill(h.abs() <= threshold, 0) if threshold else h
+    return without_small(h, input_threshold(down))
+
+
+def without_small(x: Tensor, threshold: float | None) -> Tensor:
+    """``x`` with 0 for what is no larger than ``threshold``; itself without one. NaN stays."""
+    return x.masked_fill(x.abs() <= threshold, 0) if threshold else x
 
 
 def watch_child(module: nn.Module, fn: Watcher, *, before: bool) -> RemovableHandle:

@@ -18,6 +18,7 @@ from hf_sparse.composite import LANGUAGE
 from hf_sparse.config import SparsityConfig
 from hf_sparse.errors import PatchError
 from hf_sparse.inputs import named_thresholded
+from hf_sparse.metrics.report import perplexity
 from hf_sparse.modules import sparse_part
 from hf_sparse.observing import BlockObserver, Pass, observe
 from hf_sparse.patching import inspect, patch, transformers_model, unpatch
@@ -142,8 +143,8 @@ def calibrate(
         counts=one.counts,
         config=config,
         sparsity=one.counted(counters),
-        perplexity_before=_perplexity(dense),
-        perplexity=_perplexity(after),
+        perplexity_before=perplexity(dense.loss),
+        perplexity=perplexity(after.loss),
         tokens=after.tokens,
     )
 
@@ -203,10 +204,3 @@ def _set(base: Any, config: SparsityConfig | None) -> None:
             unpatch(base, part=LANGUAGE)
     elif config != now:
         patch(base, config, part=LANGUAGE)
-
-
-def _perplexity(passed: Pass) -> float:
-    try:
-        return math.exp(passed.loss)
-    except OverflowError:
-        return math.inf

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_sparse.adapters import Block
+from hf_sparse.adapters.roles import without_small
 from hf_sparse.observing import BlockObserver
 
 STEP = 0.05
@@ -65,8 +66,7 @@ def path(
 
     def pruned(index: int) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
         def hook(_: nn.Module, given: tuple[Any, ...]) -> Any:
-            x, t = given[0], thresholds[index]
-            return (x.masked_fill(x.abs() <= t, 0), *given[1:]) if t else None
+            return without_small(given[0], thresholds[index]), *given[1:]
 
         return hook
 

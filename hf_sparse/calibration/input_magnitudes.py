@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
 
 from hf_sparse.adapters import Block
 from hf_sparse.adapters.bottleneck import layer_of
@@ -16,7 +14,7 @@ from hf_sparse.adapters.roles import input_threshold
 from hf_sparse.calibration.magnitudes import Magnitudes, counted
 from hf_sparse.inputs import named_thresholded
 from hf_sparse.modules.sparse_linear import SparseLinear
-from hf_sparse.observing import Observer, blocks_of, observe
+from hf_sparse.observing import Observer, blocks_of
 
 
 class InputMagnitudes(Observer):
@@ -27,6 +25,16 @@ class InputMagnitudes(Observer):
         self.linear = linear
         self.magnitudes = Magnitudes()
         self._shared = shared
+
+    @property
+    def size(self) -> int:
+        """How many weights the layer has."""
+        return self.linear.in_features * self.linear.out_features
+
+    @property
+    def pruned(self) -> float:
+        """The share of what it saw that the layer takes for zero now."""
+        return self.magnitudes.at_most(input_threshold(self.linear))
 
     def _watch(self) -> Iterator[RemovableHandle]:
         yield self.linear.register_forward_pre_hook(self._given)
@@ -52,21 +60,19 @@ class Shared:
         one.magnitudes.add(self.counts)
 
 
-def measure_inputs(model: PreTrainedModel, data: Iterable[Any], **options: Any) -> None:
-    """Let each linear layer with a threshold on its input know which share of that is above it.
-
-    Nothing happens without such layers. ``data`` and ``options`` as of :func:`hf_sparse.observing.observe`.
-    """
+def of_thresholded(model: nn.Module) -> list[InputMagnitudes]:
+    """New ones, of the linear layers of ``model`` that have a threshold."""
     layers = {layer_of(block.name): block for block in blocks_of(model)}
     shared = {name: Shared() for name in layers}
-    seen = [
+    return [
         InputMagnitudes(layers[layer_of(name)], linear, shared[layer_of(name)])
         for name, linear in named_thresholded(model)
     ]
-    if not seen:
-        return
-    observe(model, data, seen, **options)
+
+
+def tell_densities(seen: Iterable[InputMagnitudes]) -> None:
+    """Let each linear layer with a threshold know which share of its inputs is above it."""
     for one in seen:
-        assert isinstance(one.linear, SparseLinear)
-        if one.magnitudes.total:  # else it is in a part that sees no text
-            one.linear.density = 1 - one.magnitudes.at_most(input_threshold(one.linear))
+        # One that saw nothing is in a part that sees no text.
+        if isinstance(one.linear, SparseLinear) and one.magnitudes.total:
+            one.linear.density = 1 - one.pruned

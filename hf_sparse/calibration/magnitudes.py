@@ -45,8 +45,7 @@ class Magnitudes:
         if wanted <= int(self.counts[0]):  # zeros, and what is as good as
             return 0.0
         bucket = int(torch.searchsorted(cumulated, wanted))
-        before = int(cumulated[bucket - 1]) if bucket else 0
-        low, high = _edge(bucket), _edge(bucket + 1)
+        before, low, high = self._at(bucket)
         return low + (high - low) * (wanted - before) / int(self.counts[bucket])
 
     def at_most(self, magnitude: float) -> float:
@@ -56,15 +55,17 @@ class Magnitudes:
             ValueError: there were no values.
 
         """
-        cumulated = self._cumulated()
-        total = int(cumulated[-1])
-        if not total:
+        if not self.total:
             raise ValueError("there are no values to take a share of.")
         bucket = int(_buckets(torch.tensor(magnitude)))
-        before = int(cumulated[bucket - 1]) if bucket else 0
-        low, high = _edge(bucket), _edge(bucket + 1)
+        before, low, high = self._at(bucket)
         within = 1.0 if bucket == 0 else (magnitude - low) / (high - low)
-        return (before + within * int(self.counts[bucket])) / total
+        return (before + within * int(self.counts[bucket])) / self.total
+
+    def _at(self, bucket: int) -> tuple[int, float, float]:
+        """How many values are below a bucket, and its ends."""
+        before = int(self._cumulated()[bucket - 1]) if bucket else 0
+        return before, _edge(bucket), _edge(bucket + 1)
 
     def _cumulated(self) -> Tensor:
         if self._summed is None:

@@ -104,10 +104,7 @@ class SparsityReport:
     @property
     def perplexity(self) -> float:
         """``exp(loss)``; infinite where that is too large for a float."""
-        try:
-            return math.exp(self.loss)
-        except OverflowError:
-            return math.inf
+        return perplexity(self.loss)
 
     def __add__(self, other: SparsityReport) -> SparsityReport:
         """The report over the data of both.
@@ -267,6 +264,14 @@ class SparsityReport:
         from hf_sparse.metrics.plot import draw
 
         return draw(self, Path(path), before)
+
+
+def perplexity(loss: float) -> float:
+    """That of a mean loss in nats; infinite where it is too large for a float."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def _count(value: Any) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import chain, compress
 from typing import Any
@@ -14,7 +14,7 @@ from hf_sparse.adapters import Block
 from hf_sparse.composite import inner_models
 from hf_sparse.metrics.metric import Metric, MetricReport
 from hf_sparse.metrics.report import LayerSparsity, SparsityReport
-from hf_sparse.observing import Observer, blocks_of, observe
+from hf_sparse.observing import BlockObserver, Observer, blocks_of, observe
 from hf_sparse.observing.running import inner_model, without_copies
 
 
@@ -60,19 +60,32 @@ def measure(
             size out of range; a model that predicts no tokens; a metric that is not known.
 
     """
-    blocks = blocks_of(model)
-    counters = [ZeroCounter(block) for block in blocks]
-    others = {one: [one(block) for block in blocks] for one in _chosen(metrics)}
-    passed = observe(
+    return measure_beside(
+        (),
         model,
         data,
-        [*counters, *chain(*others.values())],
+        metrics=metrics,
         tokenizer=tokenizer,
         sequence_length=sequence_length,
         batch_size=batch_size,
         max_tokens=max_tokens,
         progress=progress,
     )
+
+
+def measure_beside(
+    observers: Sequence[BlockObserver],
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    metrics: Iterable[str] = (),
+    **options: Any,
+) -> SparsityReport:
+    """As :func:`measure`, with ``observers`` that look on in the same pass."""
+    blocks = blocks_of(model)
+    counters = [ZeroCounter(block) for block in blocks]
+    others = {one: [one(block) for block in blocks] for one in _chosen(metrics)}
+    passed = observe(model, data, [*counters, *chain(*others.values()), *observers], **options)
     layers = [counter.result() for counter in counters]
     if not any(layer.tokens for layer in layers):
         raise ValueError(

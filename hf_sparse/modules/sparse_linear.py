@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import triton_ops
+from hf_sparse.adapters.roles import without_small
 from hf_sparse.errors import PatchError
 from hf_sparse.modules.guarded import GuardedModule
 from hf_sparse.modules.hooked import carry_hooks
@@ -80,8 +81,7 @@ class SparseLinear(GuardedModule, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``input [..., F]`` to ``[..., D]``, any floating dtype."""
-        if self.threshold:
-            input = input.masked_fill(input.abs() <= self.threshold, 0)  # NaN stays
+        input = without_small(input, self.threshold)
         backend, weight = self._way(input)
         if weight is None:
             return nn.Linear.forward(self._unguarded(), input)

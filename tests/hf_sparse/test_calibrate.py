@@ -196,7 +196,7 @@ def test_tune_knows_linear_layers_with_thresholds(own_cache) -> None:
     assert [linear.density for linear in pruned.values()] == pytest.approx([0.6] * 21, abs=0.01)
     for linear in pruned.values():
         linear.density = None
-    report = hf_sparse.tune(model, data, tokens=[1])
+    report = hf_sparse.tune(model, iter(data), tokens=[1])  # which can be gone through once
     found = {layer.name: layer for layer in report.layers}
     assert len(found) == 3 + 21
     assert all(found[name].density == linear.density for name, linear in pruned.items())

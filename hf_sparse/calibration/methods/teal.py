@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import cast
 
 from torch import nn
@@ -72,13 +73,8 @@ class Method(Calibration):
         return self.base.changed(inputs=inputs)
 
     def expected(self, level: float) -> float:
-        zeros = total = 0.0
-        for layer, own in zip(self._seen, self._shares(level), strict=True):
-            for one, share in zip(layer, own, strict=True):
-                size = one.linear.in_features * one.linear.out_features
-                zeros += size * max(share, one.magnitudes.at_most(0.0))
-                total += size
-        return zeros / total
+        pairs = zip(chain(*self._seen), chain(*self._shares(level)), strict=True)
+        return _by_size((one, max(share, one.magnitudes.at_most(0.0))) for one, share in pairs)
 
     def _shares(self, level: float) -> list[tuple[float, ...]]:
         """By layer, the share that is pruned of each linear layer's input."""
@@ -88,12 +84,7 @@ class Method(Calibration):
         return [one for layer in self._observers(blocks) for one in layer]
 
     def counted(self, counters: Sequence[BlockObserver]) -> float:
-        read = unread = 0.0
-        for one in cast(Sequence[InputMagnitudes], counters):
-            size = one.linear.in_features * one.linear.out_features
-            unread += size * one.magnitudes.at_most(input_threshold(one.linear))
-            read += size
-        return unread / read
+        return _by_size((one, one.pruned) for one in cast(Sequence[InputMagnitudes], counters))
 
     def settle(self, level: float) -> None:
         for block, seen in zip(self.blocks, self._seen, strict=True):
@@ -108,6 +99,12 @@ class Method(Calibration):
             layer = _linears(self.model, block, self._names)
             found.append([InputMagnitudes(block, linear, shared) for _, linear in layer])
         return found
+
+
+def _by_size(shares: Iterable[tuple[InputMagnitudes, float]]) -> float:
+    """The mean of shares, weighted by the weights of the layers that they are of."""
+    each = [(one.size, share) for one, share in shares]
+    return sum(size * share for size, share in each) / sum(size for size, _ in each)
 
 
 def _linear_names(model: PreTrainedModel, blocks: Sequence[Block]) -> list[str]:
