@@ -13,6 +13,7 @@ NAME.json is not made again.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from collections.abc import Sequence
 from itertools import product
@@ -79,8 +80,8 @@ def main() -> None:
         "decay": "cosine",
         "epochs": 20,
         "eval_tokens": arguments.eval_tokens,
-        "eval_every": max(arguments.steps // 4, 1),
-        "save_every": max(arguments.steps // 4, 1),
+        "eval_every": math.ceil(arguments.steps / 4),
+        "save_every": math.ceil(arguments.steps / 4),
         "log_every": 10,
         "gradient_checkpointing": False,
     }
@@ -95,6 +96,8 @@ def main() -> None:
         own = {k: arguments.l1_scale if v == "scale" else v for k, v in own.items()}
         if recipe.startswith("flat_minima"):
             own["patch.zeroth_bias.positions"] = arguments.sequence_length
+        if recipe == "distill" and arguments.precision == "bf16":
+            own["methods.distillation.teacher_dtype"] = "bfloat16"
         output = arguments.runs / arguments.name / f"{recipe}-{'-'.join(map(str, own.values()))}-{seed}"
         log = train(output, recipe, {**common, **own, "seed": seed})
         results.add(key, told(log))

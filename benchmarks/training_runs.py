@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,8 @@ def train(output: Path, recipe: str, fields: Mapping[str, Any]) -> list[dict[str
 class Results:
     """Rows of finished runs in a JSON file, which grows: a run that has its row there is not made again.
 
-    All runs of a file have the same ``fields``; a file with others is not added to.
+    All runs of a file have the same ``fields``; a file with others is not added to. Several processes may add to one
+    file, each its own runs.
 
     Raises:
         SystemExit: it has others.
@@ -47,11 +50,7 @@ class Results:
     def __init__(self, path: Path, fields: Mapping[str, Any]) -> None:
         self.path, self.fields = path, json.loads(json.dumps(fields))
         self.rows: list[dict[str, Any]] = []
-        if path.exists():
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            if kept["fields"] != self.fields:
-                raise SystemExit(f"{path} has runs with other fields: {kept['fields']}; move it away.")
-            self.rows = kept["runs"]
+        self._read()
 
     def has(self, key: Mapping[str, Any]) -> bool:
         """Whether there is a row with these values."""
@@ -64,10 +63,29 @@ class Results:
             "cpu": processor_name(),
             "threads": os.environ.get("OMP_NUM_THREADS"),
         }
-        self.rows.append({**key, **made, **found})
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        whole = {"fields": self.fields, "runs": self.rows}
-        self.path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+        with self._alone():
+            self._read()
+            self.rows.append({**key, **made, **found})
+            whole = {"fields": self.fields, "runs": self.rows}
+            self.path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+
+    def _read(self) -> None:
+        if not self.path.exists():
+            return
+        kept = json.loads(self.path.read_text(encoding="utf-8"))
+        if kept["fields"] != self.fields:
+            raise SystemExit(f"{self.path} has runs with other fields: {kept['fields']}; move it away.")
+        self.rows = kept["runs"]
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)  # let go when closed
+            yield
+        finally:
+            os.close(folder)
 
 
 def of_kind(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
