@@ -14,6 +14,7 @@ skipping must not be clearly further off than dense.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +26,18 @@ from transformers import AutoModelForCausalLM
 
 import hf_sparse
 from hf_sparse.calibration.calibrate import METHODS
-from hf_sparse.inputs import pruned, thresholded
+from hf_sparse.inputs import named_thresholded
 
 STOCK, DENSE, SPARSE = "stock", "dense, same kernels", "calibrated"
 
 
-def nothing_skipped(model: Any, method: str) -> Any:
+def nothing_skipped(model: Any) -> Any:
     """A copy of a calibrated model with thresholds that no value is below."""
     own = copy.deepcopy(model)
-    if method == "teal":
-        for owner, name in thresholded(own):
-            pruned(owner, name).threshold = 1e-38
-            pruned(owner, name).density = 1.0
+    if linears := list(named_thresholded(own)):
+        for _, linear in linears:
+            linear.pruning = dataclasses.replace(linear.pruning, threshold=1e-38)
+            linear.density = 1.0
     else:
         activation = hf_sparse.inspect(own).config.activation
         hf_sparse.patch(own, activation.name, threshold=0.0)
@@ -71,7 +72,7 @@ def main() -> None:
     report = hf_sparse.calibrate(sparse, [{"input_ids": texts}], **aim)
     reference = copy.deepcopy(stock)
     hf_sparse.patch(reference, report.config)
-    found = {DENSE: nothing_skipped(sparse, args.method), STOCK: stock, SPARSE: sparse}
+    found = {DENSE: nothing_skipped(sparse), STOCK: stock, SPARSE: sparse}
     for name in (DENSE, SPARSE):
         hf_sparse.prepare(found[name])
     backends = {STOCK: "dense", DENSE: "cpp" if args.device == "cpu" else "triton", SPARSE: "auto"}

@@ -24,6 +24,8 @@ from hf_sparse.texts import evaluation_texts, training_texts
 METHODS: dict[str, dict[str, str]] = {
     "teal": {"method": "teal"},
     "teal-greedy": {"method": "teal", "allocation": "greedy"},
+    "wina": {"method": "wina"},
+    "scap": {"method": "scap"},
     "cats": {"method": "cats"},
 }
 
@@ -32,7 +34,7 @@ def main() -> None:
     parser = harness.parser(__doc__, repeats=2)
     parser.add_argument("--model", type=Path, required=True, help="folder of a model")
     parser.add_argument("--dataset", required=True, help="folder of documents, or a Hub id")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["teal", "cats"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["teal", "wina", "scap", "cats"])
     parser.add_argument("--levels", nargs="+", type=float, default=[0.25, 0.4, 0.5, 0.65])
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--calibration-tokens", type=int, default=4096)

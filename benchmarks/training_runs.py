@@ -39,8 +39,8 @@ def train(output: Path, recipe: str, fields: Mapping[str, Any]) -> list[dict[str
 class Results:
     """Rows of finished runs in a JSON file, which grows: a run that has its row there is not made again.
 
-    All runs of a file have the same ``fields``; a file with others is not added to. Several processes may add to one
-    file, each its own runs.
+    All runs of a file have the same ``fields``; a file with others is not added to. Several processes may add
+    to one file, each its own runs.
 
     Raises:
         SystemExit: it has others.

@@ -18,7 +18,9 @@ def add_options(parser: argparse.ArgumentParser, model_help: str) -> None:
     """The options of the command, beside those of the text."""
     parser.add_argument("model", metavar="MODEL", help=model_help)
     parser.add_argument("--method", choices=METHODS, default="teal", help="default: teal")
-    parser.add_argument("--allocation", choices=("uniform", "greedy"), default="uniform", help="of teal")
+    parser.add_argument(
+        "--allocation", choices=("uniform", "greedy"), default="uniform", help="of teal and wina"
+    )
     aim = parser.add_mutually_exclusive_group(required=True)
     aim.add_argument("--target-sparsity", type=float, metavar="S", help="a share, as 0.5")
     aim.add_argument(

@@ -14,12 +14,14 @@ from hf_sparse.adapters.block import replaced_forward
 from hf_sparse.adapters.bottleneck import layer_of
 from hf_sparse.adapters.copies import copies
 from hf_sparse.adapters.experts import Experts
+from hf_sparse.adapters.pruning import Pruning
 from hf_sparse.adapters.walk import modules_of
-from hf_sparse.checks import mapping, numbers, shown
+from hf_sparse.checks import mapping, shown
 from hf_sparse.errors import PatchError
 from hf_sparse.modules.sparse_block import SparseBlock
 from hf_sparse.modules.sparse_linear import SparseLinear
 from hf_sparse.parts import Part
+from hf_sparse.pruned_input import PrunedInput
 
 if TYPE_CHECKING:
     from hf_sparse.adapters import Block
@@ -30,24 +32,35 @@ _LONGEST = 200
 
 @dataclass(frozen=True)
 class InputsConfig(Part):
-    """``inputs``: values of the input of a linear layer that are taken for zero (TEAL, arXiv 2408.14690).
+    """``inputs``: values of the input of a linear layer that are taken for zero, or for a constant.
 
     A layer with threshold t computes ``W s(x) + b`` with ``s(x)_j = x_j if |x_j| > t else 0``, and skips the
-    columns of W for which that is zero. Any ``nn.Linear`` in the layers whose MLP blocks are patched can have
-    one, those of attention too. They are given by their names in a layer::
+    columns of W for which that is zero (TEAL, arXiv 2408.14690). Any ``nn.Linear`` in the layers whose MLP
+    blocks are patched can have one, those of attention too. They are given by their names in a layer::
 
         SparsityConfig(activation="original", inputs={"self_attn.q_proj": 0.1, "mlp.down_proj": [0.02, 0.05]})
 
     A threshold is one number, in units of the input, or one per patched block, in their order. It holds for
-    every token, in the prompt as well; at 0 there is none.
+    every token, in the prompt as well; at 0 there is none. Instead of the number there can be a mapping::
+
+        inputs={"mlp.down_proj": {"threshold": [0.02, 0.05], "center": -0.17}}
+        inputs={"mlp.down_proj": {"threshold": 0.1, "weighted": True}}
+
+    ============  ===========================================================================================
+    threshold     as above; of the score
+    center        one number or one per patched block, default 0: what is left out is taken for this, and the
+                  score is the distance to it (SCAP, arXiv 2412.07174)
+    weighted      whether the score is multiplied by the Euclidean norm of its column of W, as W is in that
+                  call (WINA, arXiv 2505.19427); default False
+    ============  ===========================================================================================
 
     Raises:
-        ValueError: a name or threshold is none; the message names it and the mend.
+        ValueError: a name or value is none; the message names it and the mend.
 
     """
 
-    thresholds: tuple[tuple[str, float | tuple[float, ...]], ...]
-    """Names and thresholds, in the order of the names."""
+    linears: tuple[tuple[str, PrunedInput], ...]
+    """Names of linear layers, in their order, and what each leaves out."""
 
     @classmethod
     def read(cls, value: Any) -> InputsConfig:
@@ -62,12 +75,8 @@ class InputsConfig(Part):
                 raise ValueError(
                     f"inputs has the field {shown(name)}, which is no name of a module in a layer."
                 )
-            each = numbers(f"inputs[{name!r}]", threshold)
-            for one in each if isinstance(each, tuple) else (each,):
-                if one < 0:
-                    raise ValueError(f"inputs[{name!r}]={one} is negative; a threshold is at least 0.")
-            found.append((name, each))
-        lengths = {len(each) for _, each in found if isinstance(each, tuple)}
+            found.append((name, PrunedInput.read(f"inputs[{name!r}]", threshold)))
+        lengths = {length for _, each in found for length in each.lengths}
         if len(lengths) > 1:
             raise ValueError(
                 f"inputs has thresholds for {' and '.join(map(str, sorted(lengths)))} blocks; give one "
@@ -76,17 +85,14 @@ class InputsConfig(Part):
         return cls(tuple(found))
 
     def to_dict(self) -> dict[str, Any]:
-        return {name: list(each) if isinstance(each, tuple) else each for name, each in self.thresholds}
+        return {name: each.to_plain() for name, each in self.linears}
 
     @property
     def blocks(self) -> int | None:
-        return next((len(each) for _, each in self.thresholds if isinstance(each, tuple)), None)
+        return next((length for _, each in self.linears for length in each.lengths), None)
 
     def arranged(self, order: Sequence[int]) -> InputsConfig:
-        def one(each: float | tuple[float, ...]) -> float | tuple[float, ...]:
-            return tuple(each[i] for i in order) if isinstance(each, tuple) else each
-
-        return InputsConfig(tuple((name, one(each)) for name, each in self.thresholds))
+        return InputsConfig(tuple((name, each.arranged(order)) for name, each in self.linears))
 
     def check(self, block: Block) -> None:
         if isinstance(block.roles, Experts):
@@ -95,9 +101,9 @@ class InputsConfig(Part):
                 "experts; leave inputs out."
             )
 
-    def at(self, index: int) -> Mapping[str, float]:
-        """The thresholds in the layer of the ``index``-th patched block."""
-        return {name: each[index] if isinstance(each, tuple) else each for name, each in self.thresholds}
+    def at(self, index: int) -> Mapping[str, Pruning]:
+        """What linear layers leave out in the layer of the ``index``-th patched block."""
+        return {name: each.at(index) for name, each in self.linears}
 
     def outside(
         self, model: nn.Module, chosen: Sequence[Block], blocks: Sequence[Block]
@@ -105,10 +111,10 @@ class InputsConfig(Part):
         changes: list[Callable[[], None]] = []
         for index, layer in enumerate(_layers(chosen)):
             within = model.get_submodule(layer)
-            for name, threshold in self.at(index).items():
+            for name, pruning in self.at(index).items():
                 for place in linear_places(within, name, layer):
                     _require_linear(*place, f"{layer}.{name}")
-                changes.append(partial(_put, within, name, layer, threshold))
+                changes.append(partial(_put, within, name, layer, pruning))
         return changes
 
     @classmethod
@@ -130,18 +136,18 @@ class InputsConfig(Part):
         return [partial(_take_away, layer) for layer in found]
 
     def confirm(self, model: nn.Module, chosen: Sequence[Block], blocks: Sequence[Block]) -> None:
-        expected: dict[int, float] = {}
+        expected: dict[int, Pruning] = {}
         for index, layer in enumerate(_layers(chosen)):
             within = model.get_submodule(layer)
-            for name, threshold in self.at(index).items():
+            for name, pruning in self.at(index).items():
                 for owner, key in linear_places(within, name, layer):
-                    expected[id(owner._modules[key])] = threshold
-        found: dict[int, float] = {}
+                    expected[id(owner._modules[key])] = pruning
+        found: dict[int, Pruning | None] = {}
         for layer in dict.fromkeys(layer_of(block.name) for block in blocks):
             for owner, key in thresholded(model.get_submodule(layer)):
                 one = pruned(owner, key)
-                found[id(one)] = one.threshold or 0.0
-        if {k: v for k, v in expected.items() if v} != found:
+                found[id(one)] = one.pruning
+        if {k: v for k, v in expected.items() if v.threshold} != found:
             raise PatchError(
                 f"the config says thresholds on the inputs of {len(expected)} linear layers, and those of "
                 f"the model are others ({len(found)} have one); patch the model again."
@@ -182,7 +188,7 @@ def thresholded(layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     """Owner and name there of each linear layer in ``layer`` with a threshold on its input."""
     for owner in modules_of(layer):
         for name, child in owner._modules.items():
-            if isinstance(child, SparseLinear) and child.threshold is not None:
+            if isinstance(child, SparseLinear) and child.pruning is not None:
                 yield owner, name
 
 
@@ -195,7 +201,7 @@ def named_thresholded(model: nn.Module) -> Iterator[tuple[str, SparseLinear]]:
         if module in seen:
             continue
         seen.add(module)
-        if isinstance(module, SparseLinear) and module.threshold is not None:
+        if isinstance(module, SparseLinear) and module.pruning is not None:
             yield name, module
         prefix = f"{name}." if name else ""
         children = [(prefix + key, child) for key, child in module._modules.items() if child is not None]
@@ -229,7 +235,7 @@ def _layers(chosen: Sequence[Block]) -> list[str]:
 
 def _require_linear(owner: nn.Module, name: str, path: str) -> None:
     child = owner._modules[name]
-    if type(child) is nn.Linear or (type(child) is SparseLinear and child.threshold is not None):
+    if type(child) is nn.Linear or (type(child) is SparseLinear and child.pruning is not None):
         if (by := replaced_forward(child)) is not None:
             raise PatchError(
                 f"inputs names {path}, whose forward was replaced by {by}; take that back, or {path} out."
@@ -240,12 +246,12 @@ def _require_linear(owner: nn.Module, name: str, path: str) -> None:
     )
 
 
-def _put(layer: nn.Module, name: str, path: str, threshold: float) -> None:
+def _put(layer: nn.Module, name: str, path: str, pruning: Pruning) -> None:
     for owner, key in linear_places(layer, name, path):
         stock = owner._modules[key]
         assert isinstance(stock, nn.Linear)
-        if threshold:
-            _exchange(owner, key, SparseLinear(stock, gives_zeros=True, threshold=threshold))
+        if pruning.threshold:
+            _exchange(owner, key, SparseLinear(stock, gives_zeros=True, pruning=pruning))
 
 
 def _take_away(layer: nn.Module) -> None:

@@ -79,7 +79,9 @@ def parts_in_words(config: SparsityConfig) -> list[str]:
 def _with_details(name: str, fields: Mapping[str, Any]) -> str:
     details = []
     for field, value in fields.items():
-        if isinstance(value, list):
+        if isinstance(value, Mapping):
+            details.append(_with_details(field, value))
+        elif isinstance(value, list):
             details.append(f"{field}s {min(value):g} to {max(value):g}")
         elif field == "mix":
             details.append(f"mixed in at {value:g}")

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_sparse.calibration.input_magnitudes import of_thresholded, tell_densities
+from hf_sparse.calibration.input_values import of_thresholded, tell_densities
 from hf_sparse.errors import PatchError
 from hf_sparse.inputs import named_thresholded
 from hf_sparse.metrics.sparsity import measure_beside

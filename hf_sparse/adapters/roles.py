@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.activations import ACT2FN
 
+from hf_sparse.adapters.pruning import Pruning, column_norms
+
 Child: TypeAlias = Callable[[str], Callable[[Tensor], Tensor]]
 """Gives the child of a name, to be called."""
 Linear: TypeAlias = tuple[Tensor, Tensor | None]
@@ -163,21 +165,27 @@ class LayerRoles(Roles):
         return watch_child(watched, fn, before=site in ("x", "p", "h"))
 
 
-def input_threshold(linear: nn.Module) -> float:
-    """What a linear layer, perhaps under an adapter, takes for zero of its input; see ``SparseLinear``."""
-    while (base := linear._modules.get("base_layer")) is not None:
-        linear = base
-    return float(vars(linear).get("threshold") or 0.0)
+def input_pruning(linear: nn.Module) -> Pruning | None:
+    """What a linear layer, perhaps under an adapter, leaves out of its input; see ``SparseLinear``."""
+    found: Pruning | None = vars(_under_adapters(linear)).get("pruning")
+    return found
 
 
 def used(down: nn.Module, h: Tensor) -> Tensor:
-    """What a down projection makes of its input ``h`` before it multiplies."""
-    return without_small(h, input_threshold(down))
+    """``h`` as a down projection multiplies it: with 0 where it has no use for the weight."""
+    pruning = input_pruning(down)
+    if pruning is None:
+        return h
+    weighted = pruning.weighted
+    return pruning.deviations(
+        h, column_norms(cast(Tensor, _under_adapters(down).weight)) if weighted else None
+    )
 
 
-def without_small(x: Tensor, threshold: float | None) -> Tensor:
-    """``x`` with 0 for what is no larger than ``threshold``; itself without one. NaN stays."""
-    return x.masked_fill(x.abs() <= threshold, 0) if threshold else x
+def _under_adapters(linear: nn.Module) -> nn.Module:
+    while (base := linear._modules.get("base_layer")) is not None:
+        linear = base
+    return linear
 
 
 def watch_child(module: nn.Module, fn: Watcher, *, before: bool) -> RemovableHandle:

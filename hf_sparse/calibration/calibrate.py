@@ -51,6 +51,9 @@ def calibrate(
     ==============  =========================================================================================
     ``"teal"``      small inputs of every linear layer of attention and MLP are taken for zero (TEAL,
                     arXiv 2408.14690); for any model
+    ``"wina"``      the same of inputs times the norms of the columns that they meet (WINA, arXiv 2505.19427)
+    ``"scap"``      inputs of the MLP's linear layers near a constant, their mode, are taken for it (SCAP,
+                    arXiv 2412.07174)
     ``"cats"``      small values of SiLU or GELU are taken for zero (CATS, arXiv 2404.08763); for models
                     with either
     ``"fatrelu"``   a threshold in the place of ReLU's zero (ProSparse, arXiv 2402.13516); for models with
@@ -62,8 +65,9 @@ def calibrate(
         data: texts, rows with a ``"text"`` or batches, as :func:`hf_sparse.measure` takes them. They are gone
             through several times, so an iterator is refused.
         method: the name of one.
-        allocation: how the sparsity is spread; ``"uniform"``, or, of ``"teal"``, ``"greedy"``: in each layer
-            more where it changes the output of the layer less, found in some hundred forwards of each layer.
+        allocation: how the sparsity is spread; ``"uniform"``, or, of ``"teal"`` and ``"wina"``, ``"greedy"``:
+            in each layer more where it changes the output of the layer less, found in some hundred forwards
+            of each layer.
         target_sparsity: reach this sparsity, 0 to 1, of what the method prunes.
         max_perplexity_increase: or be as sparse as possible, with a perplexity on ``data`` that is at most
             this many percent above that of the model without thresholds of this method.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_sparse.adapters import Block
-from hf_sparse.adapters.roles import without_small
+from hf_sparse.adapters.pruning import Pruning
 from hf_sparse.observing import BlockObserver
 
 STEP = 0.05
@@ -43,7 +43,8 @@ class LayerInputs(BlockObserver):
 def path(
     seen: LayerInputs,
     linears: Sequence[nn.Linear],
-    quantiles: Sequence[Callable[[float], float]],
+    prunings: Sequence[Callable[[float], Pruning]],
+    norms: Sequence[Tensor | None],
     most: float,
 ) -> list[tuple[float, tuple[float, ...]]]:
     """Allocations of growing sparsity: the share of the layer's weights, and that of each linear layer.
@@ -54,7 +55,8 @@ def path(
     Args:
         seen: what the layer was called with.
         linears: those in it; the model is as its thresholds were read from, without gradient.
-        quantiles: for each, the threshold for a share.
+        prunings: for each, what leaves out a share.
+        norms: for each, those of its columns if that is weighted.
         most: the sparsity to reach.
 
     """
@@ -62,11 +64,12 @@ def path(
     args, kwargs = seen.call
     sizes = [one.in_features * one.out_features for one in linears]
     steps = [STEP * max(sizes) / size for size in sizes]
-    thresholds = [0.0] * len(linears)
+    chosen: list[Pruning | None] = [None] * len(linears)
 
     def pruned(index: int) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
         def hook(_: nn.Module, given: tuple[Any, ...]) -> Any:
-            return without_small(given[0], thresholds[index]), *given[1:]
+            one = chosen[index]
+            return given if one is None else (one.values(given[0], norms[index]), *given[1:])
 
         return hook
 
@@ -85,13 +88,13 @@ def path(
                 if share >= _MOST:
                     continue
                 more = (*shares[:i], min(share + steps[i], _MOST), *shares[i + 1 :])
-                thresholds[i] = quantiles[i](more[i])
+                before, chosen[i] = chosen[i], prunings[i](more[i])
                 errors.append((float((output() - target).norm(dim=-1).mean()), i, more))
-                thresholds[i] = quantiles[i](share)
+                chosen[i] = before
             if not errors:
                 break
             _, i, shares = min(errors)
-            thresholds[i] = quantiles[i](shares[i])
+            chosen[i] = prunings[i](shares[i])
             total = sum(share * size for share, size in zip(shares, sizes, strict=True))
             found.append((total / sum(sizes), shares))
     finally:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 _SHIFT = 15
-_BUCKETS = 2 ** (31 - _SHIFT)
+BUCKETS = 2 ** (31 - _SHIFT)
 
 
 class Magnitudes:
@@ -17,7 +17,7 @@ class Magnitudes:
     """
 
     def __init__(self) -> None:
-        self.counts = torch.zeros(_BUCKETS, dtype=torch.int64)
+        self.counts = torch.zeros(BUCKETS, dtype=torch.int64)
         self._summed: Tensor | None = None
 
     def add(self, counts: Tensor) -> None:
@@ -65,7 +65,8 @@ class Magnitudes:
     def _at(self, bucket: int) -> tuple[int, float, float]:
         """How many values are below a bucket, and its ends."""
         before = int(self._cumulated()[bucket - 1]) if bucket else 0
-        return before, _edge(bucket), _edge(bucket + 1)
+        low, high = edges(torch.tensor([bucket, bucket + 1])).tolist()
+        return before, low, high
 
     def _cumulated(self) -> Tensor:
         if self._summed is None:
@@ -75,12 +76,13 @@ class Magnitudes:
 
 def counted(values: Tensor) -> Tensor:
     """Int64 counts of the magnitudes of ``values``, of any shape and floating dtype."""
-    return torch.bincount(_buckets(values).flatten(), minlength=_BUCKETS)
+    return torch.bincount(_buckets(values).flatten(), minlength=BUCKETS)
 
 
 def _buckets(values: Tensor) -> Tensor:
     return values.detach().float().abs().view(torch.int32) >> _SHIFT
 
 
-def _edge(bucket: int) -> float:
-    return float(torch.tensor(bucket << _SHIFT, dtype=torch.int32).view(torch.float32))
+def edges(buckets: Tensor) -> Tensor:
+    """The lower ends of int64 ``buckets``: float32."""
+    return (buckets << _SHIFT).int().view(torch.float32)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_sparse.adapters import Block
-from hf_sparse.adapters.roles import Site, input_threshold
+from hf_sparse.adapters.roles import Site, input_pruning
 from hf_sparse.errors import PatchError
 from hf_sparse.flatness.slope import slope
 from hf_sparse.flatness.sums import Sums, pieces, squared
@@ -94,7 +94,7 @@ class KeyFlatness(CallObserver):
         self._gain = gain
         self._sums = KeySums()
         self._key = block.roles.names[0]
-        if input_threshold(block.module.get_submodule(self._key)):
+        if input_pruning(block.module.get_submodule(self._key)):
             raise PatchError(
                 f"{self._key} of {block.name} has a threshold on its input (inputs), so that it multiplies "
                 "another x than the block is given; explain the model without."

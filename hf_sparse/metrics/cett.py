@@ -18,7 +18,8 @@ from torch.nn.functional import embedding_bag
 
 from hf_sparse.adapters import Block
 from hf_sparse.adapters.experts import Experts
-from hf_sparse.adapters.roles import input_threshold, read_linear
+from hf_sparse.adapters.pruning import column_norms
+from hf_sparse.adapters.roles import input_pruning, read_linear
 from hf_sparse.errors import PatchError
 from hf_sparse.metrics.metric import LayerMetric, Metric
 from hf_sparse.modules import SparseLinear
@@ -188,11 +189,6 @@ def contributions(h: Tensor, norms: Tensor) -> Tensor:
     return h.float().abs() * norms
 
 
-def column_norms(weight: Tensor) -> Tensor:
-    """``[F]``, float32, of the weight ``[D, F]`` of a down projection."""
-    return torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32)
-
-
 def readable_down(block: Block) -> nn.Module:
     """The down projection of ``block``, if it computes a product with a weight that may be read, and a bias.
 
@@ -214,7 +210,7 @@ def readable_down(block: Block) -> nn.Module:
             "adapter, quantised, offloaded or split): CETT needs the norms of its columns. Merge or load it "
             "as a plain layer."
         )
-    if input_threshold(down):
+    if input_pruning(down):
         raise PatchError(
             f"the down projection of {block.name} has a threshold on its inputs already, so that h does not "
             "say what a neuron adds. Measure CETT without that layer among the inputs of the patch."

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_sparse.adapters import Block
-from hf_sparse.metrics.cett import column_norms, contributions, down_weight, readable_down
+from hf_sparse.adapters.pruning import column_norms
+from hf_sparse.metrics.cett import contributions, down_weight, readable_down
 
 
 @contextmanager

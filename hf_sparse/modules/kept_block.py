@@ -154,7 +154,7 @@ def stock_downs(model: nn.Module) -> Iterator[None]:
     """
     taken: list[tuple[nn.Module, str, SparseLinear, nn.Linear]] = []
     for module in model.modules():
-        if isinstance(module, SparseLinear) and module.threshold is not None:
+        if isinstance(module, SparseLinear) and module.pruning is not None:
             raise PatchError(
                 "linear layers with thresholds on their inputs (inputs) cannot be quantised while loading; "
                 "load the model without, quantise it and calibrate it then."

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import triton_ops
-from hf_sparse.adapters.roles import without_small
+from hf_sparse.adapters.pruning import Pruning, column_norms
 from hf_sparse.errors import PatchError
+from hf_sparse.modules.derived import Derived
 from hf_sparse.modules.guarded import GuardedModule
 from hf_sparse.modules.hooked import carry_hooks
 from hf_sparse.modules.ownership import any_lent, give_back, holds_alone, is_lent, lend
@@ -21,6 +24,19 @@ from triton_ops.layout import view_of
 _NOT_SHARED = ("forward", "_old_forward", "_hf_hook", "_compiled_call_impl")
 
 
+class _Vectors(NamedTuple):
+    """What a pruning has to know of a weight ``[D, F]``: float32."""
+
+    norms: Tensor
+    """Of its columns, ``[F]``."""
+    sums: Tensor
+    """Of its rows, ``[D]``."""
+
+    @classmethod
+    def of(cls, weight: Tensor) -> _Vectors:
+        return cls(column_norms(weight), weight.detach().sum(1, dtype=torch.float32))
+
+
 class SparseLinear(GuardedModule, nn.Linear):
     """In the place of a stock ``nn.Linear``, whose parameters and hooks it shares.
 
@@ -29,23 +45,24 @@ class SparseLinear(GuardedModule, nn.Linear):
     Args:
         stock: the layer to stand in for; it is not changed.
         gives_zeros: whether its input has exact zeros.
-        threshold: values of the input that are no larger are taken for zero; None if it has none.
+        pruning: what it leaves out of its input; None if nothing.
 
     """
 
-    threshold: float | None
+    pruning: Pruning | None
 
     density: float | None
     """As :attr:`hf_sparse.modules.SparseBlock.density`."""
 
-    def __init__(self, stock: nn.Linear, *, gives_zeros: bool, threshold: float | None = None) -> None:
+    def __init__(self, stock: nn.Linear, *, gives_zeros: bool, pruning: Pruning | None = None) -> None:
         nn.Module.__init__(self)
         # The very dicts of parameters and hooks: what is put into one layer is in the other.
         self.__dict__.update({k: v for k, v in vars(stock).items() if k not in _NOT_SHARED})
         self._stock = (stock,)  # in a tuple, so that it is not registered as a child
         self.gives_zeros = gives_zeros
-        self.threshold = threshold
+        self.pruning = pruning
         self.density = None
+        self._vectors = Derived(_Vectors.of)
         carry_hooks(stock, self)
 
     def restore(self) -> nn.Linear:
@@ -62,7 +79,7 @@ class SparseLinear(GuardedModule, nn.Linear):
             )
         self.disclose()
         (stock,) = self._stock
-        own = (*_NOT_SHARED, "_stock", "gives_zeros", "threshold", "density")
+        own = (*_NOT_SHARED, "_stock", "gives_zeros", "pruning", "density", "_vectors")
         for gone in vars(stock).keys() - vars(self).keys() - {*_NOT_SHARED}:
             del vars(stock)[gone]  # such as what a pruning that has ended had put there
         vars(stock).update({k: v for k, v in vars(self).items() if k not in own})
@@ -70,53 +87,98 @@ class SparseLinear(GuardedModule, nn.Linear):
         return stock
 
     def disclose(self) -> None:
-        """Give the weight its stock layout back."""
+        """Give the weight its stock layout back, and forget what was made of it."""
+        self._vectors.drop()
         weight = self._parameters.get("weight")
         if weight is not None:
             give_back(weight)
 
     def withholds(self) -> bool:
         """As of any module that is guarded."""
-        return any_lent()
+        return any_lent() or self._vectors.is_held
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: a copy has a weight of its own."""
+        return {**super().__getstate__(), "_vectors": Derived(_Vectors.of)}
 
     def forward(self, input: Tensor) -> Tensor:
         """``input [..., F]`` to ``[..., D]``, any floating dtype."""
-        input = without_small(input, self.threshold)
-        backend, weight = self._way(input)
+        backend, weight, vectors = self._way(input)
+        bias: Tensor | None = self._parameters["bias"]
+        pruning = self.pruning
+        if pruning is not None:
+            norms = None
+            if pruning.weighted:
+                norms = column_norms(self._whole_weight()) if vectors is None else vectors.norms
+            if pruning.center and backend != DENSE and vectors is not None:
+                input = pruning.deviations(input, norms)
+                shift = pruning.center * vectors.sums
+                bias = (shift if bias is None else bias + shift).to(input.dtype)
+            else:
+                input = pruning.values(input, norms)
         if weight is None:
             return nn.Linear.forward(self._unguarded(), input)
         if backend == DENSE:
-            return F.linear(input, weight, self._parameters["bias"])
-        return triton_ops.sparse_linear(input, weight, self._parameters["bias"], backend=backend)
+            return F.linear(input, weight, bias)
+        return triton_ops.sparse_linear(input, weight, bias, backend=backend)
 
-    def _way(self, h: Tensor) -> tuple[str, Tensor | None]:
-        """Backend and weight in this call; no weight where the forward of ``nn.Linear`` has to run.
+    def _way(self, h: Tensor) -> tuple[str, Tensor | None, _Vectors | None]:
+        """Backend, weight and what was made of it; no weight where the forward of ``nn.Linear`` has to run.
 
         A view of the weight: another thread may change its layout meanwhile.
         """
         compiling = torch.compiler.is_compiling()
         if not compiling and (transformed() or overridden()):
-            return DENSE, None
+            return DENSE, None, None
         if self.training or torch.is_grad_enabled():
             if not compiling:
                 self.disclose()  # the weight belongs to whoever trains it
-            return DENSE, None
+            return DENSE, None, None
         # Asked before a variable here holds the weight.
         lendable = compiling or self.may_lend()
         weight = self._readable()
         if weight is None or weight.dtype != h.dtype or weight.device != h.device:
-            return DENSE, None
+            return DENSE, None, None
         plan = triton_ops.plan(weight, "linear")
         if self.gives_zeros and lendable:
             backend = plan.backend(h.numel() // self.in_features, self.density)
             # While compiling it is what it is: a graph must not change its own inputs.
             if backend != DENSE and (rows := weight if compiling else lend(weight)) is not None:
-                return backend, rows
+                return backend, rows, self._made_of(weight, lendable)
         if plan.product != DENSE and triton_ops.is_neuron_major(weight):
-            return plan.product, weight if compiling else view_of(weight)
+            return plan.product, weight if compiling else view_of(weight), self._made_of(weight, lendable)
         if plan.stalls and not compiling:
             give_back(weight)
-        return DENSE, None if compiling else view_of(weight)
+        return DENSE, None if compiling else view_of(weight), self._made_of(weight, lendable)
+
+    def _made_of(self, weight: Tensor, lendable: bool) -> _Vectors | None:
+        """What the pruning has to know of the weight; None where that cannot be kept, or is not needed."""
+        pruning = self.pruning
+        if pruning is None or not (pruning.weighted or pruning.center) or torch.compiler.is_compiling():
+            return None
+        if not lendable:
+            self._vectors.drop()  # whoever holds the weight may change it
+            return None
+        held = self._vectors.of(weight)
+        return None if held is None else held[0]
+
+    def _whole_weight(self) -> Tensor:
+        """The weight ``[D, F]``, for the norms of its columns.
+
+        Raises:
+            PatchError: there is only a part of it, or a quantised one.
+
+        """
+        weight = self._unguarded().weight
+        known = (Tensor, nn.Parameter)
+        plain = type(weight) in known or torch.compiler.is_compiling() or transformed()
+        if not plain or tuple(weight.shape) != (self.out_features, self.in_features):
+            raise PatchError(
+                f"a linear layer {self.in_features} -> {self.out_features} has a threshold that is weighted "
+                f"by the norms of its columns, and its weight is a {type(weight).__name__} of shape "
+                f"{tuple(weight.shape)} (quantised, or split over processes); use thresholds without weights."
+            )
+        return weight
 
     def problems(self) -> tuple[list[Problem], str | None]:
         """What the layer can run of the operators as it is, or why it can run none."""
@@ -130,6 +192,7 @@ class SparseLinear(GuardedModule, nn.Linear):
         """Store the weight neuron-major; else the first call that skips does so."""
         if self.gives_zeros and self.may_lend() and (weight := self._readable()) is not None:
             lend(weight)
+            self._made_of(weight, lendable=True)
 
     @property
     def is_held(self) -> bool:

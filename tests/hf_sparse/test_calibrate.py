@@ -79,7 +79,7 @@ def test_teal_prunes_the_smallest_inputs_of_every_linear_layer() -> None:
     for name in names:
         magnitudes = torch.cat(inputs[name]).abs().flatten().double()
         expected = magnitudes.quantile(0.4)
-        assert model.get_submodule(name).threshold == pytest.approx(float(expected), rel=0.005)
+        assert model.get_submodule(name).pruning.threshold == pytest.approx(float(expected), rel=0.005)
     assert report.sparsity == pytest.approx(0.4, abs=0.02)
     assert report.perplexity_before == pytest.approx(before)
     assert report.perplexity == pytest.approx(hf_sparse.measure(model, data).perplexity)
@@ -98,8 +98,9 @@ def test_the_greedy_allocation_prunes_most_what_the_output_depends_on_least() ->
     uniform = tiny("llama")
     uniform.load_state_dict(model.state_dict())
     other = hf_sparse.calibrate(uniform, data, method="teal", target_sparsity=0.3)
-    greedy, even = (dict(one.config.parts["inputs"].thresholds) for one in (report, other))
-    pairs = zip(greedy["self_attn.q_proj"], even["self_attn.q_proj"], strict=True)
+    greedy, even = (dict(one.config.parts["inputs"].linears) for one in (report, other))
+    name = "self_attn.q_proj"
+    pairs = zip(greedy[name].threshold, even[name].threshold, strict=True)
     assert all(after > 1.5 * before for after, before in pairs)
     assert abs(report.increase) < abs(other.increase)
 
@@ -257,7 +258,7 @@ def test_what_a_model_has_stays_and_the_result_is_loaded(tmp_path) -> None:
         ({"target_sparsity": 50}, "it is a share"),
         ({"max_perplexity_increase": -1.0}, "it is in percent"),
         ({"target_sparsity": 0.5, "method": "cats", "allocation": "greedy"}, "is none of method 'cats'"),
-        ({"target_sparsity": 0.5, "method": "magic"}, "choose one of cats, fatrelu, teal"),
+        ({"target_sparsity": 0.5, "method": "magic"}, "choose one of cats, fatrelu, scap, teal, wina"),
     ],
 )
 def test_bad_arguments_are_named(arguments, named) -> None:
@@ -282,3 +283,77 @@ def test_a_failure_on_the_way_leaves_the_model_as_it_was() -> None:
     with pytest.raises(ValueError, match="labels has shape"):
         hf_sparse.calibrate(model, bad, target_sparsity=0.5)
     assert hf_sparse.inspect(model).config == before
+
+
+def inputs_of(model: Any, data: list[dict[str, torch.Tensor]], names: list[str]) -> dict[str, torch.Tensor]:
+    """What linear layers are given for the tokens of ``data`` that are no padding: float64 ``[T, F]``."""
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    for batch in data:
+        rows = batch["attention_mask"].flatten().bool()
+        hooks = [
+            model.get_submodule(name).register_forward_pre_hook(
+                lambda _, args, n=name, rows=rows: found[n].append(args[0].flatten(0, 1)[rows])
+            )
+            for name in names
+        ]
+        with torch.no_grad():
+            model(**batch, position_ids=(batch["attention_mask"].cumsum(-1) - 1).clamp(min=0))
+        for hook in hooks:
+            hook.remove()
+    return {name: torch.cat(each).double() for name, each in found.items()}
+
+
+def test_wina_weighs_inputs_by_the_norms_of_columns() -> None:
+    model, data = tiny("llama"), batches()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[:, :8] *= 1e-3
+    names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    inputs = inputs_of(model, data, names)
+    norms = {name: model.get_submodule(name).weight.detach().double().norm(dim=0) for name in names}
+    report = hf_sparse.calibrate(model, data, method="wina", target_sparsity=0.4)
+    for name in names:
+        pruning = model.get_submodule(name).pruning
+        expected = (inputs[name].abs() * norms[name]).flatten().quantile(0.4)
+        assert pruning.threshold == pytest.approx(float(expected), rel=0.005)
+        assert pruning.weighted
+    up = model.model.layers[0].mlp.up_proj
+    x = inputs["model.layers.0.mlp.up_proj"].float()
+    assert up.pruning.values(x, norms["model.layers.0.mlp.up_proj"].float())[:, :8].abs().max() == 0
+    assert report.sparsity == pytest.approx(0.4, abs=0.03)
+    assert report.perplexity == pytest.approx(hf_sparse.measure(model, data).perplexity)
+    teal = hf_sparse.calibrate(fresh := tiny("llama"), data, method="teal", target_sparsity=0.4)
+    assert teal.config != report.config
+    greedy = hf_sparse.calibrate(fresh, data, method="wina", allocation="greedy", target_sparsity=0.3)
+    assert greedy.sparsity == pytest.approx(0.3, abs=0.03)
+
+
+def test_scap_takes_what_is_near_the_mode_for_the_mode() -> None:
+    model, data = tiny("gpt_neox", hidden_act="gelu"), batches()
+    with torch.no_grad():
+        for layer in model.gpt_neox.layers:
+            weight = layer.mlp.dense_h_to_4h.weight
+            weight.div_(3 * weight.norm(dim=1, keepdim=True))
+            layer.mlp.dense_h_to_4h.bias.fill_(-0.75)  # where GELU has its minimum, the mode
+    down = [f"gpt_neox.layers.{i}.mlp.dense_4h_to_h" for i in range(3)]
+    inputs = inputs_of(model, data, down)
+    report = hf_sparse.calibrate(model, data, method="scap", target_sparsity=0.5)
+    assert report.sparsity == pytest.approx(0.5, abs=0.03)
+    assert sorted(report.config.to_dict()["inputs"]) == ["mlp.dense_4h_to_h", "mlp.dense_h_to_4h"]
+    for name in down:
+        pruning = model.get_submodule(name).pruning
+        x = inputs[name].flatten()
+        assert -0.17 < pruning.center < -0.12
+        assert ((x - pruning.center).abs() <= pruning.threshold).double().mean() == pytest.approx(
+            0.5, abs=0.03
+        )
+
+        def lost(center: float, x: torch.Tensor = x) -> float:
+            distances = (x - center).abs()
+            return float(distances[distances <= distances.quantile(0.5)].square().sum())
+
+        assert lost(pruning.center) < min(lost(0.0), 1.02 * lost(float(x.median())))
+    # What is left out there counts in the sparsity of blocks, too; and tune knows how much it is.
+    assert hf_sparse.measure(model, data).sparsity == pytest.approx(0.5, abs=0.03)
+    assert [one.density for _, one in named_thresholded(model)] == pytest.approx([0.5] * 6, abs=0.03)
+    within = hf_sparse.calibrate(model, data, method="scap", max_perplexity_increase=1.0)
+    assert within.increase <= 1.0

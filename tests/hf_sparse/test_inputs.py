@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_sparse
 from hf_sparse import PatchError, SparsityConfig
+from hf_sparse.adapters.pruning import Pruning
 from hf_sparse.modules import SparseLinear
 from support.models import tiny
 from support.skips import CountSkips
@@ -108,7 +109,7 @@ def test_it_is_saved_loaded_and_inspected(input_ids, tmp_path) -> None:
     assert torch.equal(loaded(input_ids).logits, expected)
     assert hf_sparse.inspect(loaded).config == config()
     assert "mlp.gate_proj 0.3" in str(hf_sparse.inspect(loaded))
-    loaded.model.layers[1].mlp.gate_proj.threshold = 0.2
+    loaded.model.layers[1].mlp.gate_proj.pruning = Pruning(0.2)
     with pytest.raises(PatchError, match="patch the model again"):
         loaded.save_pretrained(tmp_path)
 
@@ -141,7 +142,7 @@ def test_adapters_get_the_whole_input_and_merge(input_ids) -> None:
     hf_sparse.patch(adapted, config(**own, **{"mlp.up_proj": 0.0}))
     torch.testing.assert_close(adapted(input_ids).logits, reference(input_ids).logits)
     merged = adapted.merge_and_unload()
-    assert hf_sparse.inspect(merged).config.parts["inputs"].at(0)["self_attn.q_proj"] == 0.5
+    assert hf_sparse.inspect(merged).config.parts["inputs"].at(0)["self_attn.q_proj"].threshold == 0.5
     hf_sparse.unpatch(merged)
     assert {type(m) for m in merged.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
 
@@ -287,7 +288,7 @@ def test_copies_of_adapters_have_thresholds_and_a_threshold_taken_away_is_notice
     assert not any(isinstance(module, SparseLinear) for module in adapted.modules())
     model = tiny("llama")
     hf_sparse.patch(model, config(**{"self_attn.q_proj": 0.5}))
-    model.model.layers[1].self_attn.q_proj.threshold = 0.0
+    model.model.layers[1].self_attn.q_proj.pruning = Pruning(0.25)
     with pytest.raises(PatchError, match="patch the model again"):
         hf_sparse.inspect(model)
     hf_sparse.unpatch(model)

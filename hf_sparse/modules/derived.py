@@ -1,0 +1,81 @@
+"""What is made of a weight and kept beside it: made when it is first of use, dropped when in doubt.
+
+It is true of a weight as it was, so it may be used only while the weight is known not to have changed.
+torch counts changes in place, but not those through ``weight.data``, nor those of a buffer that a weight was
+gathered into. What is not counted can be done only by somebody who holds the weight, its module or its
+memory. Hence :meth:`Derived.of` is asked only while nobody but the owner does, and the owner drops what it
+has whenever somebody gets to its weight (:mod:`hf_sparse.modules.guarded`).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from triton_ops.certificate import weight_stamp
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class _Held(Generic[T]):
+    """What was made of one weight as it was. Not a buffer: it must not be saved or converted."""
+
+    value: T
+    stamp: tuple[int, int]
+    """:func:`triton_ops.certificate.weight_stamp` of the weight."""
+    weight: weakref.ref[Tensor]
+    """Weak, for a weight that was replaced should not be kept alive."""
+    storage: StorageWeakRef
+    """Makes the storage's identity in ``stamp`` last: no later storage can have the same."""
+
+
+class Derived(Generic[T]):
+    """What ``make`` made of a weight, as long as it is that of the weight."""
+
+    def __init__(self, make: Callable[[Tensor], T]) -> None:
+        self._made_by = make
+        self._held: _Held[T] | None = None
+
+    def drop(self) -> None:
+        """Forget it; the next call that has a use for it makes it anew."""
+        self._held = None
+
+    @property
+    def is_held(self) -> bool:
+        """Whether there is something to drop."""
+        return self._held is not None
+
+    def of(self, weight: Tensor) -> tuple[T, tuple[int, int]] | None:
+        """That of ``weight``, which nobody else holds, and the weight's stamp.
+
+        None where no change of it could be noticed, and on the meta device. A graph that is compiled can
+        neither make it nor ask a weight for its version, and gets what is held.
+        """
+        if not torch.compiler.is_compiling() and not self._holds_for(weight):
+            self._held = self._make(weight)
+        held = self._held
+        return None if held is None else (held.value, held.stamp)
+
+    def _holds_for(self, weight: Tensor) -> bool:
+        """Whether ``weight`` is the very one, unchanged as far as is counted, in the same dtype and place."""
+        held = self._held
+        return (
+            held is not None
+            and held.weight() is weight
+            and not weight.is_inference()
+            and held.stamp == weight_stamp(weight)
+        )
+
+    def _make(self, weight: Tensor) -> _Held[T] | None:
+        if weight.is_inference() or weight.is_meta:
+            return None
+        with torch.inference_mode(False):  # what is made in inference mode could be used only there
+            storage = StorageWeakRef(weight.untyped_storage())
+            return _Held(self._made_by(weight), weight_stamp(weight), weakref.ref(weight), storage)
