@@ -298,7 +298,7 @@ def test_a_certificate_made_in_inference_mode_serves_outside_of_it(tiny_model) -
             first = block.module(x)
         with torch.no_grad():
             assert torch.equal(block.module(x), first)
-    assert not any(t.is_inference() for t in block.module._certified._held.certificate)
+    assert not any(t.is_inference() for t in block.module._certified._held.value)
 
 
 def test_an_adapter_on_the_gate_ends_it_and_leaves_the_down_projection_skipping(tiny_model) -> None:
