@@ -392,6 +392,50 @@ def calibrated(result: Result) -> str:
 {table(["`generate()`", "tokens/s", "ratio"], rows)}"""
 
 
+def calibration(result: Result) -> str:
+    dense, *rows = result.rows
+    targets = sorted({row["target"] for row in rows})
+    at = {(row["method"], row["target"]): row for row in rows}
+    lines = [
+        [
+            f"`{method}`",
+            *(f"{at[method, t]['perplexity']:.1f}" if (method, t) in at else "" for t in targets),
+        ]
+        for method in dict.fromkeys(row["method"] for row in rows)
+    ]
+    about = f"""
+        {dense["model"]}, float32, without any training: perplexity on {dense["tokens"]:,} tokens of C4's validation
+        split in windows of {dense["window"]}; dense {dense["perplexity"]:.1f}. Thresholds are from
+        {dense["calibration_tokens"]:,} tokens of its training split. A column is what each method prunes: `teal` and
+        `wina` of the weights of attention and MLPs, `scap` of those of the MLPs, `cats` of the neurons' values
+        (which leaves the gate projection out). So columns compare methods with the same count only."""
+    return f"""\
+{result.conditions} [All rows](../benchmarks/results/calibration.json).
+
+{paragraph(about)}
+
+{table(["perplexity at sparsity", *(percent(t) for t in targets)], lines)}"""
+
+
+def finetuned_decode(result: Result) -> str:
+    first = result.rows[0]
+    about = f"""
+        Finetuned checkpoints of [results/smollm2.md](results/smollm2.md), {DTYPES[first["dtype"]]}, one sequence,
+        {first["prompts"]} prompts of {first["prompt_tokens"]} tokens, {first["new_tokens"]} new ones each. Ratios are
+        against the checkpoint that was finetuned dense, as transformers runs it."""
+    rows = []
+    for row in result.rows:
+        low, high = row["speedup_quartiles"]
+        ratio = f"{times(row['speedup'])} ({low:.2f} to {high:.2f})"
+        rows.append([row["model"], percent(row["sparsity"]), f"{row['tokens_per_s']:.1f}", ratio])
+    return f"""\
+{result.conditions} [All rows](../benchmarks/results/finetuned.json).
+
+{paragraph(about)}
+
+{table(["`generate()`", "sparsity", "tokens/s", "ratio"], rows)}"""
+
+
 def training_step(result: Result) -> str:
     first = result.rows[0]
     about = f"""

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import hf_sparse
 from hf_sparse.assets import TINY_MODEL
@@ -45,7 +46,12 @@ def run(script: str, out: Path, *options: str, device: str = "cpu", process: boo
             patch.setattr(sys, "argv", command)
             patch.syspath_prepend(BENCHMARKS)
             runpy.run_path(command[0], run_name="__main__")
-        for name in ("blocks", "harness", "plots"):  # each run imports its own, which knows its name
+        for name in (
+            "blocks",
+            "generate",
+            "harness",
+            "plots",
+        ):  # each run imports its own, which knows its name
             sys.modules.pop(name, None)
     written = json.loads(out.read_text())
     assert written["benchmark"] == script
@@ -122,6 +128,27 @@ def test_generate(tmp_path: Path) -> None:
         assert rows[name]["same_greedy_tokens_as_dense"] == [3, 3]
         assert rows[name]["batch"] == 2
         assert 0.8 < rows[name]["sparsity"] < 1
+
+
+def test_finetuned(tmp_path: Path, assets: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(assets / "stories260K")
+    hf_sparse.patch(model, "relu")
+    sparse = tmp_path / "relu-0" / "final"
+    model.save_pretrained(sparse)
+    options = ("--dense", str(assets / "stories260K"), "--sparse", str(sparse), "--new-tokens", "3")
+    rows = run("finetuned", tmp_path / "r.json", *options, "--dataset", str(assets / "c4"))["results"]
+    assert [row["model"] for row in rows] == ["dense", "relu-0, run dense", "relu-0, skipping"]
+    assert [row["sparsity"] > 0.3 for row in rows] == [False, True, True]
+    assert rows[0]["speedup"] == 1
+
+
+def test_calibration(tmp_path: Path, assets: Path) -> None:
+    sizes = ("--levels", "0.4", "--tokens", "512", "--calibration-tokens", "512", "--sequence-length", "64")
+    options = ("--model", str(assets / "stories260K"), "--dataset", str(assets / "c4"))
+    dense, *rows = run("calibration", tmp_path / "r.json", *options, *sizes)["results"]
+    assert [row["method"] for row in rows] == ["teal", "wina", "scap", "cats"]
+    assert all(row["sparsity"] == pytest.approx(0.4, abs=0.03) for row in rows)
+    assert all(row["perplexity"] > dense["perplexity"] for row in rows)
 
 
 @pytest.mark.slow

@@ -1,0 +1,114 @@
+"""Greedy ``generate()`` of finetuned sparse checkpoints on real prompts: skipping against dense, end to end.
+
+    python benchmarks/finetuned.py --dense DENSE --sparse CHECKPOINT CHECKPOINT --dataset TEXT
+
+DENSE is the checkpoint that was finetuned without a patch; each CHECKPOINT is one with. Competitors, by
+turns: DENSE as transformers runs it; each CHECKPOINT run dense; and as the package runs it, skipping.
+Speed-ups are against DENSE. Prompts are the beginnings of documents of the validation split of TEXT. Before
+any timing the logits are compared with those of the same checkpoint in float32: skipping must not be clearly
+further off than dense.
+"""
+
+from __future__ import annotations
+
+import copy
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import generate
+import harness
+import torch
+from blocks import DTYPES
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hf_sparse
+from hf_sparse.texts import evaluation_texts
+
+
+def main() -> None:
+    parser = harness.parser(__doc__, repeats=5)
+    parser.add_argument("--dense", type=Path, required=True, help="folder of the baseline")
+    parser.add_argument("--sparse", type=Path, nargs="+", required=True, help="folders of patched models")
+    parser.add_argument("--dataset", required=True, help="folder of documents, or a Hub id")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--prompt-tokens", type=int, default=16)
+    args = parser.parse_args()
+    args.static_cache = False
+    conditions = harness.begin(args)
+    tokenizer = AutoTokenizer.from_pretrained(args.dense)
+    texts = islice(evaluation_texts(args.dataset), 8)
+    ids = [tokenizer(text, return_tensors="pt").input_ids[:, : args.prompt_tokens] for text in texts]
+    prompts = [one.to(args.device) for one in ids if one.shape[1] == args.prompt_tokens]
+
+    found: dict[str, tuple[Any, str]] = {"dense": (load(args.dense, args), "dense")}
+    errors, silent = {}, {}
+    for folder in args.sparse:
+        name = named(folder)
+        model = load(folder, args)
+        if not hf_sparse.inspect(model).patched:
+            raise SystemExit(f"{folder} is not patched; give it as --dense.")
+        own = copy.deepcopy(model)
+        found[f"{name}, run dense"] = (own, "dense")
+        found[f"{name}, skipping"] = (model, "auto")
+        tokens = generate.generation(model, prompts[0], "auto", args)()
+        checked = generate.check_logits(own, {"skipping": model}, tokens, args.prompt_tokens, "auto")
+        errors[f"{name}, skipping"] = checked["skipping"]
+        errors[f"{name}, run dense"] = checked["patched, dense"]
+        silent[name] = generate.silent_share(own, tokens, args.prompt_tokens)
+    runs = {
+        name: harness.Run(
+            [generate.generation(model, prompt, backend, args) for prompt in prompts],
+            args.device,
+            graph=False,
+        )
+        for name, (model, backend) in found.items()
+    }
+    for run in runs.values():
+        run.outputs()  # warm
+    times, ratios = harness.interleaved(runs, args.repeats)
+    count = args.new_tokens
+    rows = [
+        {
+            "model": name,
+            "generate": timing,
+            "tokens_per_s": round(count / timing.median_ms * 1e3, 2),
+            "speedup": round(ratios[name].median, 3),
+            "speedup_quartiles": [round(ratios[name].low, 3), round(ratios[name].high, 3)],
+            "sparsity": round(silent.get(name.partition(",")[0], 0.0), 4),
+            "prompts": len(prompts),
+            "prompt_tokens": args.prompt_tokens,
+            "new_tokens": count,
+            "dtype": args.dtype,
+            "logit_error": errors.get(name),
+        }
+        for name, timing in times.items()
+    ]
+    print(harness.table([cells(row) for row in rows]))
+    harness.save(args.out, conditions, rows)
+    print("written to", args.out)
+
+
+def load(folder: Path, args: Any) -> Any:
+    dtype = getattr(torch, args.dtype)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(args.device).eval()
+
+
+def named(folder: Path) -> str:
+    """Of a run's ``final`` the name of the run."""
+    return folder.parent.name if folder.name == "final" else folder.name
+
+
+def cells(row: dict[str, Any]) -> dict[str, str]:
+    low, high = row["speedup_quartiles"]
+    return {
+        "model": row["model"],
+        "sparsity": f"{row['sparsity']:.1%}",
+        "tokens/s": f"{row['tokens_per_s']:.2f}",
+        "speed-up": f"{row['speedup']:.2f} ({low:.2f}-{high:.2f})",
+    }
+
+
+if __name__ == "__main__":
+    main()
