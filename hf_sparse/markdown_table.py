@@ -1,0 +1,17 @@
+"""Tables of Markdown, as the written reports and model cards have them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A pipe table, the first column aligned left and all others right, as numbers are.
+
+    Args:
+        head: the titles of the columns.
+        rows: cells by row, as Markdown; a ``|`` in one has to be escaped.
+
+    """
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
