@@ -57,7 +57,8 @@ def machine_in_words() -> str:
     """Processor, threads and GPU of this process."""
     found = machine()
     gpu = f"; {found['gpus']} x {found['gpu']}" if "gpu" in found else "; no GPU"
-    return f"{found['cpu']}, {found['cores']} cores, {found['threads']} threads{gpu}"
+    threads = f"{found['threads']} thread" + ("s" if found["threads"] != 1 else "")
+    return f"{found['cpu']}, {found['cores']} cores, {threads}{gpu}"
 
 
 def name_of(model: nn.Module) -> str:

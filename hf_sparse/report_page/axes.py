@@ -53,9 +53,9 @@ def around(values: list[float], *, least: float = -math.inf, most: float = math.
         inner = inner if len(inner) <= 8 else [t for t in inner if math.log10(t).is_integer()] or inner[::6]
         return Axis(low=begin, high=end, ticks=tuple(inner), log=True)
     span = high - low or max(abs(high), 1.0) * 0.2
-    step = _round_step(span / 3)
-    begin = max(math.floor((low - 0.1 * span) / step) * step, least)
-    end = min(math.ceil((high + 0.1 * span) / step) * step, most)
+    step = _round_step(span / 4)
+    begin = max(math.floor((low - 0.05 * span) / step) * step, least)
+    end = min(math.ceil((high + 0.05 * span) / step) * step, most)
     first, last = math.ceil(begin / step - 1e-9), math.floor(end / step + 1e-9)
     return Axis(low=begin, high=end, ticks=tuple(i * step for i in range(first, last + 1)))
 

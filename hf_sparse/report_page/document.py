@@ -75,6 +75,11 @@ class Document:
     footer: str
 
 
+def capitalised(text: str) -> str:
+    """``text`` as a sentence begins."""
+    return text[:1].upper() + text[1:]
+
+
 def clean(text: str) -> str:
     """``text`` without what a reader cannot see or a file cannot hold, each such character being U+FFFD.
 

@@ -7,7 +7,17 @@ from itertools import count
 from pathlib import Path
 
 from hf_sparse.report_page.charts import Bars, Lines, Points, Ranges
-from hf_sparse.report_page.document import Document, Figure, Headline, Note, Part, Section, Table, Text
+from hf_sparse.report_page.document import (
+    Document,
+    Figure,
+    Headline,
+    Note,
+    Part,
+    Section,
+    Table,
+    Text,
+    capitalised,
+)
 from hf_sparse.report_page.svg import draw, legend, text_of
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -104,7 +114,7 @@ def _figure(figure: Figure, name: str) -> str:
 def _table(table: Table, *, caption_shown: bool = True) -> str:
     kind = ' class="words"' if table.words else ""
     hidden = "" if caption_shown else ' class="unseen"'
-    caption = text_of(table.caption)
+    caption = text_of(capitalised(table.caption))
     head = "".join(f'<th scope="col">{text_of(one) or _EMPTY}</th>' for one in table.head)
     rows = [
         f'<tr><th scope="row">{text_of(row[0])}</th>'
@@ -116,7 +126,7 @@ def _table(table: Table, *, caption_shown: bool = True) -> str:
         [
             # A box that scrolls by itself, and so can be reached with the keyboard.
             f'<div class="scroll" role="region" tabindex="0" aria-label="Table: {caption}">',
-            f"<table{kind}><caption{hidden}>{caption}</caption>",
+            f"<table{kind}><caption{hidden}><span>{caption}</span></caption>",
             f"<thead><tr>{head}</tr></thead>",
             "<tbody>",
             *rows,

@@ -7,7 +7,7 @@ import math
 from hf_sparse.metrics.density import ALWAYS_ON, QUANTILES, LayerDensity
 from hf_sparse.metrics.report import DEFINITION, LayerSparsity, SparsityReport
 from hf_sparse.report_page.charts import Bars, Ranges, Series
-from hf_sparse.report_page.document import Figure, Section, Table
+from hf_sparse.report_page.document import Figure, Section, Table, Text
 from hf_sparse.report_page.words import counted, in_percent, share
 
 IN_ORDER = "Blocks are counted from 0 in the order of the model; the table has their names."
@@ -58,7 +58,7 @@ def neurons_section(report: SparsityReport) -> Section | None:
     if density is not None:
         series.append(Series(name="always on", values=_of(always, neurons), style="other"))
     chart = Bars(
-        title="Dead and always-on neurons" if density is not None else "Dead neurons",
+        title="Neurons that are never or always active" if density is not None else "Never active neurons",
         y_label="share of the neurons, %",
         x_label="MLP block",
         places=tuple(layer.name for layer in report.layers),
@@ -78,8 +78,12 @@ def neurons_section(report: SparsityReport) -> Section | None:
     rows.append(("all blocks", f"{sum(neurons):,}", *map(counted, totals)))
     head = ("MLP block", "neurons", "dead", *(["always on"] if density is not None else []))
     table = Table(caption="neurons that are dead, or always on", head=head, rows=tuple(rows))
+    heading = "Dead and always-on neurons" if density is not None else "Dead neurons"
+    if not any((*dead, *always)):  # a chart of nothing
+        where = "" if None not in (*dead, *(always if density is not None else ())) else " where it is known"
+        return Section(heading=heading, parts=(Text(f"There are none{where}. {caption}"), table))
     figure = Figure(chart=chart, caption=caption + IN_ORDER, table=table)
-    return Section(heading="Dead and always-on neurons", parts=(figure,))
+    return Section(heading=heading, parts=(figure,))
 
 
 def tokens_section(report: SparsityReport) -> Section | None:

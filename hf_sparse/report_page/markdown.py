@@ -6,9 +6,20 @@ import re
 from html import escape
 
 from hf_sparse.markdown_table import markdown_table
-from hf_sparse.report_page.document import Document, Figure, Headline, Note, Part, Table, Text, clean
+from hf_sparse.report_page.document import (
+    Document,
+    Figure,
+    Headline,
+    Note,
+    Part,
+    Table,
+    Text,
+    capitalised,
+    clean,
+)
 
 _MARKS = re.compile(r"([\\`*_{}\[\]#|~])")
+_LINKED = re.compile(r"(?i)(?<=http):|(?<=https):|(?<=ftp):|(?<=mailto):|(?<=xmpp):|(?<=www)\.|@")
 
 
 def write_markdown(document: Document) -> str:
@@ -41,13 +52,13 @@ def _part(part: Part) -> str:
 
 def _table(table: Table) -> str:
     cells = [[_plain(cell) for cell in row] for row in (table.head, *table.rows)]
-    return f"{_plain(table.caption)}:\n\n{markdown_table(cells[0], cells[1:])}"
+    return (
+        f"{_plain(capitalised(table.caption))}:\n\n{markdown_table(cells[0], cells[1:], words=table.words)}"
+    )
 
 
 def _plain(text: str) -> str:
     """``text`` as itself: no mark of Markdown, tag, entity or link in it works."""
     told = _MARKS.sub(r"\\\1", escape(clean(text), quote=False))
-    # GitHub makes links of bare addresses, which no backslash keeps from it.
-    return re.sub(r"(?i)(https?|ftp)(?=:)", lambda m: f"{m[1]}<span></span>", told).replace(
-        "www.", "www<span></span>."
-    )
+    # GitHub makes links of bare addresses and names, which no backslash keeps from it.
+    return _LINKED.sub(lambda found: f"&#{ord(found[0])};", told)

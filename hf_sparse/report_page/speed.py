@@ -24,7 +24,7 @@ def speed_section(report: SparsityReport, tuned: TuneReport) -> Section:
     parts: list[Part] = [
         Text(
             f"Timed on {machine_in_words()}: MLP blocks of this model's shapes with random weights, which "
-            "cycle past the caches; the medians of several runs."
+            "cycle past the caches; medians of several runs. What else ran on the machine is in the times."
         )
     ]
     expected = _expected(report, tuned)

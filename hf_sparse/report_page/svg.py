@@ -140,7 +140,9 @@ def _lines(chart: Lines) -> Iterable[str]:
         if series.style == "main":
             for i, (x, v) in enumerate(known):
                 anchor = "start" if i == 0 else "end" if x > 99 else "middle"
-                yield _label(f"{v:.0f}", f"{x:.3f}%", _y(PERCENT, v) - 10, anchor, "value")
+                y = _y(PERCENT, v)
+                y += 20 if y < HEIGHT - 30 else -10  # under the line: what is dashed lies above it
+                yield _label(f"{v:.0f}", f"{x:.3f}%", y, anchor, "value")
     for i, place in enumerate(chart.places):
         yield _label(place, f"{100 * i / last:.3f}%", HEIGHT + 18, "middle")
 
@@ -159,12 +161,13 @@ def _points(chart: Points) -> Iterable[str]:
 
     front = [at((one.x, one.y)) for one in chart.front]
     yield from (_segment(begin, end, "dashed") for begin, end in pairwise(front))
-    places = [at((one.x, one.y)) for one in chart.points]
-    taken: list[tuple[float, float]] = [(x * _NARROW / 100, y - 4) for x, y in places]
-    for point, (x, y) in zip(chart.points, places, strict=True):
-        style = "main" if point.main else "other"
+    placed = [(one, *at((one.x, one.y))) for one in chart.points]
+    for point, x, y in sorted(placed, key=lambda one: one[0].main):  # what the page is about is on top
         told = f"<title>{text_of(point.name)}: {_short(point.x, 2)}, {point.y:.4g}</title>"
+        style = "main" if point.main else "other"
         yield f'<circle class="{style}" cx="{x:.3f}%" cy="{y:.1f}" r="5.5">{told}</circle>'
+    taken = [(x * _NARROW / 100, y) for _, x, y in placed]
+    for point, x, y in placed:
         dx, dy, anchor = max(_LABEL_PLACES, key=lambda one: _room(x, y, one[0], one[1], taken))
         taken.append((x * _NARROW / 100 + 1.3 * dx, y + dy - 4))
         yield _label(point.label, f"{x:.3f}%", y + dy, anchor, "value", dx=dx)
@@ -190,7 +193,7 @@ def _across(axis: Axis) -> Iterable[str]:
 
 def _below(places: Sequence[str], slot: float, *, numbered: bool) -> Iterable[str]:
     count = len(places)
-    step = 1 if not numbered else next(s for s in (1, 2, 5, 10, 20, 50, 100, count) if count <= 16 * s)
+    step = 1 if not numbered else next(s for s in (1, 2, 5, 10, 20, 50, 100, count) if count <= 10 * s)
     for index in range(0, count, step):
         label = str(index) if numbered else places[index]
         yield _label(label, f"{(index + 0.5) * slot:.3f}%", HEIGHT + 18, "middle")

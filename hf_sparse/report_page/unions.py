@@ -96,7 +96,10 @@ def _unions(found: MetricReport, sizes: Sequence[int], begin: int, unit: str) ->
         [None if pair is None else ratio(*pair) for pair in list(one.shares().values())[begin:end]]
         for one in found.layers
     ]
-    independent = [_independent(found, n) for n in sizes]
+    independent = [
+        _independent(found, n) if one is not None and not math.isnan(one) else None
+        for n, one in zip(sizes, total, strict=True)
+    ]
     blocks = [
         Series(
             name="each block" if i == 0 else "",
