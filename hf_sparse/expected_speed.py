@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from hf_sparse.metrics import SparsityReport
 from hf_sparse.tuning import TunedLayer, TuneReport
 from triton_ops import break_even
 from triton_ops.tune import Measurement
@@ -33,6 +34,20 @@ def timed_layers(report: TuneReport) -> tuple[TunedLayer, ...]:
     """The layers that :func:`expected_times` is about: those whose times are in ``report.measurements``."""
     known = {one.problem for one in report.measurements}
     return tuple(one for one in report.layers if one.problems and known.issuperset(one.problems))
+
+
+def measured_densities(report: TuneReport, measured: SparsityReport) -> dict[str, float]:
+    """The densities in ``measured``, by the names that the layers have in ``report``.
+
+    Through a wrapper, such as PEFT's, the same layer has a name that is longer at its front.
+    """
+    known = {layer.name: layer.density for layer in measured.layers if layer.tokens}
+    found = {}
+    for layer in report.layers:
+        ends = [name for name in known if name == layer.name or name.endswith(f".{layer.name}")]
+        if len(ends) == 1:
+            found[layer.name] = known[ends[0]]
+    return found
 
 
 def expected_times(

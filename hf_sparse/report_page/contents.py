@@ -124,8 +124,9 @@ def _check(report: SparsityReport, before: SparsityReport | None, speed: TuneRep
                 "sizes differ; they must be of the same model."
             )
     if speed is not None:
-        tuned = {layer.name for layer in speed.layers}
-        if not tuned.intersection(layer.name for layer in report.layers):
+        from hf_sparse.expected_speed import measured_densities
+
+        if not measured_densities(speed, report):
             raise ValueError(
                 "speed is of another model: it has none of the MLP blocks of this report. Give what "
                 "hf_sparse.tune found for the model that was measured."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from hf_sparse.expected_speed import expected_times, timed_layers
+from hf_sparse.expected_speed import expected_times, measured_densities, timed_layers
 from hf_sparse.metrics.report import SparsityReport
 from hf_sparse.report_page.about import machine_in_words
 from hf_sparse.report_page.charts import Bars, Lines, Series
@@ -31,18 +31,25 @@ def speed_section(report: SparsityReport, tuned: TuneReport) -> Section:
     if expected is not None:
         parts.append(expected)
     timed = {layer.name for layer in timed_layers(tuned)}
-    reasons = Counter(
-        layer.obstacle or "no time of it is among these measurements"
-        for layer in tuned.layers
-        if layer.name not in timed
-    )
-    parts += [Note(f"{count} layers are not in the expected speed: {why}.") for why, count in reasons.items()]
+    reasons = Counter(_reason(layer) for layer in tuned.layers if layer.name not in timed)
+    parts += [
+        Note(f"{count} {'layer is' if count == 1 else 'layers are'} not in the expected speed: {why}.")
+        for why, count in reasons.items()
+    ]
     parts.append(_break_even(report, tuned))
     return Section(heading="Expected speed on this machine", parts=tuple(parts))
 
 
+def _reason(layer: TunedLayer) -> str:
+    if layer.obstacle is not None:
+        return layer.obstacle
+    if not layer.problems:
+        return "the tokens of a call are divided among experts, which was not timed"
+    return "it was timed before, and the times were not kept; force=True times it again"
+
+
 def _expected(report: SparsityReport, tuned: TuneReport) -> Figure | None:
-    densities = {layer.name: layer.density for layer in report.layers if layer.tokens}
+    densities = measured_densities(tuned, report)
     times = expected_times(tuned, densities)
     if not times:
         return None
@@ -57,9 +64,9 @@ def _expected(report: SparsityReport, tuned: TuneReport) -> Figure | None:
         reference=1.0,
     )
     linears = sum(layer.name not in densities for layer in layers)
-    what = f"{len(layers) - linears} MLP blocks" + (
-        f" and {linears} linear layers with thresholds" if linears else ""
-    )
+    what = f"{len(layers) - linears} of the {len(report.layers)} MLP blocks"
+    if linears:
+        what += f" and {linears} linear layers with thresholds"
     caption = (
         f"Expected of {what} alone, each at the density that was measured of it, for so many tokens in a "
         "call: sequences times positions. 1 is batch 1 in generation. Tokens are taken to draw their neurons "
