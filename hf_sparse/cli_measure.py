@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_sparse.texts import EMBEDDED
+
 _WRITTEN = ("json", "plot", "html", "markdown")
 _TIMED_TOKENS = 4096
 """At most so many tokens for the densities of linear layers with thresholds."""
@@ -99,6 +101,8 @@ def _check(arguments: argparse.Namespace) -> None:
         path = getattr(arguments, name)
         if path is not None and not path.absolute().parent.is_dir():
             raise ValueError(f"--{name}={str(path)!r}: {str(path.parent)!r} is no folder.")
+        if path is not None and path.is_dir():
+            raise ValueError(f"--{name}={str(path)!r} is a folder; give a file.")
     pages = arguments.html is not None or arguments.markdown is not None
     wanted = [name for name in ("before", "beside", "speed") if getattr(arguments, name)]
     useless = [name for name in wanted if not (pages or (name == "before" and arguments.plot is not None))]
@@ -114,7 +118,7 @@ def _name(model: str) -> str:
 def _data(arguments: argparse.Namespace) -> str:
     if arguments.text_file is not None:
         return f"the file {arguments.text_file.name}"
-    if arguments.dataset == "tiny":
+    if arguments.dataset == EMBEDDED:
         return "held-out documentation of the running Python"
     local = Path(arguments.dataset).expanduser().exists()
     name = Path(arguments.dataset).name if local else arguments.dataset

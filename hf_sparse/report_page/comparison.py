@@ -77,7 +77,7 @@ def comparison_section(
         "begin at zero. A logarithmic axis has ticks that are not equally far apart. All were measured over "
         "equal numbers of tokens and windows; that the text was the same, reports do not tell."
     )
-    parts: list[Part] = [Figure(chart=chart, caption=caption, table=table)]
+    parts: list[Part] = [Figure(chart=chart, caption=caption, table=table) if points else table]
     if missing:
         parts.append(
             Note(

@@ -14,7 +14,7 @@ from hf_sparse.report_page.comparison import comparison_section, same_text
 from hf_sparse.report_page.document import Document, Headline, Note, Part, Section, Text
 from hf_sparse.report_page.layers import neurons_section, sparsity_section, tokens_section
 from hf_sparse.report_page.unions import derivative_section, other_sections, union_section
-from hf_sparse.report_page.words import counted, quality, share
+from hf_sparse.report_page.words import counted, nats, quality, share
 
 if TYPE_CHECKING:
     from hf_sparse.tuning import TuneReport
@@ -73,14 +73,14 @@ def _headline(report: SparsityReport, before: SparsityReport | None) -> Section:
     old = ["", "", "", ""]
     if before is not None:
         quality_before = quality(before.perplexity) + _rise(report, before)
-        told = (share(before.sparsity), share(before.density), quality_before, f"{before.loss:.4f}")
+        told = (share(before.sparsity), share(before.density), quality_before, nats(before.loss))
         old = [f"before: {one}" for one in told]
     window = f"in windows of {report.sequence_length:,}" if report.sequence_length else "in batches"
     numbers = [
         ("Sparsity", share(report.sparsity), old[0]),
         ("Density", share(report.density), old[1]),
         ("Perplexity", quality(report.perplexity), old[2]),
-        ("Loss, nats per token", f"{report.loss:.4f}", old[3]),
+        ("Loss, nats per token", nats(report.loss), old[3]),
         ("Tokens", f"{report.tokens:,}", window),
     ]
     if dead is not None:

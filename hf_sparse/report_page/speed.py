@@ -7,7 +7,7 @@ from collections import Counter
 from hf_sparse.expected_speed import expected_times, measured_densities, timed_layers
 from hf_sparse.metrics.report import SparsityReport
 from hf_sparse.report_page.about import machine_in_words
-from hf_sparse.report_page.charts import Bars, Lines, Series
+from hf_sparse.report_page.charts import Bars, Lines, Series, Style
 from hf_sparse.report_page.document import Figure, Note, Part, Section, Table, Text
 from hf_sparse.report_page.words import milliseconds, share
 from hf_sparse.tuning import TunedLayer, TuneReport
@@ -94,12 +94,12 @@ def _break_even(report: SparsityReport, tuned: TuneReport) -> Figure:
     groups: dict[tuple[str, tuple[float, ...], str], int] = Counter(
         (layer.shape, _limits(layer, tuned), layer.obstacle or "") for layer in tuned.layers
     )
-    styles = ("main", "other")
+    styles: tuple[Style, ...] = ("main", "other", "faint")  # thin lines look alike: the table tells them
     series = [
         Series(
-            name=shape,
+            name=shape if i < 2 else "more shapes, see the table" if i == 2 else "",
             values=tuple(100 * one for one in limits),
-            style=styles[i] if i < len(styles) else "faint",  # type: ignore[arg-type]
+            style=styles[min(i, 2)],
         )
         for i, (shape, limits, _) in enumerate(groups)
     ]

@@ -21,8 +21,13 @@ def counted(value: int | None) -> str:
 
 
 def quality(value: float) -> str:
-    """A perplexity or a loss."""
+    """A perplexity."""
     return f"{value:.4g}" if math.isfinite(value) else "not finite"
+
+
+def nats(value: float) -> str:
+    """A loss."""
+    return f"{value:.4f}" if math.isfinite(value) else "not finite"
 
 
 def milliseconds(value: float) -> str:

@@ -155,6 +155,20 @@ def test_experts_are_said_to_be_left_out():
     assert "3 layers are not in the expected speed: the tokens of a call are divided" in page.root.text
 
 
+def test_more_shapes_than_can_be_told_apart_are_told_by_the_table():
+    names = [f"model.layers.{i}.mlp" for i in range(3)]
+    one = timed(GATED)
+    layers = [layer(name, one, shape=f"{i} x {i}") for i, name in enumerate([*names, "q", "k"])]
+    report = hf_sparse.measure(relu_model("llama"), [padded("none")])
+    page = Page(report.to_html(speed=tuned(layers, one)))
+    assert [row[0] for row in page.tables()["Break-even densities by tokens in a call"][1:-1]] == [
+        layer.shape for layer in layers
+    ]
+    marks = [one.text.strip() for one in page.find("ul")[-1].children]
+    assert marks == ["0 x 0", "1 x 1", "more shapes, see the table", "density of this model"]
+    assert "3 of the 3 MLP blocks and 2 linear layers with thresholds alone" in page.root.text
+
+
 def test_the_speed_of_another_model_is_refused():
     one = timed(GATED)
     report = hf_sparse.measure(relu_model("llama"), [padded("none")])

@@ -228,6 +228,15 @@ def test_reports_that_do_not_compare_are_in_the_table_and_not_in_the_plot():
     assert "Not drawn: 3, 4." in page.find("main")[0].text
 
 
+def test_without_a_perplexity_that_is_a_number_there_is_no_plot():
+    report = made_up(loss=math.nan)
+    page = Page(report.to_html(beside={"other": made_up(loss=math.inf)}))
+    assert "Sparsity against perplexity" not in charts(page)
+    assert {row[-1] for row in page.tables()["The reports of the plot"][1:]} == {"not drawn"}
+    assert "not finite" in page.find("dl")[0].text
+    assert "nan" not in page.root.text
+
+
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(1, 6)), min_size=1, max_size=9))
 def test_nothing_beats_what_is_on_the_front(pairs):
     points = [Point(label=str(i), name="", x=x, y=y) for i, (x, y) in enumerate(pairs)]
@@ -427,6 +436,7 @@ def test_the_command_writes_both_pages(tmp_path, capsys):
     ("options", "said"),
     [
         (["--html", "nowhere/r.html"], "--html='nowhere/r.html': 'nowhere' is no folder."),
+        (["--html", "."], "--html='.' is a folder; give a file."),
         (["--speed"], "--speed is for a page; give --html FILE or --markdown FILE as well."),
         (["--beside", "a.json"], "--beside is for a page;"),
         (["--before", "a.json"], "--before is for a page;"),
