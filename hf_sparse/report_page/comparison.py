@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from hf_sparse.metrics.report import SparsityReport
+from hf_sparse.report_page.axes import around
 from hf_sparse.report_page.charts import Point, Points
 from hf_sparse.report_page.document import Figure, Note, Part, Section, Table
 from hf_sparse.report_page.words import quality, share
@@ -74,9 +75,11 @@ def comparison_section(
     caption = (
         "Each number is a report; the table has their names. Lower and further to the right is better. The "
         "line joins those that no other beats in both; between its ends nothing was measured. Axes need not "
-        "begin at zero. A logarithmic axis has ticks that are not equally far apart. All were measured over "
-        "equal numbers of tokens and windows; that the text was the same, reports do not tell."
+        "begin at zero. All were measured over equal numbers of tokens and windows; that the text was the "
+        "same, reports do not tell."
     )
+    if points and around([one.y for one in points], least=0.0).log:
+        caption += " The axis of perplexity is logarithmic."
     parts: list[Part] = [Figure(chart=chart, caption=caption, table=table) if points else table]
     if missing:
         parts.append(

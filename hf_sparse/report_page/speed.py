@@ -69,8 +69,9 @@ def _expected(report: SparsityReport, tuned: TuneReport) -> Figure | None:
         what += f" and {linears} linear layers with thresholds"
     caption = (
         f"Expected of {what} alone, each at the density that was measured of it, for so many tokens in a "
-        "call: sequences times positions. 1 is batch 1 in generation. Tokens are taken to draw their neurons "
-        f"independently. A layer where skipping does not pay counts with its dense time. {_NOT_COUNTED}"
+        "call: sequences times positions; 1 is a single sequence that is generated. Tokens are taken to draw "
+        "their neurons independently. A layer where skipping does not pay counts with its dense time. "
+        f"{_NOT_COUNTED}"
     )
     rows = tuple(
         (

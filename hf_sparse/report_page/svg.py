@@ -102,7 +102,8 @@ def _bars(chart: Bars) -> Iterable[str]:
                 )
     if chart.reference is not None:
         y = _y(axis, chart.reference)
-        yield f'<line class="reference" x1="0" y1="{y:.1f}" x2="100%" y2="{y:.1f}"/>'
+        for style in ("casing", "reference"):  # so that it shows on bars of any colour
+            yield f'<line class="{style}" x1="0" y1="{y:.1f}" x2="100%" y2="{y:.1f}"/>'
     yield from _below(chart.places, slot, numbered=chart.numbered)
 
 

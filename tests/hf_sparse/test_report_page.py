@@ -237,6 +237,14 @@ def test_without_a_perplexity_that_is_a_number_there_is_no_plot():
     assert "nan" not in page.root.text
 
 
+def test_an_axis_that_is_logarithmic_says_so():
+    def text(loss: float) -> str:
+        return Page(made_up().to_html(beside={"other": made_up(loss=loss)})).root.text
+
+    assert "The axis of perplexity is logarithmic" in text(5.0)
+    assert "logarithmic" not in text(1.5)
+
+
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(1, 6)), min_size=1, max_size=9))
 def test_nothing_beats_what_is_on_the_front(pairs):
     points = [Point(label=str(i), name="", x=x, y=y) for i, (x, y) in enumerate(pairs)]
