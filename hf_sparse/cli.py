@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_sparse import cli_calibrate, cli_export, cli_push
+from hf_sparse import cli_calibrate, cli_export, cli_measure, cli_push
 from hf_sparse._version import __version__
 from hf_sparse.activations.config import ACTIVATIONS
 from hf_sparse.config import SparsityConfig
@@ -193,37 +193,16 @@ def _add_measure(commands: Any) -> None:
         "measure",
         _measure,
         "Measure activation sparsity by layer, and perplexity, on text.",
-        "hf-sparse measure ./llama-relu --dataset allenai/c4 --max-tokens 100000 --plot sparsity.png",
+        "hf-sparse measure ./llama-relu --dataset allenai/c4 --max-tokens 100000 --html report.html",
     )
     parser.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
     _add_text(parser, "default: held-out documentation of the running Python", 32_768)
     parser.set_defaults(dataset=EMBEDDED)
-    also = "what else to count, such as density and union: see docs/measuring.md"
-    parser.add_argument("--metrics", metavar="NAME", nargs="+", default=(), help=also)
-    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the report as JSON")
-    parser.add_argument(
-        "--plot", metavar="FILE", type=Path, help="also draw sparsity by layer (png, svg, pdf)"
-    )
+    cli_measure.add_options(parser)
 
 
 def _measure(arguments: argparse.Namespace, _: list[str]) -> int:
-    from hf_sparse.metrics import measure
-
-    model, tokenizer = _load(arguments.model)
-    report = measure(
-        model,
-        _texts(arguments),
-        tokenizer=tokenizer,
-        **_passing(arguments),
-        progress=sys.stderr.isatty(),
-        metrics=arguments.metrics,
-    )
-    print(report)
-    if arguments.json:
-        report.to_json(arguments.json)
-    if arguments.plot:
-        report.plot(arguments.plot)
-    return 0
+    return cli_measure.run(arguments, _load, lambda: _texts(arguments), _passing(arguments))
 
 
 # ---- explain

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +16,7 @@ from hf_sparse.activations.config import ORIGINAL
 from hf_sparse.card_marks import PATCH, PUSHED
 from hf_sparse.card_metadata import BY_US, TAGS, with_metadata
 from hf_sparse.hub_facts import Facts, is_id
+from hf_sparse.markdown_table import markdown_table
 from hf_sparse.metrics import SparsityReport
 from hf_sparse.metrics.report import DEFINITION
 from hf_sparse.model_card import fingerprint, runtimes
@@ -162,7 +162,7 @@ def _measured(facts: Facts) -> str:
         window = f", in windows of {report.sequence_length:,} tokens" if report.sequence_length else ""
         lines += [
             f"With `hf_sparse.measure`, {on}{window}. {DEFINITION[0].upper()}{DEFINITION[1:]}.",
-            _table(head, rows),
+            markdown_table(head, rows),
             f"<details><summary>By layer</summary>\n\n{_by_layer(report, before)}\n\n</details>",
         ]
         if before is not None and before.tokens != report.tokens:
@@ -193,7 +193,7 @@ def _by_layer(report: SparsityReport, before: SparsityReport | None) -> str:
         if before is not None:
             row.insert(2, _share(old[layer.name].sparsity) if layer.name in old else "")
         rows.append(row)
-    return _table(["MLP block", "neurons", *(["before"] if before else []), "sparsity"], rows)
+    return markdown_table(["MLP block", "neurons", *(["before"] if before else []), "sparsity"], rows)
 
 
 def _share(value: float) -> str:
@@ -209,11 +209,6 @@ def _training(facts: Facts) -> str:
     if facts.recipe is not None:
         lines.append("The recipe:\n\n" + _fenced(facts.recipe, "yaml"))
     return "\n\n".join(lines)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
 
 
 def _fenced(text: str, kind: str) -> str:

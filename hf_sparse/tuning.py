@@ -12,7 +12,7 @@ from hf_sparse.calibration.input_values import of_thresholded, tell_densities
 from hf_sparse.errors import PatchError
 from hf_sparse.inputs import named_thresholded
 from hf_sparse.metrics.sparsity import measure_beside
-from hf_sparse.modules import sparse_part
+from hf_sparse.modules import SparseExperts, sparse_part
 from hf_sparse.patching import inspect, transformers_model
 from triton_ops import DENSE, Problem, break_even
 from triton_ops.backends import REGISTRY
@@ -38,6 +38,9 @@ class TunedLayer:
     """For one token, the density up to which a certificate makes it faster still; None if there is none."""
     obstacle: str | None
     """Why the block runs dense at any density, if it does."""
+    problems: tuple[Problem, ...] = ()
+    """What was timed for it, now or before: keys of ``measurements``. None of experts, among which the tokens
+    of a call are divided."""
 
     def skips(self, tokens: int) -> bool:
         """Whether the block skips silent neurons for this many tokens in a call."""
@@ -220,6 +223,7 @@ def _tuned(
         beyond=max((break_even.beyond(REGISTRY[backend], *item) for item in skips.items()), default=0.0),
         certified=max(with_certificate[0], default=0.0) if with_certificate else None,
         obstacle=obstacle,
+        problems=() if isinstance(part, SparseExperts) else tuple(limits),
     )
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from run_log import read_log
-from surroundings import machine
 
+from hf_sparse.surroundings import machine
 from triton_ops.table import table as columns
 
 

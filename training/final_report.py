@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from run_log import read_log
 
+from hf_sparse.markdown_table import markdown_table
 from hf_sparse.metrics import DEFINITION
 
 Record = dict[str, Any]
@@ -38,14 +39,14 @@ def write_report(folder: Path, recipe: Record) -> Path:
         "## By layer",
         _layers(original, evaluated),
         "## On the way",
-        _table(
+        markdown_table(
             ["update", "perplexity", "sparsity"],
             [[str(r["step"]), _number(r["perplexity"]), f"{r['sparsity']:.2%}"] for r in evaluated],
         ),
         "## Recipe",
         f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip()}\n```",
         "## Machine and versions",
-        _table(["", ""], [[k, str(v)] for k, v in _surroundings(about).items()]),
+        markdown_table(["", ""], [[k, str(v)] for k, v in _surroundings(about).items()]),
     ]
     path = folder / "report.md"
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -97,7 +98,7 @@ def _states(original: Record | None, evaluated: Sequence[Record], *, random: boo
             dead = f"{r['dead']:,}" if r.get("dead") is not None else ""
             shares = [f"{r['sparsity']:.2%}", f"{1 - r['sparsity']:.2%}", dead]
             rows.append([name, _number(r["loss"]), _number(r["perplexity"]), *shares])
-    return _table(["", "loss", "perplexity", "sparsity", "density", "dead neurons"], rows)
+    return markdown_table(["", "loss", "perplexity", "sparsity", "density", "dead neurons"], rows)
 
 
 def _layers(original: Record | None, evaluated: Sequence[Record]) -> str:
@@ -108,7 +109,7 @@ def _layers(original: Record | None, evaluated: Sequence[Record]) -> str:
         dead = last.get("dead_by_layer", {}).get(name)
         rows.append([f"`{name}`", *map(_share, [*before, share]), "" if dead is None else f"{dead:,}"])
     head = ["MLP block", *(["original"] if original else []), "patched", "final", "dead neurons"]
-    return _table(head, rows)
+    return markdown_table(head, rows)
 
 
 def _surroundings(about: Record) -> dict[str, Any]:
@@ -118,11 +119,6 @@ def _surroundings(about: Record) -> dict[str, Any]:
         **about.get("machine", {}),
         **about.get("versions", {}),
     }
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
 
 
 def _share(value: float | None) -> str:

@@ -30,7 +30,6 @@ from lora import add_lora
 from recipe import Recipe
 from run_log import RunLog, read_log
 from sharding import fit, is_sharded, reads_no_weights, size, whole_in_every_process, whole_state
-from surroundings import machine, versions
 from task import Task
 from trackers import begin_tracking, installed
 from training_sparsity import TrainingSparsity
@@ -40,6 +39,7 @@ from transformers.utils.logging import disable_progress_bar
 import hf_sparse
 from hf_sparse.methods import ActingTogether, Training
 from hf_sparse.metrics import SparsityReport
+from hf_sparse.surroundings import machine, versions
 from hf_sparse.windows import context_length
 from triton_ops.table import table
 

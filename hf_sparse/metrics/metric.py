@@ -177,7 +177,8 @@ class MetricReport:
             found[title] = ratio(*map(sum, zip(*known, strict=True))) if len(known) == len(pairs) else None
         return found
 
-    def __str__(self) -> str:
+    def rows(self) -> list[tuple[str, ...] | None]:
+        """The cells of the table, titles first and all blocks last, with None for a rule."""
         total = self.total()
         others = list(self.layers[0].others()) if self.layers else []
         rows: list[tuple[str, ...] | None] = [("MLP block", "neurons", *total, *others), None]
@@ -188,7 +189,10 @@ class MetricReport:
         neurons = sum(layer.neurons for layer in self.layers)
         blank = [""] * len(others)
         rows += [None, ("all layers", f"{neurons:,}", *map(_cell, total.values()), *blank)]
-        return f"{table(rows)}\n{self.metric}: {self.about}"
+        return rows
+
+    def __str__(self) -> str:
+        return f"{table(self.rows())}\n{self.metric}: {self.about}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; what is not known, or a share of nothing, is None."""

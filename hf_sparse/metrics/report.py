@@ -8,10 +8,15 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_sparse.metrics.metric import MetricReport
 from triton_ops.table import table
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from hf_sparse.tuning import TuneReport
 
 DEFINITION = "sparsity: share of exact zeros among the values that reach the down projections"
 """What every number called sparsity in this package means."""
@@ -265,6 +270,69 @@ class SparsityReport:
 
         return draw(self, Path(path), before)
 
+    def to_html(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        model: nn.Module | None = None,
+        model_name: str | None = None,
+        data: str | None = None,
+        before: SparsityReport | None = None,
+        beside: Mapping[str, SparsityReport] | None = None,
+        speed: TuneReport | None = None,
+    ) -> str:
+        """The report as one HTML page that loads nothing, also written to ``path`` if one is given.
+
+        It has what was measured, sparsity and dead neurons by layer, and a section for each metric; every
+        figure has a table of its numbers. Names from elsewhere are text on it, whatever they are.
+
+        Args:
+            path: where to write.
+            model: the model that was measured; the page then has its class, activation and dtype, versions
+                and the machine of this process. It is not run.
+            model_name: what to call it; None takes the Hub id or the folder's name of ``model``.
+            data: what it was measured on, in words, such as ``"allenai/c4, en, validation"``.
+            before: an earlier report of the same model, such as the dense one, whose numbers stand beside.
+            beside: more reports by their names, for a plot of sparsity against perplexity.
+            speed: what :func:`hf_sparse.tune` found for this model on this machine; with its measurements
+                (``force=True``) the page has the speed to expect of the MLP blocks.
+
+        Raises:
+            OSError: the file cannot be written.
+            PatchError: ``model`` has no MLP blocks.
+            ValueError: ``before`` is of a model with other blocks, or ``model`` or ``speed`` is of another
+                model than this report.
+
+        """
+        from hf_sparse.report_page import contents, write_html
+
+        page = contents(
+            self,
+            model=model,
+            model_name=model_name,
+            data=data,
+            before=before,
+            beside=beside,
+            speed=speed,
+        )
+        return _written(write_html(page), path)
+
+    def to_markdown(self, path: str | os.PathLike[str] | None = None, **options: Any) -> str:
+        """The same page as Markdown, with tables in the place of figures.
+
+        Args:
+            path: where to write.
+            options: as of :meth:`to_html`.
+
+        Raises:
+            OSError, PatchError, ValueError: as of :meth:`to_html`.
+            TypeError: an option is not known.
+
+        """
+        from hf_sparse.report_page import contents, write_markdown
+
+        return _written(write_markdown(contents(self, **options)), path)
+
 
 def perplexity(loss: float) -> float:
     """That of a mean loss in nats; infinite where it is too large for a float."""
@@ -272,6 +340,12 @@ def perplexity(loss: float) -> float:
         return math.exp(loss)
     except OverflowError:
         return math.inf
+
+
+def _written(text: str, path: str | os.PathLike[str] | None) -> str:
+    if path is not None:
+        Path(path).write_text(text, encoding="utf-8")
+    return text
 
 
 def _count(value: Any) -> int:

@@ -1,4 +1,4 @@
-"""On what a run takes place: versions and machine."""
+"""On what a run or a measurement takes place: versions and machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-import hf_sparse
+from hf_sparse._version import __version__
 from triton_ops.processor import processor_name
 
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "triton")
@@ -17,7 +17,7 @@ _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "s
 
 def versions() -> dict[str, str]:
     """Of Python and of what takes part."""
-    found = {"python": platform.python_version(), "hf_sparse": hf_sparse.__version__}
+    found = {"python": platform.python_version(), "hf_sparse": __version__}
     for name in _PACKAGES:
         try:
             found[name] = version(name)
