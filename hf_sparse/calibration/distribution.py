@@ -20,7 +20,8 @@ class Distribution:
     def counted(values: Tensor) -> Tensor:
         """What :meth:`add` takes, of values of any shape and floating dtype."""
         values = values.detach().float()
-        return torch.stack([counted(values[values >= 0]), counted(values[values < 0])])
+        below = values < 0
+        return torch.stack([counted(values[~below]), counted(values[below])])  # NaN among the first
 
     def add(self, counts: Tensor) -> None:
         """Add what :meth:`counted` gave."""

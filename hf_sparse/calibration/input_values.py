@@ -14,7 +14,7 @@ from hf_sparse.adapters.bottleneck import layer_of
 from hf_sparse.adapters.pruning import Pruning, column_norms
 from hf_sparse.adapters.roles import input_pruning
 from hf_sparse.calibration.distribution import Distribution
-from hf_sparse.calibration.magnitudes import Magnitudes, counted
+from hf_sparse.calibration.magnitudes import Magnitudes, counted, require_finite
 from hf_sparse.inputs import named_thresholded
 from hf_sparse.modules.sparse_linear import SparseLinear
 from hf_sparse.observing import Observer, blocks_of
@@ -85,7 +85,8 @@ class InputValues(Observer):
         self.add(self._shared.of(args[0], self))
 
     def update(self, values: Tensor, routed: bool) -> None:
-        self._shared.counts = self.count(values)
+        where = f"the input of a {type(self.linear).__name__} in the layer of {self.block.name}"
+        self._shared.counts = require_finite(self.count(values), where)
 
 
 class InputMagnitudes(InputValues):

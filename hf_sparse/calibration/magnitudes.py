@@ -7,6 +7,7 @@ from torch import Tensor
 
 _SHIFT = 15
 BUCKETS = 2 ** (31 - _SHIFT)
+_INFINITE = 0x7F800000 >> _SHIFT
 
 
 class Magnitudes:
@@ -81,6 +82,21 @@ def counted(values: Tensor) -> Tensor:
 
 def _buckets(values: Tensor) -> Tensor:
     return values.detach().float().abs().view(torch.int32) >> _SHIFT
+
+
+def require_finite(counts: Tensor, where: str) -> Tensor:
+    """``counts`` of :func:`counted`, perhaps several of them stacked.
+
+    Raises:
+        ValueError: an infinite value or NaN was counted; ``where`` says where it is.
+
+    """
+    if counts[..., _INFINITE:].any():
+        raise ValueError(
+            f"{where} has values that are infinite or no number on this text, and no threshold can be chosen; "
+            "run the model in float32 or bfloat16, or leave out the text that leads there."
+        )
+    return counts
 
 
 def edges(buckets: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_sparse.activations import ActivationConfig
 from hf_sparse.adapters import Block
-from hf_sparse.calibration.magnitudes import Magnitudes, counted
+from hf_sparse.calibration.magnitudes import Magnitudes, counted, require_finite
 from hf_sparse.calibration.method import Calibration
 from hf_sparse.config import SparsityConfig
 from hf_sparse.metrics.sparsity import ZeroCounter
@@ -80,4 +80,4 @@ class Values(Observer):
         self.magnitudes = Magnitudes()
 
     def update(self, values: Tensor, routed: bool) -> None:
-        self.magnitudes.add(counted(values))
+        self.magnitudes.add(require_finite(counted(values), f"the activation of {self.block.name}"))

@@ -357,3 +357,14 @@ def test_scap_takes_what_is_near_the_mode_for_the_mode() -> None:
     assert [one.density for _, one in named_thresholded(model)] == pytest.approx([0.5] * 6, abs=0.03)
     within = hf_sparse.calibrate(model, data, method="scap", max_perplexity_increase=1.0)
     assert within.increase <= 1.0
+
+
+@pytest.mark.parametrize("method", ["teal", "wina", "scap", "cats"])
+def test_values_that_no_threshold_can_be_read_from_are_named(method) -> None:
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.gate_proj.weight.fill_(float("inf"))
+    modules = list(model.modules())
+    with pytest.raises(ValueError, match=r"(in the layer|activation) of model\.layers\.1\.mlp has values"):
+        hf_sparse.calibrate(model, batches(), method=method, target_sparsity=0.4)
+    assert list(model.modules()) == modules
