@@ -93,7 +93,7 @@ def require_finite(counts: Tensor, where: str) -> Tensor:
     """
     if counts[..., _INFINITE:].any():
         raise ValueError(
-            f"{where} has values that are infinite or no number on this text, and no threshold can be chosen; "
+            f"{where} has values that are infinite or no number on this text; no threshold can be chosen; "
             "run the model in float32 or bfloat16, or leave out the text that leads there."
         )
     return counts
