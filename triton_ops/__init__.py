@@ -1,4 +1,7 @@
-"""Operators that skip silent neurons: numbers in, numbers out; nothing here knows of transformers."""
+"""Operators that skip silent neurons, and a dense one for decoding: numbers in, numbers out.
+
+Nothing here knows of transformers.
+"""
 
 from triton_ops.activations import ACTIVATIONS
 from triton_ops.backends import AUTO, BACKENDS, DENSE

@@ -2,8 +2,8 @@
 
 Density is the share of active neurons. A break-even of 1.0 says that skipping is never slower than dense.
 That of a certified call says up to which density the certificate is worth its bytes: no slower than dense,
-nor than skipping without it. A dense product (the form ``"dense_linear"``) has density 1: 1.0 says that the backend's
-is no slower than torch's, 0.0 that it is.
+nor than skipping without it. A dense product (the form ``"dense_linear"``) has density 1: 1.0 says that the
+backend's is no slower than torch's, 0.0 that it is.
 """
 
 from __future__ import annotations

@@ -61,8 +61,8 @@ class Backend:
     """``h [..., F]``, at least one token, ``weight [D, F]`` neuron-major, bias ``[D]``: ``[..., D]``."""
 
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
-    """``x [..., F]``, at least one token, ``weight [D, F]``, neither of size 0, of any strides, bias ``[D]``: the
-    dense product ``[..., D]``, contiguous. None: there is none but torch's."""
+    """The dense product: ``x [..., F]``, at least one token, ``weight [D, F]``, neither D nor F being 0, bias
+    ``[D]``, all of any strides: ``[..., D]``, contiguous. None: torch's is the only one."""
 
     certifies: bool = False
     """Whether it makes use of a certificate."""

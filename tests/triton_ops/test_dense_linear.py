@@ -1,4 +1,4 @@
-"""``triton_ops.linear``: the numbers of ``F.linear``, no less exact, in every layout and under all of torch."""
+"""``triton_ops.linear``: the numbers of ``F.linear``, no less exact, in every layout and use of torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,16 @@ PATHS = [DENSE, "torch", CPP]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = ["rows", "columns", "rows apart", "columns apart", "neither"]
 # tokens, outputs, inputs: ones, primes, tails of every vector width, more than one piece and block of rows
-SHAPES = [(1, 1, 1), (1, 7, 5), (2, 63, 1), (3, 1, 172), (4, 172, 63), (5, 300, 129), (8, 65, 1000), (9, 33, 64)]
+SHAPES = [
+    (1, 1, 1),
+    (1, 7, 5),
+    (2, 63, 1),
+    (3, 1, 172),
+    (4, 172, 63),
+    (5, 300, 129),
+    (8, 65, 1000),
+    (9, 33, 64),
+]
 
 
 def laid_out(weight: Tensor, layout: str) -> Tensor:
@@ -238,7 +247,8 @@ def test_views_of_all_kinds(path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("backend", "grad", "layout"), pairs(["dense", "torch", CPP], [False, True], ["rows", "columns", "neither"])
+    ("backend", "grad", "layout"),
+    pairs(["dense", "torch", CPP], [False, True], ["rows", "columns", "neither"]),
 )
 def test_opcheck(backend, grad, layout):
     x, weight, bias = make(6, 8, 12, torch.float32, layout)

@@ -154,8 +154,8 @@ def _kernels() -> Any:
 # From one two-core machine with AVX512-BF16, at the shapes of Llama-3.2-1B and Llama-2-7B;
 # `python -m triton_ops.tune` measures yours. With up to four tokens any machine spends its time reading
 # weights. A certificate is one byte per weight and leaves more rows to read than are active; it pays while
-# those are well below half of a 2-byte gate. torch's own products of one token are fast in float16, and slowest
-# in bfloat16: hence the sizes from which `linear` is worth a call that takes some microseconds longer.
+# those are well below half of a 2-byte gate. torch's own products of one token are slowest in bfloat16 and
+# fast in float16: hence the sizes from which `linear` is worth a call that takes some microseconds longer.
 BACKEND = Backend(
     name="cpp",
     devices=("cpu",),
