@@ -136,8 +136,8 @@ def plan(weight: Tensor, form: Form, *, certified: bool = False) -> Plan:
 
     Args:
         weight: the gate, or the up projection of a plain MLP, ``[F, D]``; with ``"linear"`` and
-            ``"dense_linear"`` their own weight, ``[D, F]``. Its device, dtype and shape count, not its values.
-            Under ``torch.compile`` its shape must be static, as a module's parameter has it.
+            ``"dense_linear"`` their own weight, ``[D, F]``. Its device, dtype and shape count, not its
+            values. Under ``torch.compile`` its shape must be static, as a module's parameter has it.
         form: the operator.
         certified: for calls that pass a certificate.
 
