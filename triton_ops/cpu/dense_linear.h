@@ -17,6 +17,9 @@ struct DenseLinear {
   static constexpr int64_t kBlock = 64;              // rows whose sums are kept before they are rounded
   static constexpr int64_t kPieceBytes = 32 * 1024;  // takes microseconds to read; to take a piece, tens of nanoseconds
   static constexpr int64_t kPieces = 32;             // for each thread, so that none waits long for the last
+  // Bytes of inputs that stay in the first-level cache beside the weights that pass. Larger ones are read from the next
+  // with every row, so four rows share them; rows of few inputs are read fastest one by one.
+  static constexpr int64_t kNear = 12 * 1024;
   const Type *x, *w, *bias;  // [T, F], [D, F] with contiguous rows, [D] or null
   Type* y;                   // [T, D]
   int64_t T, D, F, stride;   // between rows
@@ -27,12 +30,13 @@ struct DenseLinear {
   int32_t column[kTokens];
 
   void run_rows(int64_t begin, int64_t end) const {
+    const bool one_by_one = T * padded(F) * int64_t(sizeof(In)) <= kNear;
     const Type* rows[kBlock + kAhead];
     float products[kBlock * kTokens];
     for (int64_t first = begin, n; first < end; first += n) {
       n = std::min(kBlock, end - first);
       for (int64_t j = 0; j < n + kAhead; ++j) rows[j] = w + std::min(first + j, D - 1) * stride;
-      all_dots<W>(rows, n, input, column, T, F, products, T, true);
+      all_dots<W>(rows, n, input, column, T, F, products, T, one_by_one);
       for (int64_t j = 0; j < n; ++j) {
         const float b = bias ? W::widen(bias[first + j]) : 0.0f;
         for (int64_t t = 0; t < T; ++t) y[t * D + first + j] = W::narrow(products[j * T + t] + b);
