@@ -69,7 +69,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     columns = step != 1 and inputs != 1
     tokens = x.numel() // inputs
     if tokens > FEW or (columns and between != 1 and outputs != 1):
-        return F.linear(x, weight, bias)
+        return F.linear(x, weight, bias).contiguous()
     y = x.new_empty((*x.shape[:-1], outputs))
     x, bias = x.contiguous(), _contiguous(bias)  # named, so that a copy lives until the kernel is done
     storage = weight.untyped_storage()  # another thread may change the layout meanwhile
