@@ -144,6 +144,7 @@ has measured that skipping is faster.
 $ python benchmarks/mlp_decode.py --plot       # one token; four shapes, 0 to 99 % sparsity
 $ python benchmarks/mlp_batch.py --plot        # 1 to 512 tokens, independent and correlated
 $ python benchmarks/mlp_certified.py --plot    # certified skip; --weights takes the weights of a model of yours
+$ python benchmarks/linear.py                  # dense products of 1 to 8 tokens, against F.linear
 $ python benchmarks/generate.py --certify      # generate() of a randomly initialised Llama-3.2-1B; --batch
 $ python benchmarks/experts.py                 # a layer of stacked experts
 $ python benchmarks/lora.py                    # a gated MLP under a LoRA adapter

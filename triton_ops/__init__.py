@@ -1,9 +1,13 @@
-"""Operators that skip silent neurons: numbers in, numbers out; nothing here knows of transformers."""
+"""Operators that skip silent neurons, and a dense one for decoding: numbers in, numbers out.
+
+Nothing here knows of transformers.
+"""
 
 from triton_ops.activations import ACTIVATIONS
 from triton_ops.backends import AUTO, BACKENDS, DENSE
 from triton_ops.certificate import Certificate, certify
 from triton_ops.choice import Plan, backend, plan
+from triton_ops.dense_linear import linear
 from triton_ops.layout import is_neuron_major, neuron_major_
 from triton_ops.memo import forget
 from triton_ops.ops import gated_mlp, plain_mlp, sparse_linear
@@ -23,6 +27,7 @@ __all__ = [
     "forget",
     "gated_mlp",
     "is_neuron_major",
+    "linear",
     "neuron_major_",
     "plain_mlp",
     "plan",

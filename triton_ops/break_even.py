@@ -2,7 +2,8 @@
 
 Density is the share of active neurons. A break-even of 1.0 says that skipping is never slower than dense.
 That of a certified call says up to which density the certificate is worth its bytes: no slower than dense,
-nor than skipping without it.
+nor than skipping without it. A dense product (the form ``"dense_linear"``) has density 1: 1.0 says that the
+backend's is no slower than torch's, 0.0 that it is.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ def pays(limit: float, density: float | None, *, certified: bool = False) -> boo
 def default(backend: Backend, problem: Problem) -> tuple[float, ...]:
     """The built-in break-even densities for 1, 2, … tokens; none where it is not worth it."""
     found = backend.default(problem.dtype)
-    if found is None or problem.bytes < found.min_bytes:
+    if found is None:
+        return ()
+    least = found.linear_min_bytes if problem.form == "dense_linear" else found.min_bytes
+    if least is None or problem.bytes < least:
         return ()
     return found.certified if problem.certified else (1.0,) * found.few
 
@@ -46,10 +50,11 @@ def beyond(backend: Backend, problem: Problem, limits: tuple[float, ...]) -> flo
     """The break-even density for more tokens than ``limits`` of :func:`default` or :func:`measured` know of.
 
     It is built in; but where a measurement of the most tokens says less, that counts. A certificate is for
-    one token.
+    one token, and the dense product for a few.
     """
     found = backend.default(problem.dtype)
-    if found is None or not limits or problem.certified or not backend.multiplies(problem.dtype):
+    decoding = problem.certified or problem.form == "dense_linear"
+    if found is None or not limits or decoding or not backend.multiplies(problem.dtype):
         return 0.0
     return min(found.beyond, limits[-1])
 

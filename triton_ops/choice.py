@@ -135,9 +135,9 @@ def plan(weight: Tensor, form: Form, *, certified: bool = False) -> Plan:
     """The plan for an operator with this weight: the forced backend, or the best one that pays.
 
     Args:
-        weight: the gate, or the up projection of a plain MLP, ``[F, D]``; with ``"linear"`` its own weight,
-            ``[D, F]``. Its device, dtype and shape count, not its values. Under ``torch.compile`` its shape
-            must be static, as a module's parameter has it.
+        weight: the gate, or the up projection of a plain MLP, ``[F, D]``; with ``"linear"`` and
+            ``"dense_linear"`` their own weight, ``[D, F]``. Its device, dtype and shape count, not its
+            values. Under ``torch.compile`` its shape must be static, as a module's parameter has it.
         form: the operator.
         certified: for calls that pass a certificate.
 
@@ -149,7 +149,7 @@ def plan(weight: Tensor, form: Form, *, certified: bool = False) -> Plan:
     if autocasts(device):
         return _UNDER_AUTOCAST
     first, second = weight.shape
-    hidden, neurons = (first, second) if form == "linear" else (second, first)
+    hidden, neurons = (first, second) if form in ("linear", "dense_linear") else (second, first)
     problem = Problem(form, hidden, neurons, weight.dtype, device, certified)
     if torch.compiler.is_compiling():
         # What the compiler sees being read it guards on.
@@ -182,6 +182,8 @@ def _plan(forced: str, problem: Problem) -> Plan:
 def _best(problem: Problem) -> tuple[str, tuple[float, ...], float]:
     """The best available backend, and the densities up to which it pays: for 1, 2, … tokens, and for more."""
     for found in automatic(problem.device):
+        if problem.form == "dense_linear" and found.linear is None:
+            continue
         limits = break_even.measured(found.name, problem)
         measured = limits is not None
         if limits is None:

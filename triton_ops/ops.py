@@ -193,7 +193,7 @@ def _check_mlp(x: Tensor, mlp: MLP) -> None:
     gated = mlp.up is not None
     first = "gate" if gated else "up"
     check(mlp.activation, mlp.threshold, gated=gated)
-    _check_input("x", x, mlp.first, first)
+    check_input("x", x, mlp.first, first)
     neurons, hidden = mlp.first.shape
     check_tensor(first, mlp.first, (neurons, x.shape[-1]), x, "[F, D]")
     check_tensor("up", mlp.up, (neurons, hidden), x, "[F, D]")
@@ -210,13 +210,14 @@ def _check_mlp(x: Tensor, mlp: MLP) -> None:
 
 
 def _check_sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    _check_input("h", h, weight, "weight")
+    check_input("h", h, weight, "weight")
     hidden, _ = weight.shape
     check_tensor("weight", weight, (hidden, h.shape[-1]), h, "[D, F]")
     check_tensor("bias", bias, (hidden,), h, "[D]")
 
 
-def _check_input(name: str, x: Tensor, weight: Tensor, weight_name: str) -> None:
+def check_input(name: str, x: Tensor, weight: Tensor, weight_name: str) -> None:
+    """Refuse an input without features or not of floating numbers, and a weight that is no matrix."""
     if x.ndim < 1:
         raise ValueError(f"{name} has no dimension; expected [..., features].")
     if weight.ndim != 2:
@@ -405,11 +406,13 @@ def _plain_mlp_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     )
 
 
-def _save_sparse_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """What :func:`linear_backward` needs."""
     ctx.save_for_backward(inputs[0], inputs[1])
 
 
-def _sparse_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of ``input, weight, bias``, and none of the backend."""
     h, weight = ctx.saved_tensors
     need = ctx.needs_input_grad
     return (
@@ -427,5 +430,5 @@ torch.library.register_autograd(
     "hf_sparse::plain_mlp", _plain_mlp_backward, setup_context=_save_plain_mlp, lib=LIB
 )
 torch.library.register_autograd(
-    "hf_sparse::sparse_linear", _sparse_linear_backward, setup_context=_save_sparse_linear, lib=LIB
+    "hf_sparse::sparse_linear", linear_backward, setup_context=save_linear, lib=LIB
 )

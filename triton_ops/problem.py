@@ -6,10 +6,10 @@ from typing import Literal, NamedTuple
 
 import torch
 
-Form = Literal["gated", "plain", "linear"]
-"""The operator: :func:`triton_ops.gated_mlp`, ``plain_mlp`` or ``sparse_linear``."""
+Form = Literal["gated", "plain", "linear", "dense_linear"]
+"""The operator: :func:`triton_ops.gated_mlp`, ``plain_mlp``, ``sparse_linear`` or ``linear``."""
 
-MATRICES: dict[Form, int] = {"gated": 3, "plain": 2, "linear": 1}
+MATRICES: dict[Form, int] = {"gated": 3, "plain": 2, "linear": 1, "dense_linear": 1}
 """How many weight matrices each form has."""
 
 

@@ -22,7 +22,10 @@ class Default:
     """Size of the weights of a block below which the call of the operator costs more than skipping saves."""
 
     few: int
-    """Number of tokens up to which skipping is no slower at any density, for all three operators."""
+    """Number of tokens up to which a call is no slower than dense at any density, for all four operators."""
+
+    linear_min_bytes: int | None = None
+    """Size of a weight below which ``linear`` is slower than torch's; None: it is not chosen unmeasured."""
 
     beyond: float = 0.0
     """Break-even density for more tokens than those, on a machine where the backend multiplies."""
@@ -56,6 +59,10 @@ class Backend:
 
     sparse_linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     """``h [..., F]``, at least one token, ``weight [D, F]`` neuron-major, bias ``[D]``: ``[..., D]``."""
+
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
+    """The dense product: ``x [..., F]``, at least one token, ``weight [D, F]``, neither D nor F being 0, bias
+    ``[D]``, all of any strides: ``[..., D]``, contiguous. None: torch's is the only one."""
 
     certifies: bool = False
     """Whether it makes use of a certificate."""

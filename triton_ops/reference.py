@@ -71,6 +71,11 @@ def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     return F.linear(h, weight, bias)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x weightᵀ + bias``: ``x [..., F]``, ``weight [D, F]``, of which every element counts."""
+    return F.linear(x, weight, bias)
+
+
 def routed_mlp(
     x: Tensor,
     experts: Tensor,

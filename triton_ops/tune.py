@@ -18,9 +18,10 @@ from torch import Tensor
 from triton_ops import break_even, reference
 from triton_ops.backends import DENSE, REGISTRY, automatic
 from triton_ops.certificate import Certificate, certify
+from triton_ops.dense_linear import linear
 from triton_ops.layout import neuron_major_
 from triton_ops.ops import gated_mlp, plain_mlp, sparse_linear
-from triton_ops.problem import MATRICES, Problem
+from triton_ops.problem import MATRICES, Form, Problem
 from triton_ops.table import table
 
 TOKENS = (1, 2, 4, 8, 16, 32)
@@ -28,6 +29,12 @@ DENSITIES = (1.0, 0.75, 0.5, 0.3, 0.2, 0.1, 0.05)
 NO_SLOWER = 0.97
 """Skipping that takes up to ``1 / 0.97`` of the time of dense counts as no slower: clocks tell no better."""
 HOPELESS = 3.0  # times the dense time: not measured again after the first counted round
+_NAMES: dict[Form, str] = {
+    "gated": "gated MLP",
+    "plain": "plain MLP",
+    "linear": "linear",
+    "dense_linear": "dense linear",
+}
 COLD_BYTES = 128 << 20  # of weights that calls cycle through, more than a cache holds …
 COLD_DECIDING_BYTES = 64 << 20  # … and of those that every call reads, however sparse
 
@@ -78,8 +85,10 @@ class Measurement:
     def __str__(self) -> str:
         form, hidden, neurons, dtype, _, certified = self.problem
         densities = sorted(self.sparse_ms[min(self.dense_ms)])
-        what = {"gated": "gated MLP", "plain": "plain MLP", "linear": "linear"}[form]
+        what = _NAMES[form]
         rival = "the faster of dense and uncertified / certified" if certified else "dense / sparse"
+        if form == "dense_linear":
+            rival = "dense by torch / by the backend"
         name = str(dtype).removeprefix("torch.")
         head = f"{self.backend}, {name}, {hidden} x {neurons}, {what}; {rival} time by density"
         rows = [["tokens", "dense ms", *(f"{d:.0%}" for d in reversed(densities)), "break-even"]]
@@ -103,7 +112,8 @@ def measure(
 
     Args:
         problem: what to measure, on ``"cpu"`` or ``"cuda"``. ``certified``: what a certificate adds, for one
-            token; ``tokens`` is not read.
+            token; ``tokens`` is not read. ``"dense_linear"``: the backend's dense product against torch's;
+            ``densities`` is not read.
         backend: the name of one that skips; None takes the best that can run.
         tokens: the numbers of tokens to measure, of at least 1; 1 is always among them.
         densities: the shares of active neurons to measure; break-evens are told at these.
@@ -111,8 +121,10 @@ def measure(
         save: keep the result in the cache folder; this and later processes choose by it.
 
     Raises:
-        ValueError: ``tokens`` is empty or has a number below 1; a certificate for ``"linear"``.
-        RuntimeError: no backend can run with this dtype on this device, or has a use for a certificate.
+        ValueError: ``tokens`` is empty or has a number below 1; a certificate for ``"linear"`` or
+            ``"dense_linear"``.
+        RuntimeError: no backend can run with this dtype on this device, or has a use for a certificate, or a
+            dense product of its own.
         OSError: ``save`` and the cache folder cannot be written.
 
     """
@@ -120,12 +132,17 @@ def measure(
         raise ValueError(f"tokens={tuple(tokens)} is not a sequence of numbers of at least 1.")
     certified = problem.certified
     counts = (1,) if certified else tuple(sorted({1, *tokens}))
-    if certified and problem.form == "linear":
-        raise ValueError("certified=True has no meaning for form='linear', whose input says what is silent.")
+    if certified and MATRICES[problem.form] == 1:
+        raise ValueError(f"certified=True has no meaning for form={problem.form!r}, which has no gate.")
     name = backend or available(problem.device, problem.dtype)
     if certified and not REGISTRY[name].certifies:
         known = " and ".join(found.name for found in REGISTRY.values() if found.certifies)
         raise RuntimeError(f"backend {name!r} has no use for a certificate; {known} have.")
+    if problem.form == "dense_linear":
+        densities = (1.0,)
+        if REGISTRY[name].linear is None:
+            known = " and ".join(found.name for found in REGISTRY.values() if found.linear)
+            raise RuntimeError(f"backend {name!r} has no dense product of its own; {known} has.")
     blocks = _blocks(problem)
     dense_ms: dict[int, float] = {}
     sparse_ms: dict[int, dict[float, float]] = {}
@@ -183,12 +200,15 @@ class _Block:
     rows: Tensor
     """The same, neuron-major."""
     certificate: Certificate | None
+    skips: bool = True
+    """Whether a linear is the sparse one."""
 
     def copy(self) -> _Block:
         """The same values elsewhere in memory."""
         certificate = self.certificate and Certificate(*(t.clone() for t in self.certificate))
         up, down = tuple(t.clone() for t in self.up), self.down.clone()
-        return _Block(up=up, down=down, rows=self.rows.clone(), certificate=certificate)
+        rows = self.rows.clone() if self.skips else down
+        return _Block(up=up, down=down, rows=rows, certificate=certificate, skips=self.skips)
 
     def dense(self, tokens: int) -> Callable[[], Tensor]:
         """The dense call, which takes as long at every density."""
@@ -201,6 +221,8 @@ class _Block:
     def sparse(self, tokens: int, density: float, backend: str, certified: bool) -> Callable[[], Tensor]:
         """The skipping call with this share of active neurons, drawn for each token on its own."""
         x = self._input(tokens)
+        if not self.skips:
+            return lambda: linear(x, self.down, backend=backend)
         if not self.up:
             h = x.masked_fill(torch.rand_like(x, dtype=torch.float32) >= density, 0)
             return lambda: sparse_linear(h, self.rows, backend=backend)
@@ -227,7 +249,9 @@ def _blocks(problem: Problem) -> list[_Block]:
     up = tuple(rand(neurons, hidden) for _ in range(MATRICES[form] - 1))
     down = rand(hidden, neurons)
     certificate = certify(up[0]) if certified else None
-    first = _Block(up=up, down=down, rows=neuron_major_(down.clone()), certificate=certificate)
+    skips = form != "dense_linear"
+    rows = neuron_major_(down.clone()) if skips else down
+    first = _Block(up=up, down=down, rows=rows, certificate=certificate, skips=skips)
     deciding = hidden * neurons if certified else problem.down_bytes
     count = max(-(-COLD_BYTES // problem.bytes), -(-COLD_DECIDING_BYTES // deciding))
     return [first, *(first.copy() for _ in range(min(count, 64) - 1))]

@@ -117,6 +117,20 @@ def test_mlp_certified_on_the_weights_of_a_model(tmp_path: Path, assets: Path) -
     assert {row["shape"] for row in rows} == {"stories260K"}
 
 
+def test_linear(tmp_path: Path) -> None:
+    sizes = ("--shapes", "64x96", "--tokens", "1", "8", "--layouts", "rows", "columns", "--cold-mib", "1")
+    rows = run("linear", tmp_path / "r.json", "--dtypes", "bfloat16", *sizes, "--backend", "torch")["results"]
+    assert [(row["layout"], row["tokens"]) for row in rows] == [
+        ("rows", 1),
+        ("rows", 8),
+        ("columns", 1),
+        ("columns", 8),
+    ]
+    for row in rows:
+        assert row["weights_cycled"] * 64 * 96 * 2 >= 1 << 20
+        assert row["gb_per_s"] == pytest.approx(64 * 96 * 2 / row["linear"]["median_ms"] / 1e6, abs=0.1)
+
+
 @pytest.mark.slow
 def test_generate(tmp_path: Path) -> None:
     sizes = ("--shape", "128x192", "--vocab", "256", "--layers", "2", "--new-tokens", "3", "--batch", "2")

@@ -35,7 +35,7 @@ def test_machines_with_fewer_instructions(without, tmp_path):
         [
             *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", TESTS),
             "--hypothesis-profile=few",
-            *(folder / "test_cpu_kernels.py", folder / "test_certificate.py"),
+            *(folder / f"test_{name}.py" for name in ("cpu_kernels", "certificate", "dense_linear")),
         ],
         capture_output=True,
         text=True,

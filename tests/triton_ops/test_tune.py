@@ -76,6 +76,18 @@ def test_a_certificate_is_measured_for_one_token_and_kept_beside(form):
     assert break_even.measured("cpp", small(form)) is None
 
 
+@needs_compiler
+def test_a_dense_product_is_measured_against_that_of_torch():
+    problem = small("dense_linear")
+    measured = tune.measure(problem, tokens=(1, 3), repeats=1)
+    assert measured.backend == "cpp"
+    assert all(set(times) == {1.0} for times in measured.sparse_ms.values())
+    assert set(measured.break_even) <= {0.0, 1.0}
+    assert "cpp, float32, 16 x 24, dense linear; dense by torch / by the backend" in str(measured)
+    assert break_even.measured("cpp", problem) == measured.break_even
+    assert break_even.measured("cpp", small("linear")) is None
+
+
 @pytest.mark.parametrize("form", ["gated", "plain"])
 def test_what_is_timed_has_the_density_that_it_says(form):
     (block, *_) = tune._blocks(Problem(form, 32, 500, torch.float32, "cpu"))
@@ -107,6 +119,16 @@ def test_a_measurement_below_the_built_in_size_is_followed():
         ({"tokens": ()}, ValueError, "tokens="),
         ({"tokens": (0, 2)}, ValueError, "tokens="),
         ({"problem": small("linear")._replace(certified=True)}, ValueError, "certified=True has no meaning"),
+        (
+            {"problem": small("dense_linear")._replace(certified=True)},
+            ValueError,
+            "certified=True has no meaning for form='dense_linear'",
+        ),
+        (
+            {"problem": small("dense_linear"), "backend": "torch"},
+            RuntimeError,
+            "'torch' has no dense product of its own; cpp has",
+        ),
         (
             {"problem": small("gated")._replace(certified=True), "backend": "torch"},
             RuntimeError,

@@ -14,7 +14,7 @@ from support.kernel_blocks import make_block
 from support.recorders import FunctionRecorder, Recorder
 from triton_ops.unobserved import unobserved
 
-OPERATORS = ("gated_mlp", "plain_mlp", "sparse_linear")
+OPERATORS = ("gated_mlp", "plain_mlp", "sparse_linear", "linear")
 
 
 class Subclass(torch.Tensor):
@@ -28,11 +28,11 @@ class Operator:
         self.name = name
         self.overload = getattr(torch.ops.hf_sparse, name).default
         self.block = make_block(3, 16, 40, torch.float32, gated=name == "gated_mlp", bias=True)
-        self.x = self.block.x if name != "sparse_linear" else torch.randn(3, 40).relu()
+        self.x = torch.randn(3, 40).relu() if name.endswith("linear") else self.block.x
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self.name == "sparse_linear":
-            return triton_ops.sparse_linear(x, self.block.down, self.block.down_bias)
+        if self.name.endswith("linear"):
+            return getattr(triton_ops, self.name)(x, self.block.down, self.block.down_bias)
         return replace(self.block, x=x).run(triton_ops)
 
 

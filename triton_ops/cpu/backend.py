@@ -6,9 +6,10 @@ import ctypes
 import os
 import struct
 from functools import cache
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from triton_ops.activations import TABLE
@@ -21,6 +22,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # struct Call of mlp.cpp. Between two layers of decoding nothing of Python is left in the caches, so what is
 # done here for every call is kept small: ctypes would take longer to convert twenty arguments.
 _pack = struct.Struct("11P6q3if").pack
+_pack_linear = struct.Struct("4P4q4i").pack  # struct LinearCall
 
 # The threads of OpenMP do not survive a fork, and waiting for them hangs the child; it works on one instead.
 _forked = False
@@ -53,6 +55,49 @@ def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _call(h, y, MLP(None, None, weight, None, None, bias, "", 0.0), 0)  # type: ignore[arg-type]
 
 
+FEW = 8
+"""Tokens up to which :func:`linear` is a kernel: ``kTokens`` of ``dense_linear.h``."""
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x [..., F]`` to ``[..., D]``; ``weight [D, F]`` is read once for up to :data:`FEW` tokens.
+
+    Rows or columns of ``weight`` must be contiguous; with other strides, or more tokens, torch multiplies.
+    """
+    outputs, inputs = weight.shape
+    between, step = weight.stride()
+    columns = step != 1 and inputs != 1
+    tokens = x.numel() // inputs
+    if tokens > FEW or (columns and between != 1 and outputs != 1):
+        return F.linear(x, weight, bias).contiguous()
+    y = x.new_empty((*x.shape[:-1], outputs))
+    x, bias = x.contiguous(), _contiguous(bias)  # named, so that a copy lives until the kernel is done
+    storage = weight.untyped_storage()  # another thread may change the layout meanwhile
+    failed = _kernels().hfs_linear(
+        _pack_linear(
+            x.data_ptr(),
+            storage.data_ptr() + weight.storage_offset() * weight.itemsize,
+            _pointer(bias),
+            y.data_ptr(),
+            tokens,
+            outputs,
+            inputs,
+            step if columns else between,
+            DTYPES[x.dtype],
+            columns,
+            1 if _forked else torch.get_num_threads(),
+            0,
+        )
+    )
+    return y if not failed else _no_memory(tokens)
+
+
+def _no_memory(tokens: int) -> NoReturn:
+    raise MemoryError(
+        f"no memory is left for the intermediate values of {tokens} tokens; use fewer in one call."
+    )
+
+
 def _call(x: Tensor, y: Tensor, mlp: MLP, kind: int) -> Tensor:
     first, up, down, first_bias, up_bias, down_bias, _, threshold, certificate = mlp
     threshold, each = (0.0, threshold) if isinstance(threshold, Tensor) else (threshold, None)
@@ -63,7 +108,7 @@ def _call(x: Tensor, y: Tensor, mlp: MLP, kind: int) -> Tensor:
     tensors = _contiguous(x), _rows(first), _rows(up)
     storage = down.untyped_storage()
     vectors = [_contiguous(v) for v in (first_bias, up_bias, down_bias, each, *(certificate or (None, None)))]
-    failed = _kernel()(
+    failed = _kernels().hfs_mlp(
         _pack(
             *map(_pointer, tensors),
             storage.data_ptr() + down.storage_offset() * down.itemsize,
@@ -80,11 +125,7 @@ def _call(x: Tensor, y: Tensor, mlp: MLP, kind: int) -> Tensor:
             threshold,
         )
     )
-    if failed:
-        raise MemoryError(
-            f"no memory is left for the intermediate values of {tokens} tokens; use fewer in one call."
-        )
-    return y
+    return y if not failed else _no_memory(tokens)
 
 
 def _rows(weight: Tensor | None) -> Tensor | None:
@@ -101,18 +142,20 @@ def _pointer(tensor: Tensor | None) -> int:
 
 
 @cache
-def _kernel() -> Any:
+def _kernels() -> Any:
     library = build.library()
     assert not isinstance(library, str), library  # unusable() has been asked
-    library.hfs_mlp.restype = ctypes.c_int
-    library.hfs_mlp.argtypes = [ctypes.c_char_p]
-    return library.hfs_mlp
+    for function in (library.hfs_mlp, library.hfs_linear):
+        function.restype = ctypes.c_int
+        function.argtypes = [ctypes.c_char_p]
+    return library
 
 
 # From one two-core machine with AVX512-BF16, at the shapes of Llama-3.2-1B and Llama-2-7B;
 # `python -m triton_ops.tune` measures yours. With up to four tokens any machine spends its time reading
 # weights. A certificate is one byte per weight and leaves more rows to read than are active; it pays while
-# those are well below half of a 2-byte gate.
+# those are well below half of a 2-byte gate. torch's own products of one token are slowest in bfloat16 and
+# fast in float16: hence the sizes from which `linear` is worth a call that takes some microseconds longer.
 BACKEND = Backend(
     name="cpp",
     devices=("cpu",),
@@ -120,11 +163,23 @@ BACKEND = Backend(
     unusable=unusable,
     mlp=mlp,
     sparse_linear=sparse_linear,
+    linear=linear,
     certifies=True,
     multiplies=products.multiplies,
     defaults={
-        torch.bfloat16: Default(min_bytes=1 << 20, few=4, beyond=1.0, certified=(0.12,)),
-        torch.float16: Default(min_bytes=4 << 20, few=4, beyond=1.0, certified=(0.12,), must_multiply=True),
-        torch.float32: Default(min_bytes=4 << 20, few=4, beyond=1.0, certified=(0.3,)),
+        torch.bfloat16: Default(
+            min_bytes=1 << 20, few=4, linear_min_bytes=1 << 18, beyond=1.0, certified=(0.12,)
+        ),
+        torch.float16: Default(
+            min_bytes=4 << 20,
+            few=4,
+            linear_min_bytes=2 << 20,
+            beyond=1.0,
+            certified=(0.12,),
+            must_multiply=True,
+        ),
+        torch.float32: Default(
+            min_bytes=4 << 20, few=4, linear_min_bytes=1 << 20, beyond=1.0, certified=(0.3,)
+        ),
     },
 )

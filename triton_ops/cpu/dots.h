@@ -17,6 +17,9 @@ template <class W>
 struct Product {
   typedef float In;                               // what inputs are stored as
   static constexpr int kSums = 2;                 // vectors of sums per dot product
+  // After so many steps sums start anew, so that rounding errors do not add up over long rows; 0: never, where they
+  // vanish in the rounding of the result.
+  static constexpr int64_t kSteps = sizeof(typename W::Type) == 4 ? 128 : 0;
   struct Pair {
     Vec a, b;
   };
@@ -53,6 +56,7 @@ template <>
 struct Product<BFloat16> {
   typedef uint16_t In;
   static constexpr int kSums = 1;
+  static constexpr int64_t kSteps = 0;
   typedef __m512bh Pair;
   static Pair row(const uint16_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
   static Pair input(const uint16_t* p) { return row(p); }
@@ -68,23 +72,31 @@ struct Product<BFloat16> {
 #endif
 
 // An upper bound of the roundings that one product goes through on its way into the sum of D products; see
-// triton_ops/certificate.py. Generously: two for every step of the loop, and the tree of the last sum.
+// triton_ops/certificate.py. Generously: two for every step of the loop (kSteps adds one for many), and the tree of the
+// last sum.
 inline int64_t roundings(int64_t D) { return 4 * (padded(D) / kStep) + 16; }
 
 // out[r * N + t] = rows[r] . x[t]. Fetch: the next R rows are asked for on the way.
 template <class W, int R, int N, bool Fetch>
 void dots(const typename W::Type* const* rows, const typename Product<W>::In* const* x, int64_t D, float* out) {
   typedef Product<W> P;
-  Vec sums[R][N][P::kSums] = {};
+  Vec sums[R][N][P::kSums] = {}, before[R][N][P::kSums] = {};
   typename P::Pair in[N];
   int64_t i = 0;
-  for (; i + kStep <= D; i += kStep) {
-    for (int t = 0; t < N; ++t) in[t] = P::input(x[t] + i);
-    for (int r = 0; r < R; ++r) {
-      const typename P::Pair w = P::row(rows[r] + i);
-      if (Fetch) fetch(rows[r + R] + i, kStep * sizeof(typename W::Type));
-      for (int t = 0; t < N; ++t) P::add(sums[r][t], w, in[t]);
+  for (;;) {
+    const int64_t end = P::kSteps && D - i > P::kSteps * kStep ? i + P::kSteps * kStep : D;
+    for (; i + kStep <= end; i += kStep) {
+      for (int t = 0; t < N; ++t) in[t] = P::input(x[t] + i);
+      for (int r = 0; r < R; ++r) {
+        const typename P::Pair w = P::row(rows[r] + i);
+        if (Fetch) fetch(rows[r + R] + i, kStep * sizeof(typename W::Type));
+        for (int t = 0; t < N; ++t) P::add(sums[r][t], w, in[t]);
+      }
     }
+    if (end == D) break;
+    for (int r = 0; r < R; ++r)
+      for (int t = 0; t < N; ++t)
+        for (int k = 0; k < P::kSums; ++k) before[r][t][k] += sums[r][t][k], sums[r][t][k] = Vec{};
   }
   if (i < D) {
     for (int t = 0; t < N; ++t) in[t] = P::input(x[t] + i);
@@ -96,7 +108,11 @@ void dots(const typename W::Type* const* rows, const typename Product<W>::In* co
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int t = 0; t < N; ++t) out[r * N + t] = P::total(sums[r][t]);
+    for (int t = 0; t < N; ++t) {
+      if (P::kSteps)
+        for (int k = 0; k < P::kSums; ++k) sums[r][t][k] += before[r][t][k];
+      out[r * N + t] = P::total(sums[r][t]);
+    }
 }
 
 // R rows with the T inputs x[0], x[1], …, tile by tile; the result of row r and input t goes to

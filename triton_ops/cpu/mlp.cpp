@@ -2,6 +2,7 @@
 //
 // Shapes: T tokens, D hidden size, F neurons. The weights hold one neuron per contiguous row of D elements.
 
+#include "dense_linear.h"
 #include "one_pass.h"
 #include "hidden_product.h"
 #include "down_product.h"
@@ -21,6 +22,15 @@ struct Call {
   float threshold;
 };
 static_assert(sizeof(Call) == 17 * 8 + 4 * 4, "backend.py packs it by hand");
+
+// One dense product of a few tokens.
+struct LinearCall {
+  const void *x, *w, *bias;     // [T, F]; [D, F], of which rows or columns are contiguous; [D] or null
+  void* y;                      // [T, D]
+  int64_t T, D, F, stride;      // between these rows or columns
+  int32_t dtype, columns, threads, unused;
+};
+static_assert(sizeof(LinearCall) == 8 * 8 + 4 * 4, "backend.py packs it by hand");
 
 namespace {
 
@@ -106,6 +116,16 @@ int64_t run(const Fused<W>& mlp, int threads, char* scratch) {
   return before + bytes;
 }
 
+// Calls work(scratch), at first with null for the bytes that it needs. Returns 1 where there is no memory for them.
+template <class Work>
+int with_scratch(Work work) {
+  char* const scratch = take_scratch(size_t(work(nullptr)));
+  if (!scratch) return 1;
+  work(scratch);
+  give_back_scratch(scratch);
+  return 0;
+}
+
 template <class W>
 int run(const Call& call) {
   typedef typename W::Type Type;
@@ -119,16 +139,42 @@ int run(const Call& call) {
   mlp.gate_stride = call.gate_stride, mlp.up_stride = call.up_stride, mlp.down_stride = call.down_stride;
   mlp.kind = call.kind, mlp.threshold = rounded<W>(call.threshold), mlp.thresholds = (const Type*)call.thresholds;
   const int threads = sensible(call.threads);
-  char* const scratch = take_scratch(size_t(run(mlp, threads, nullptr)));
-  if (!scratch) return 1;
-  run(mlp, threads, scratch);
-  give_back_scratch(scratch);
-  return 0;
+  return with_scratch([&](char* scratch) { return run(mlp, threads, scratch); });
+}
+
+template <class W>
+int run(const LinearCall& call) {
+  typedef typename W::Type Type;
+  const int threads = sensible(call.threads);
+  const auto run_one = [&](auto& linear) {
+    return with_scratch([&](char* scratch) {
+      int64_t bytes = 0;
+      run_part(linear, threads, scratch, bytes);
+      return bytes;
+    });
+  };
+  if (call.columns) {
+    Fused<W> linear = {};
+    linear.x = (const Type*)call.x, linear.down = (const Type*)call.w, linear.down_bias = (const Type*)call.bias;
+    linear.y = (Type*)call.y, linear.all = true;
+    linear.T = call.T, linear.D = call.D, linear.F = call.F, linear.down_stride = call.stride;
+    return run_one(linear);
+  }
+  DenseLinear<W> linear = {};
+  linear.x = (const Type*)call.x, linear.w = (const Type*)call.w, linear.bias = (const Type*)call.bias;
+  linear.y = (Type*)call.y;
+  linear.T = call.T, linear.D = call.D, linear.F = call.F, linear.stride = call.stride;
+  return run_one(linear);
 }
 
 }  // namespace
 
 // Returns 0, or 1 where there is no memory for intermediate values; y is then as it was.
 extern "C" int hfs_mlp(const Call* call) {
+  return call->dtype == 0 ? run<Float32>(*call) : call->dtype == 1 ? run<BFloat16>(*call) : run<Float16>(*call);
+}
+
+// The same for at most DenseLinear::kTokens tokens.
+extern "C" int hfs_linear(const LinearCall* call) {
   return call->dtype == 0 ? run<Float32>(*call) : call->dtype == 1 ? run<BFloat16>(*call) : run<Float16>(*call);
 }

@@ -73,6 +73,7 @@ struct Fused {
   const float* bounds;                                                 // [F, 3]
   Type* y;
   bool stores;   // h goes to hidden [T, F], and nothing to y
+  bool all;      // without a gate: no neuron is silent, also where h is 0
   Type* hidden;
   int64_t T, D, F, gate_stride, up_stride, down_stride;
   int kind;
@@ -178,8 +179,9 @@ struct Fused {
     for (int64_t t = 0; t < T; ++t) {
       int64_t count = 0;
       for (int64_t i = 0; i < n; ++i)
-        if (h[i * T + t] != 0.0f) own[count] = h[i * T + t], rows[count++] = down + (begin + i) * down_stride;
-      add_rows<W>(partial + (g * T + t) * D, rows, own, count, 0, D, !written[g * T + t]);
+        if (all || h[i * T + t] != 0.0f) own[count] = h[i * T + t], rows[count++] = down + (begin + i) * down_stride;
+      const auto add = all ? add_rows<W, true> : add_rows<W, false>;
+      add(partial + (g * T + t) * D, rows, own, count, 0, D, !written[g * T + t]);
       written[g * T + t] |= count > 0;
     }
   }

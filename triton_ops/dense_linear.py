@@ -1,0 +1,101 @@
+"""The dense product of a few tokens with the weight of an ``nn.Linear``, at the speed of memory.
+
+``torch.ops.hf_sparse.linear``. Nothing is skipped: it is ``F.linear``, which reads weights at a fraction of
+that speed when it multiplies them by one token. Wherever ``F.linear`` does more than multiply (gradients,
+autocast, tensor subclasses), :func:`linear` calls it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from triton_ops import choice, reference
+from triton_ops.backends import AUTO, DENSE
+from triton_ops.ops import LIB, TAGS, check_input, check_tensor, is_for_torch, linear_backward, save_linear
+from triton_ops.unobserved import unobserved
+
+LIB.define("linear(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor", tags=TAGS)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = AUTO) -> Tensor:
+    """``x weightᵀ + bias``, all of it: NaN and infinity come through as in ``F.linear``, also times 0.
+
+    A backend with a kernel for it (``"cpp"``) reads the weight once for up to 8 tokens; more tokens, and
+    backends without one, are ``F.linear``. So are calls with gradient, under autocast, in forward-mode
+    differentiation, and with tensor subclasses.
+
+    Args:
+        x: ``[..., F]``, bfloat16, float16, float32 or float64, of any strides.
+        weight: ``[D, F]``, same dtype and device, of which rows (as ``nn.Linear`` stores it) or columns (as
+            :func:`neuron_major_` does) are contiguous; one of other strides is left to ``F.linear``.
+        bias: ``[D]`` or None.
+        backend: what :meth:`triton_ops.Plan.backend` of the form ``"dense_linear"`` has answered, and is
+            done. ``"auto"`` asks when the operator runs.
+
+    Returns:
+        ``[..., D]``, the dtype of ``x``, contiguous, summed in float32 and rounded once. On the CPU the bits
+        of a token depend neither on the other tokens of a call (up to 8) nor on the number of threads.
+
+    Raises:
+        ValueError: an argument does not fit in shape, dtype, device or value; the message names it.
+        RuntimeError: the backend cannot run here.
+        MemoryError: the compiled backend has no memory for a copy of ``x``.
+
+    """
+    if is_for_torch(x.device.type):
+        return reference.linear(x, weight, bias)
+    tensors = x, weight, bias
+    if unobserved(*tensors):
+        return _linear(*tensors, backend)
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if wanted or not all(t is None or type(t) in (Tensor, nn.Parameter) for t in tensors):
+        return reference.linear(*tensors)
+    return torch.ops.hf_sparse.linear.default(*tensors, backend)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    check_input("x", x, weight, "weight")
+    outputs, _ = weight.shape
+    check_tensor("weight", weight, (outputs, x.shape[-1]), x, "[D, F]")
+    check_tensor("bias", bias, (outputs,), x, "[D]")
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    _check(x, weight, bias)
+    outputs, inputs = weight.shape
+    tokens = x.numel() // inputs if inputs else 0
+    if backend == AUTO:
+        backend = choice.plan(weight, "dense_linear").backend(tokens)
+    chosen = None if backend == DENSE else choice.runnable(backend, x.device.type, x.dtype)
+    if chosen is None or chosen.linear is None or not (tokens and outputs):
+        return reference.linear(x, weight, bias).contiguous()
+    return chosen.linear(x, weight, bias)
+
+
+for _device in ("CPU", "CUDA"):
+    LIB.impl("linear", _linear, _device)
+
+
+@torch.library.register_fake("hf_sparse::linear", lib=LIB)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    _check(x, weight, bias)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.register_vmap("hf_sparse::linear", lib=LIB)
+def _(info: Any, dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+    *tensors, backend = args
+    call = torch.ops.hf_sparse.linear.default
+    if dims[1] is None and dims[2] is None:  # one weight for all: they are tokens of one call
+        return call(tensors[0].movedim(dims[0], 0), *tensors[1:], backend), 0
+
+    def each(i: int) -> list[Tensor | None]:
+        return [t if d is None else t.select(d, i) for t, d in zip(tensors, dims, strict=False)]
+
+    return torch.stack([call(*each(i), backend) for i in range(info.batch_size)]), 0
+
+
+torch.library.register_autograd("hf_sparse::linear", linear_backward, setup_context=save_linear, lib=LIB)
