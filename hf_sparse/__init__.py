@@ -11,6 +11,7 @@ from hf_sparse.exporting import export
 from hf_sparse.flatness import FlatnessReport, explain
 from hf_sparse.hooks import install, uninstall
 from hf_sparse.hub import push_to_hub
+from hf_sparse.laws import SparsingLaw, fit_sparsing_law
 from hf_sparse.metrics import CETTReport, SparsityReport, cett_sparsity, measure
 from hf_sparse.patch_report import PatchReport
 from hf_sparse.patching import inspect, patch, prepare, set_mix, unpatch
@@ -27,6 +28,7 @@ __all__ = [
     "FlatnessReport",
     "PatchError",
     "PatchReport",
+    "SparsingLaw",
     "SparsityCallback",
     "SparsityConfig",
     "SparsityReport",
@@ -37,6 +39,7 @@ __all__ = [
     "cett_sparsity",
     "explain",
     "export",
+    "fit_sparsing_law",
     "inspect",
     "install",
     "measure",

@@ -1,4 +1,4 @@
-"""The command ``hf-sparse``: patch, calibrate, finetune, measure, explain, tune, generate, export, push."""
+"""The command ``hf-sparse``: patch, calibrate, finetune, measure, explain, tune, law, generate, and more."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_sparse import cli_calibrate, cli_export, cli_measure, cli_push
+from hf_sparse import cli_calibrate, cli_export, cli_law, cli_measure, cli_push
 from hf_sparse._version import __version__
 from hf_sparse.activations.config import ACTIVATIONS
 from hf_sparse.config import SparsityConfig
@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_measure(commands)
     _add_explain(commands)
     _add_tune(commands)
+    _add_law(commands)
     _add_generate(commands)
     _add_export(commands)
     _add_push(commands)
@@ -272,6 +273,16 @@ def _tune(arguments: argparse.Namespace, _: list[str]) -> int:
     )
     print(report)
     return 0
+
+
+# ---- law
+
+
+def _add_law(commands: Any) -> None:
+    text = "Fit how sparsity changes with training tokens, and predict it for longer runs."
+    example = "hf-sparse law runs/llama-relu --tokens 1e10 --plot law.svg"
+    parser = _add(commands, "law", lambda arguments, _: cli_law.run(arguments), text, example)
+    cli_law.add_options(parser)
 
 
 # ---- generate
