@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -224,3 +226,15 @@ print(*sorted(ours), *heavy.intersection(sys.modules))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["hf_sparse", "triton_ops"]
+
+
+def test_the_example_with_the_harness_of_language_models_skips(monkeypatch, capsys) -> None:
+    pytest.importorskip("lm_eval")
+    example = Path(__file__).resolve().parents[2] / "examples" / "lm_eval_local_task.py"
+    monkeypatch.setattr(sys, "argv", [str(example), "--sparsity", "0.3"])
+    with CountSkips() as skips:
+        runpy.run_path(str(example), run_name="__main__")
+    assert skips.count > 0
+    told = capsys.readouterr().out
+    assert "teal: sparsity 30" in told
+    assert "accuracy: dense " in told
