@@ -37,6 +37,17 @@ class _Vectors(NamedTuple):
         return cls(column_norms(weight), weight.detach().sum(1, dtype=torch.float32))
 
 
+def _shifted(x: Tensor, weight: Tensor, shift: Tensor, backend: str) -> Tensor:
+    """``x weightᵀ + shift``, with a float32 ``shift [D]`` that may be much larger than the result.
+
+    The operator takes a bias in the dtype of the weight; what that cannot hold is added afterwards.
+    """
+    most = torch.finfo(x.dtype).max
+    bias = shift.clamp(-most, most).to(x.dtype)
+    y = triton_ops.sparse_linear(x, weight, bias, backend=backend)
+    return y if x.dtype == torch.float32 else (y + (shift - bias)).to(x.dtype)
+
+
 class SparseLinear(GuardedModule, nn.Linear):
     """In the place of a stock ``nn.Linear``, whose parameters and hooks it shares.
 
@@ -110,12 +121,11 @@ class SparseLinear(GuardedModule, nn.Linear):
             norms = None
             if pruning.weighted:
                 norms = column_norms(self._whole_weight()) if vectors is None else vectors.norms
-            if pruning.center and backend != DENSE and vectors is not None:
-                input = pruning.deviations(input, norms)
+            if pruning.center and weight is not None and backend != DENSE and vectors is not None:
                 shift = pruning.center * vectors.sums
-                bias = (shift if bias is None else bias + shift).to(input.dtype)
-            else:
-                input = pruning.values(input, norms)
+                shift = shift if bias is None else shift + bias
+                return _shifted(pruning.deviations(input, norms), weight, shift, backend)
+            input = pruning.values(input, norms)
         if weight is None:
             return nn.Linear.forward(self._unguarded(), input)
         if backend == DENSE:

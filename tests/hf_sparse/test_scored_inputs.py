@@ -132,6 +132,26 @@ def test_a_layer_that_skips_is_as_exact_as_a_dense_one(dtype, center, weighted, 
     assert errors[0] <= 2 * errors[1] + 1e-6
 
 
+def test_row_sums_that_are_much_larger_than_the_result_cost_no_precision() -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(3000, 64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        linear.weight.fill_(1.0).add_(torch.randn(64, 3000).bfloat16() * 0.02)
+    pruning = Pruning(0.4, 1.5)
+    x = (torch.randn(1, 3000) * 0.5 - 0.5).bfloat16()
+    with torch.no_grad():
+        exact = pruning.values(x).double() @ linear.weight.double().t() + linear.bias.double()
+    sparse = SparseLinear(linear, gives_zeros=True, pruning=pruning).eval()
+    del linear
+    with torch.no_grad():
+        dense = sparse(x)
+        with hf_sparse.backend("cpp"), CountSkips() as skips:
+            skipped = sparse(x)
+    assert skips.count == 1
+    rounding = [float((y.double() - exact).square().mean().sqrt()) for y in (skipped, dense)]
+    assert rounding[0] <= 2 * rounding[1]
+
+
 def test_what_is_kept_of_a_weight_is_of_the_weight_as_it_is_now(input_ids) -> None:
     model = tiny("llama")
     hf_sparse.patch(model, config())
