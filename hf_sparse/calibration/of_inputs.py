@@ -147,7 +147,12 @@ def _linear_names(method: str, model: PreTrainedModel, blocks: Sequence[Block], 
                 "inputs= and layers= of your own."
             )
         first = names
-    return first or []
+    if not first:
+        raise PatchError(
+            f"method={method!r} is for linear layers, and {blocks[0].name} has none (stacked experts, "
+            "or linear layers of another kind); choose another method."
+        )
+    return first
 
 
 def _linears(model: PreTrainedModel, block: Block, names: Sequence[str]) -> list[tuple[str, nn.Linear]]:

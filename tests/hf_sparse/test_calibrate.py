@@ -106,7 +106,13 @@ def test_the_greedy_allocation_prunes_most_what_the_output_depends_on_least() ->
 
 
 @pytest.mark.parametrize(
-    ("kind", "method", "named"), [("opt", "teal", "stays a"), ("llama", "fatrelu", "a threshold into ReLU")]
+    ("kind", "method", "named"),
+    [
+        ("opt", "teal", "stays a"),
+        ("llama", "fatrelu", "a threshold into ReLU"),
+        ("mixtral", "scap", "has none"),
+        ("mixtral", "wina", "stacked experts"),
+    ],
 )
 def test_a_model_that_the_method_does_not_suit_is_refused_and_stays(kind, method, named) -> None:
     model = tiny(kind)
