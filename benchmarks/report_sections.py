@@ -495,6 +495,7 @@ SECTIONS = (
     Section("Under a LoRA adapter", ("lora.json",), lora),
     Section("`generate()`", ("generate.json",), generate),
     Section("Calibrated, without training", ("calibrated.json",), calibrated),
+    Section("What calibration costs", ("calibration.json",), calibration, level=3),
     Section("A busy neighbour", ("busy_neighbour.json",), busy),
     Section("Loading", ("loading.json",), loading),
     Section("An update of a training", ("training_step.json",), training_step),
