@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from hf_sparse.errors import PatchError
 
 
 @dataclass(frozen=True)
@@ -23,23 +26,50 @@ class Pruning:
     weighted: bool = False
 
     def score(self, x: Tensor, norms: Tensor | None) -> Tensor:
-        """Of ``x [..., F]``; ``norms`` float32 ``[F]``, those of :func:`column_norms`, if it is weighted."""
-        distance = ((x - self.center) if self.center else x).abs()
+        """Of ``x [..., F]``; ``norms [F]``, those of :func:`column_norms`, if it is weighted."""
+        distance = self._from_center(x).abs()
         if not self.weighted:
             return distance
         assert norms is not None
-        return distance.float() * norms
+        return distance.to(norms.dtype) * norms
 
     def values(self, x: Tensor, norms: Tensor | None = None) -> Tensor:
         """``s(x)``, of the shape and dtype of ``x``. NaN stays."""
-        return x.masked_fill(self.score(x, norms) <= self.threshold, self.center)
+        return x.masked_fill(self.score(x, norms) <= self.threshold, self.center_in(x.dtype))
 
     def deviations(self, x: Tensor, norms: Tensor | None = None) -> Tensor:
-        """``s(x) - c``: exactly 0 where nothing need be read."""
-        distance = x - self.center if self.center else x
-        return distance.masked_fill(self.score(x, norms) <= self.threshold, 0)
+        """``s(x) - c``, rounded to the dtype of ``x``: exactly 0 where nothing need be read."""
+        return self._from_center(x).masked_fill(self.score(x, norms) <= self.threshold, 0)
+
+    def center_in(self, dtype: torch.dtype) -> float:
+        """The center as ``dtype`` can hold it.
+
+        Raises:
+            PatchError: it is too large.
+
+        """
+        return _rounded(self.center, dtype)
+
+    def _from_center(self, x: Tensor) -> Tensor:
+        return x - self.center_in(x.dtype) if self.center else x
 
 
 def column_norms(weight: Tensor) -> Tensor:
-    """The Euclidean norms of the columns of ``weight [D, F]``: float32 ``[F]``, without gradient."""
-    return torch.linalg.vector_norm(weight.detach(), dim=0, dtype=torch.float32)
+    """The Euclidean norms of the columns of ``weight [D, F]``: ``[F]``, float32 or more, without gradient."""
+    return torch.linalg.vector_norm(weight.detach(), dim=0, dtype=wide(weight.dtype))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums over weights of ``dtype`` are kept in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@lru_cache(maxsize=1024)
+def _rounded(center: float, dtype: torch.dtype) -> float:
+    info = torch.finfo(dtype)
+    if abs(center) > info.max:
+        raise PatchError(
+            f"center={center} of inputs is beyond what {dtype} can hold, which the model runs in; use "
+            "another center, or another dtype."
+        )
+    return float(torch.tensor(center, dtype=torch.float64, device="cpu").to(dtype))

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.activations import ACT2FN
 
 from hf_sparse.adapters.pruning import Pruning, column_norms
+from hf_sparse.errors import PatchError
 
 Child: TypeAlias = Callable[[str], Callable[[Tensor], Tensor]]
 """Gives the child of a name, to be called."""
@@ -176,10 +177,23 @@ def used(down: nn.Module, h: Tensor) -> Tensor:
     pruning = input_pruning(down)
     if pruning is None:
         return h
-    weighted = pruning.weighted
-    return pruning.deviations(
-        h, column_norms(cast(Tensor, _under_adapters(down).weight)) if weighted else None
-    )
+    return pruning.deviations(h, readable_norms(down) if pruning.weighted else None)
+
+
+def readable_norms(linear: nn.Module) -> Tensor:
+    """:func:`column_norms` of a linear layer, perhaps under an adapter, outside of its forward.
+
+    Raises:
+        PatchError: its weight is not there now.
+
+    """
+    weight = cast(Tensor, _under_adapters(linear).weight)
+    if weight.is_meta:
+        raise PatchError(
+            "the norms of the columns of a linear layer cannot be read: its weight is offloaded, or on the "
+            "meta device. Load the model whole for this, or use thresholds that are not weighted."
+        )
+    return column_norms(weight)
 
 
 def _under_adapters(linear: nn.Module) -> nn.Module:

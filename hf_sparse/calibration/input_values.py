@@ -11,8 +11,8 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_sparse.adapters import Block
 from hf_sparse.adapters.bottleneck import layer_of
-from hf_sparse.adapters.pruning import Pruning, column_norms
-from hf_sparse.adapters.roles import input_pruning
+from hf_sparse.adapters.pruning import Pruning
+from hf_sparse.adapters.roles import input_pruning, readable_norms
 from hf_sparse.calibration.distribution import Distribution
 from hf_sparse.calibration.magnitudes import Magnitudes, counted, require_finite
 from hf_sparse.inputs import named_thresholded
@@ -114,11 +114,16 @@ class InputMagnitudes(InputValues):
 
 
 class WeightedMagnitudes(InputMagnitudes):
-    """Their magnitudes times the norms of the layer's columns, as those are now."""
+    """Their magnitudes times the norms of the layer's columns, as those are now.
+
+    Of a layer that has such a pruning with a center, their distances from that.
+    """
 
     def __init__(self, block: Block, linear: nn.Linear, shared: Shared) -> None:
         super().__init__(block, linear, Shared())  # norms are the layer's own
-        self._norms = column_norms(linear.weight)
+        self._norms = readable_norms(linear)
+        pruning = input_pruning(linear)
+        self._given_center = pruning.center if pruning is not None and pruning.weighted else 0.0
 
     @property
     def norms(self) -> Tensor:
@@ -128,7 +133,7 @@ class WeightedMagnitudes(InputMagnitudes):
         return Pruning(super().pruning(share).threshold, weighted=True)
 
     def count(self, values: Tensor) -> Tensor:
-        return counted(values.float().abs() * self._norms)
+        return counted(Pruning(0.0, self._given_center, weighted=True).score(values, self._norms))
 
 
 class SignedValues(InputValues):

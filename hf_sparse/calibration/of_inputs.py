@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -51,8 +51,15 @@ class OfInputs(Calibration):
 
     @property
     def base(self) -> SparsityConfig:
-        plain = SparsityConfig(activation="original")
-        return plain if self.start is None else self.start.changed(inputs=None)
+        """With what linear layers leave out that this method does not choose for."""
+        if self.start is None:
+            return SparsityConfig(activation="original")
+        return self.start.changed(inputs=self._others() or None)
+
+    def _others(self) -> dict[str, Any]:
+        inputs = None if self.start is None else self.start.parts.get("inputs")
+        given: dict[str, Any] = {} if inputs is None else inputs.to_dict()
+        return {name: value for name, value in given.items() if name not in self._names}
 
     def observers(self, blocks: Sequence[Block]) -> list[BlockObserver]:
         self._seen = self._observers(blocks)
@@ -71,7 +78,7 @@ class OfInputs(Calibration):
 
     def config(self, level: float) -> SparsityConfig:
         shares = self._shares(level)
-        inputs = {}
+        inputs = self._others()
         for i, name in enumerate(self._names):
             each = [layer[i].pruning(own[i]) for layer, own in zip(self._seen, shares, strict=True)]
             inputs[name] = {

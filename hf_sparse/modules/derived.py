@@ -73,9 +73,16 @@ class Derived(Generic[T]):
             and held.stamp == weight_stamp(weight)
         )
 
+    def references(self, weight: Tensor) -> int:
+        """How many weak references to ``weight`` this one has."""
+        held = self._held
+        return int(held is not None and held.weight() is weight)
+
     def _make(self, weight: Tensor) -> _Held[T] | None:
         if weight.is_inference() or weight.is_meta:
             return None
         with torch.inference_mode(False):  # what is made in inference mode could be used only there
             storage = StorageWeakRef(weight.untyped_storage())
-            return _Held(self._made_by(weight), weight_stamp(weight), weakref.ref(weight), storage)
+            # With a callback it is an object of its own, so that others can be counted.
+            reference = weakref.ref(weight, lambda _: None)
+            return _Held(self._made_by(weight), weight_stamp(weight), reference, storage)

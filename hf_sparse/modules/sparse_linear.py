@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import weakref
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import triton_ops
-from hf_sparse.adapters.pruning import Pruning, column_norms
+from hf_sparse.adapters.pruning import Pruning, column_norms, wide
 from hf_sparse.errors import PatchError
 from hf_sparse.modules.derived import Derived
 from hf_sparse.modules.guarded import GuardedModule
@@ -25,7 +26,7 @@ _NOT_SHARED = ("forward", "_old_forward", "_hf_hook", "_compiled_call_impl")
 
 
 class _Vectors(NamedTuple):
-    """What a pruning has to know of a weight ``[D, F]``: float32."""
+    """What a pruning has to know of a weight ``[D, F]``: float32, of a float64 weight float64."""
 
     norms: Tensor
     """Of its columns, ``[F]``."""
@@ -34,18 +35,24 @@ class _Vectors(NamedTuple):
 
     @classmethod
     def of(cls, weight: Tensor) -> _Vectors:
-        return cls(column_norms(weight), weight.detach().sum(1, dtype=torch.float32))
+        return cls(column_norms(weight), weight.detach().sum(1, dtype=wide(weight.dtype)))
+
+
+_FAR = 2.0
+"""Times the norm of s(x): a larger ``s(x) - c`` is of a center far from the values, and rounds x away."""
 
 
 def _shifted(x: Tensor, weight: Tensor, shift: Tensor, backend: str) -> Tensor:
-    """``x weightᵀ + shift``, with a float32 ``shift [D]`` that may be much larger than the result.
+    """``x weightᵀ + shift``, with a ``shift [D]`` in float32 or more that may be much larger than the result.
 
     The operator takes a bias in the dtype of the weight; what that cannot hold is added afterwards.
     """
+    if x.dtype == shift.dtype:
+        return triton_ops.sparse_linear(x, weight, shift, backend=backend)
     most = torch.finfo(x.dtype).max
     bias = shift.clamp(-most, most).to(x.dtype)
     y = triton_ops.sparse_linear(x, weight, bias, backend=backend)
-    return y if x.dtype == torch.float32 else (y + (shift - bias)).to(x.dtype)
+    return (y + (shift - bias)).to(x.dtype)
 
 
 class SparseLinear(GuardedModule, nn.Linear):
@@ -115,17 +122,20 @@ class SparseLinear(GuardedModule, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """``input [..., F]`` to ``[..., D]``, any floating dtype."""
         backend, weight, vectors = self._way(input)
-        bias: Tensor | None = self._parameters["bias"]
+        bias: Tensor | None = None if weight is None else self._parameters["bias"]
         pruning = self.pruning
         if pruning is not None:
             norms = None
             if pruning.weighted:
                 norms = column_norms(self._whole_weight()) if vectors is None else vectors.norms
+            given, input = input, pruning.values(input, norms)
             if pruning.center and weight is not None and backend != DENSE and vectors is not None:
-                shift = pruning.center * vectors.sums
-                shift = shift if bias is None else shift + bias
-                return _shifted(pruning.deviations(input, norms), weight, shift, backend)
-            input = pruning.values(input, norms)
+                far = pruning.deviations(given, norms)
+                wider = vectors.sums.dtype
+                if not (far.to(wider).norm() > _FAR * input.to(wider).norm()):
+                    shift = pruning.center_in(given.dtype) * vectors.sums
+                    return _shifted(far, weight, shift if bias is None else shift + bias, backend)
+                backend = DENSE
         if weight is None:
             return nn.Linear.forward(self._unguarded(), input)
         if backend == DENSE:
@@ -145,6 +155,7 @@ class SparseLinear(GuardedModule, nn.Linear):
                 self.disclose()  # the weight belongs to whoever trains it
             return DENSE, None, None
         # Asked before a variable here holds the weight.
+        vectors = None if compiling else self._vectors_now()
         lendable = compiling or self.may_lend()
         weight = self._readable()
         if weight is None or weight.dtype != h.dtype or weight.device != h.device:
@@ -154,23 +165,37 @@ class SparseLinear(GuardedModule, nn.Linear):
             backend = plan.backend(h.numel() // self.in_features, self.density)
             # While compiling it is what it is: a graph must not change its own inputs.
             if backend != DENSE and (rows := weight if compiling else lend(weight)) is not None:
-                return backend, rows, self._made_of(weight, lendable)
+                return backend, rows, vectors
         if plan.product != DENSE and triton_ops.is_neuron_major(weight):
-            return plan.product, weight if compiling else view_of(weight), self._made_of(weight, lendable)
+            return plan.product, weight if compiling else view_of(weight), vectors
         if plan.stalls and not compiling:
             give_back(weight)
-        return DENSE, None if compiling else view_of(weight), self._made_of(weight, lendable)
+        return DENSE, None if compiling else view_of(weight), vectors
 
-    def _made_of(self, weight: Tensor, lendable: bool) -> _Vectors | None:
-        """What the pruning has to know of the weight; None where that cannot be kept, or is not needed."""
+    def _vectors_now(self) -> _Vectors | None:
+        """What the pruning has to know of the weight; None where that cannot be kept, or is not needed.
+
+        Asked while no variable holds the weight. Whoever does, if weakly, may change it.
+        """
         pruning = self.pruning
-        if pruning is None or not (pruning.weighted or pruning.center) or torch.compiler.is_compiling():
+        if pruning is None or not (pruning.weighted or pruning.center) or self._readable() is None:
             return None
-        if not lendable:
-            self._vectors.drop()  # whoever holds the weight may change it
+        if not self._is_alone():
+            self._vectors.drop()
             return None
-        held = self._vectors.of(weight)
+        held = self._vectors.of(cast(Tensor, self._parameters["weight"]))
+        if not self._is_alone():  # another thread has taken it meanwhile
+            self._vectors.drop()
+            return None
         return None if held is None else held[0]
+
+    def _is_alone(self) -> bool:
+        """Whether nobody else holds the weight or its memory, not by a weak reference either."""
+        return self._known_references() and holds_alone(self, self._stock, "weight")
+
+    def _known_references(self) -> bool:
+        weight: Any = self._parameters["weight"]
+        return weakref.getweakrefcount(weight) <= is_lent(weight) + self._vectors.references(weight)
 
     def _whole_weight(self) -> Tensor:
         """The weight ``[D, F]``, for the norms of its columns.
@@ -202,7 +227,6 @@ class SparseLinear(GuardedModule, nn.Linear):
         """Store the weight neuron-major; else the first call that skips does so."""
         if self.gives_zeros and self.may_lend() and (weight := self._readable()) is not None:
             lend(weight)
-            self._made_of(weight, lendable=True)
 
     @property
     def is_held(self) -> bool:

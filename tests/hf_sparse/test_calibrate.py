@@ -374,3 +374,14 @@ def test_values_that_no_threshold_can_be_read_from_are_named(method) -> None:
     with pytest.raises(ValueError, match=r"(in the layer|activation) of model\.layers\.1\.mlp has values"):
         hf_sparse.calibrate(model, batches(), method=method, target_sparsity=0.4)
     assert list(model.modules()) == modules
+
+
+def test_scap_leaves_what_teal_chose_for_attention() -> None:
+    model, data = tiny("llama"), batches()
+    teal = hf_sparse.calibrate(model, data, method="teal", target_sparsity=0.4).config.to_dict()["inputs"]
+    scap = hf_sparse.calibrate(model, data, method="scap", target_sparsity=0.3).config.to_dict()["inputs"]
+    assert scap.keys() == teal.keys()
+    attention = {name for name in teal if name.startswith("self_attn")}
+    assert {name for name in teal if scap[name] == teal[name]} == attention
+    again = hf_sparse.calibrate(model, data, method="teal", target_sparsity=0.4).config.to_dict()["inputs"]
+    assert again == teal

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from transformers import AutoModelForCausalLM
 
 import hf_sparse
@@ -138,18 +140,72 @@ def test_row_sums_that_are_much_larger_than_the_result_cost_no_precision() -> No
     with torch.no_grad():
         linear.weight.fill_(1.0).add_(torch.randn(64, 3000).bfloat16() * 0.02)
     pruning = Pruning(0.4, 1.5)
-    x = (torch.randn(1, 3000) * 0.5 - 0.5).bfloat16()
+    x = (torch.randn(1, 3000) * 0.5 + 0.5).bfloat16()
+    with torch.no_grad():
+        exact = pruning.values(x).double() @ linear.weight.double().t() + linear.bias.double()
+    sparse = SparseLinear(linear, gives_zeros=True, pruning=pruning).eval()
+    del linear
+    with torch.no_grad(), hf_sparse.backend("cpp"), CountSkips() as skips:
+        skipped = sparse(x)
+    assert skips.count == 1
+    assert 1024 < exact.min() < exact.max() < 2048  # where bfloat16 numbers are 8 apart, and row sums' 32
+    once = 8 / 12**0.5  # root mean square of one rounding
+    assert (skipped.double() - exact).square().mean().sqrt() <= 2 * once
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("center", "at"), [(10.0, 0.0), (-40_000.0, 30_000.0)])
+def test_a_center_far_from_the_values_does_not_round_them_away(dtype, center, at) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(300, 64, dtype=dtype)
+    pruning, x = Pruning(0.1, center), (torch.randn(1, 300) * 0.01 + at).to(dtype)
     with torch.no_grad():
         exact = pruning.values(x).double() @ linear.weight.double().t() + linear.bias.double()
     sparse = SparseLinear(linear, gives_zeros=True, pruning=pruning).eval()
     del linear
     with torch.no_grad():
         dense = sparse(x)
-        with hf_sparse.backend("cpp"), CountSkips() as skips:
+        with hf_sparse.backend("cpp"):
             skipped = sparse(x)
-    assert skips.count == 1
-    rounding = [float((y.double() - exact).square().mean().sqrt()) for y in (skipped, dense)]
-    assert rounding[0] <= 2 * rounding[1]
+    errors = [float((y.double() - exact).abs().max()) for y in (skipped, dense)]
+    assert errors[0] <= 2 * errors[1] + 1e-6 * float(exact.abs().max())
+
+
+def test_a_center_that_the_dtype_cannot_hold_is_named() -> None:
+    sparse = SparseLinear(nn.Linear(8, 8), gives_zeros=True, pruning=Pruning(0.1, 1e5)).half()
+    with pytest.raises(PatchError, match="center=100000"):
+        sparse(torch.ones(1, 8, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("pruning", [None, Pruning(0.1), Pruning(0.1, 0.25), Pruning(0.1, weighted=True)])
+def test_a_bias_that_is_no_parameter_and_float64(pruning) -> None:
+    linear = nn.Linear(20, 10)
+    x = torch.randn(1, 20)
+    expected = linear(x if pruning is None else pruning.values(x, column_norms(linear.weight)))
+    sparse = SparseLinear(linear, gives_zeros=True, pruning=pruning).eval()
+    prune.identity(sparse, "bias")
+    assert torch.equal(sparse(x), expected)
+    with torch.no_grad():
+        assert torch.equal(sparse(x), expected)
+        torch.testing.assert_close(sparse.double()(x.double()).float(), expected)
+
+
+def test_who_holds_a_weight_weakly_may_change_it() -> None:
+    torch.manual_seed(0)
+    for pruning in (Pruning(0.4, 0.5), Pruning(0.3, weighted=True)):
+        linear = nn.Linear(300, 64)
+        sparse = SparseLinear(linear, gives_zeros=True, pruning=pruning).eval()
+        del linear
+        x = torch.randn(1, 300)
+        reference = weakref.ref(sparse.weight)
+        with torch.no_grad(), hf_sparse.backend("cpp"):
+            sparse(x)
+            reference().data.mul_(3)
+            found = sparse(x)
+            del reference
+            weight, bias = sparse.weight, sparse.bias
+            expected = nn.functional.linear(pruning.values(x, column_norms(weight)), weight, bias)
+        torch.testing.assert_close(found, expected)
 
 
 def test_what_is_kept_of_a_weight_is_of_the_weight_as_it_is_now(input_ids) -> None:
