@@ -102,6 +102,12 @@ def test_nothing_but_the_registrations_names_a_backend(path) -> None:
         tree = ast.parse(file.read_text())
         # The version of a package may be recorded under its name.
         keys = {id(key) for node in ast.walk(tree) if isinstance(node, ast.Dict) for key in node.keys}
+        keys |= {
+            id(name)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Assign) and [ast.unparse(t) for t in node.targets] == ["_PACKAGES"]
+            for name in ast.walk(node)
+        }
         for node in ast.walk(tree):
             if isinstance(node, ast.Constant) and node.value in REGISTRY and id(node) not in keys:
                 found.append(f"{file.name}:{node.lineno}: {node.value!r}")
