@@ -496,6 +496,7 @@ SECTIONS = (
     Section("`generate()`", ("generate.json",), generate),
     Section("Calibrated, without training", ("calibrated.json",), calibrated),
     Section("What calibration costs", ("calibration.json",), calibration, level=3),
+    Section("Finetuned checkpoints", ("finetuned.json",), finetuned_decode),
     Section("A busy neighbour", ("busy_neighbour.json",), busy),
     Section("Loading", ("loading.json",), loading),
     Section("An update of a training", ("training_step.json",), training_step),
