@@ -248,10 +248,7 @@ def sweep(
 ) -> None:
     """Measure every group of layers, printing and saving as it goes."""
     args.backends = args.backends or ["triton" if args.device == "cuda" else "cpp"]
-    conditions = harness.begin(args)
-    args.read = harness.StreamingRead(args.device)
-    conditions["streaming_read"] = args.read.before
-    print(f"memory is read at {args.read.before['gb_per_s']} GB/s by {args.read.call}", flush=True)
+    conditions = harness.begin_reading(args)
     results: list[dict[str, Any]] = []
     with torch.inference_mode():
         for name, dtype, layers in groups(args):

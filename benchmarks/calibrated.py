@@ -91,11 +91,7 @@ def main() -> None:
     times, ratios = harness.interleaved(runs, args.repeats)
     rows = [
         {
-            "model": name,
-            "generate": timing,
-            "tokens_per_s": round(args.new_tokens / timing.median_ms * 1e3, 2),
-            "speedup": round(ratios[name].median, 3),
-            "speedup_quartiles": [round(ratios[name].low, 3), round(ratios[name].high, 3)],
+            **generate.speed(name, timing, ratios[name], args.new_tokens),
             "method": args.method,
             "sparsity": round(report.sparsity, 4) if name == SPARSE else 0.0,
             "counts": report.counts,
@@ -109,19 +105,9 @@ def main() -> None:
         }
         for name, timing in times.items()
     ]
-    print(harness.table([cells(row) for row in rows]))
+    print(harness.table([generate.speed_cells(row) for row in rows]))
     harness.save(args.out, conditions, rows)
     print("written to", args.out)
-
-
-def cells(row: dict[str, Any]) -> dict[str, str]:
-    low, high = row["speedup_quartiles"]
-    return {
-        "model": row["model"],
-        "sparsity": f"{row['sparsity']:.1%}",
-        "tokens/s": f"{row['tokens_per_s']:.2f}",
-        "speed-up": f"{row['speedup']:.2f} ({low:.2f}-{high:.2f})",
-    }
 
 
 if __name__ == "__main__":

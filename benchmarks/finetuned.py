@@ -68,24 +68,19 @@ def main() -> None:
     for run in runs.values():
         run.outputs()  # warm
     times, ratios = harness.interleaved(runs, args.repeats)
-    count = args.new_tokens
     rows = [
         {
-            "model": name,
-            "generate": timing,
-            "tokens_per_s": round(count / timing.median_ms * 1e3, 2),
-            "speedup": round(ratios[name].median, 3),
-            "speedup_quartiles": [round(ratios[name].low, 3), round(ratios[name].high, 3)],
+            **generate.speed(name, timing, ratios[name], args.new_tokens),
             "sparsity": round(silent.get(name.partition(",")[0], 0.0), 4),
             "prompts": len(prompts),
             "prompt_tokens": args.prompt_tokens,
-            "new_tokens": count,
+            "new_tokens": args.new_tokens,
             "dtype": args.dtype,
             "logit_error": errors.get(name),
         }
         for name, timing in times.items()
     ]
-    print(harness.table([cells(row) for row in rows]))
+    print(harness.table([generate.speed_cells(row) for row in rows]))
     harness.save(args.out, conditions, rows)
     print("written to", args.out)
 
@@ -98,16 +93,6 @@ def load(folder: Path, args: Any) -> Any:
 def named(folder: Path) -> str:
     """Of a run's ``final`` the name of the run."""
     return folder.parent.name if folder.name == "final" else folder.name
-
-
-def cells(row: dict[str, Any]) -> dict[str, str]:
-    low, high = row["speedup_quartiles"]
-    return {
-        "model": row["model"],
-        "sparsity": f"{row['sparsity']:.1%}",
-        "tokens/s": f"{row['tokens_per_s']:.2f}",
-        "speed-up": f"{row['speedup']:.2f} ({low:.2f}-{high:.2f})",
-    }
 
 
 if __name__ == "__main__":

@@ -181,6 +181,28 @@ def generation(
     return call
 
 
+def speed(name: str, timing: harness.Timing, ratio: harness.Ratio, tokens: int) -> dict[str, Any]:
+    """What a row says of a call that gives so many ``tokens``."""
+    return {
+        "model": name,
+        "generate": timing,
+        "tokens_per_s": round(tokens / timing.median_ms * 1e3, 2),
+        "speedup": round(ratio.median, 3),
+        "speedup_quartiles": [round(ratio.low, 3), round(ratio.high, 3)],
+    }
+
+
+def speed_cells(row: dict[str, Any]) -> dict[str, str]:
+    """The same in words, with the sparsity of the row."""
+    low, high = row["speedup_quartiles"]
+    return {
+        "model": row["model"],
+        "sparsity": f"{row['sparsity']:.1%}",
+        "tokens/s": f"{row['tokens_per_s']:.2f}",
+        "speed-up": f"{row['speedup']:.2f} ({low:.2f}-{high:.2f})",
+    }
+
+
 def main() -> None:
     parser = harness.parser(__doc__, repeats=5)
     parser.add_argument(
@@ -219,11 +241,7 @@ def main() -> None:
         same = (tokens[name] == expected)[:, args.prompt_tokens :].int().cumprod(1).sum(1)
         rows.append(
             {
-                "model": name,
-                "generate": timing,
-                "tokens_per_s": round(args.batch * args.new_tokens / timing.median_ms * 1e3, 2),
-                "speedup": round(ratios[name].median, 3),
-                "speedup_quartiles": [round(ratios[name].low, 3), round(ratios[name].high, 3)],
+                **speed(name, timing, ratios[name], args.batch * args.new_tokens),
                 "sparsity": round(silent, 4) if name != "stock SiLU" else 0.0,
                 "batch": args.batch,
                 "prompt_tokens": args.prompt_tokens,

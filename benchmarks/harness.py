@@ -53,6 +53,15 @@ def begin(args: argparse.Namespace) -> dict[str, Any]:
     return conditions
 
 
+def begin_reading(args: argparse.Namespace) -> dict[str, Any]:
+    """:func:`begin`, and time a streaming read of memory, ``args.read``, to compare with."""
+    conditions = begin(args)
+    args.read = StreamingRead(args.device)
+    conditions["streaming_read"] = args.read.before
+    print(f"memory is read at {args.read.before['gb_per_s']} GB/s by {args.read.call}", flush=True)
+    return conditions
+
+
 class Run:
     """One competitor: its calls, one per layer, all made once per repeat.
 

@@ -142,10 +142,7 @@ def main() -> None:
     parser.add_argument("--backend", choices=triton_ops.BACKENDS, default="cpp", help="default: %(default)s")
     parser.add_argument("--cold-mib", type=int, help="weights that calls cycle through; default: 512")
     args = parser.parse_args()
-    conditions = harness.begin(args)
-    args.read = harness.StreamingRead(args.device)
-    conditions["streaming_read"] = args.read.before
-    print(f"memory is read at {args.read.before['gb_per_s']} GB/s by {args.read.call}", flush=True)
+    conditions = harness.begin_reading(args)
     results: list[dict[str, Any]] = []
     with torch.inference_mode():
         for about, found in cases(args):

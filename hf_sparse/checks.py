@@ -42,6 +42,18 @@ def number(field: str, value: Any) -> float:
     return float(value) + 0.0  # -0.0 becomes 0.0
 
 
+def require_positive(**sizes: int | None) -> None:
+    """Sizes by name; None is left out.
+
+    Raises:
+        ValueError: one is below 1.
+
+    """
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ValueError(f"{name}={size} is out of range; use 1 or more.")
+
+
 def numbers(field: str, value: Any) -> float | tuple[float, ...]:
     """One number, or one for each block.
 

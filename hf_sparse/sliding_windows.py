@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_sparse.windows import Tokeniser, tokenised
-
-_IGNORED = -100
+from hf_sparse.checks import require_positive
+from hf_sparse.observing.encoder_decoder import IGNORED
+from hf_sparse.windows import Tokeniser, limited, require_window
 
 
 def sliding_windows(
@@ -52,13 +52,10 @@ def sliding_windows(
         ValueError: a size is out of range; the tokenizer has no end-of-text token.
 
     """
-    if sequence_length < 2:
-        raise ValueError(f"sequence_length={sequence_length} leaves nothing to predict; use 2 or more.")
+    require_window(sequence_length)
     if not 1 <= stride <= sequence_length:
         raise ValueError(f"stride={stride} is out of range; use 1 to sequence_length={sequence_length}.")
-    for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value} is out of range; use 1 or more.")
+    require_positive(batch_size=batch_size, max_tokens=max_tokens)
     return _batches(texts, Tokeniser(tokenizer), sequence_length, stride, batch_size, max_tokens)
 
 
@@ -71,7 +68,8 @@ def _batches(
     max_tokens: int | None,
 ) -> Iterator[dict[str, Tensor]]:
     full: list[tuple[list[int], int]] = []
-    for window, new in _windows(_stream(texts, tokenise, max_tokens), length, stride):
+    tokens = chain.from_iterable(limited(texts, tokenise, max_tokens))
+    for window, new in _windows(tokens, length, stride):
         if len(window) == length:
             full.append((window, new))
         if full and (len(full) == batch_size or len(window) < length):
@@ -83,34 +81,23 @@ def _batches(
         yield _batch(full)
 
 
-def _stream(texts: Iterable[str], tokenise: Tokeniser, max_tokens: int | None) -> Iterator[int]:
-    left = max_tokens
-    for _, tokens in tokenised(texts, tokenise):
-        taken = tokens if left is None else tokens[:left]
-        yield from taken
-        if left is not None and (left := left - len(taken)) <= 0:
-            return
-
-
 def _windows(stream: Iterator[int], length: int, stride: int) -> Iterator[tuple[list[int], int]]:
     """Windows, and how many of their last tokens are new."""
     window: list[int] = []
     new = 0
-    for token in chain(stream, [None]):
-        if token is None:
-            if new and len(window) > 1:
-                yield window, new
-            return
+    for token in stream:
         if len(window) == length:
             yield window, new
             window, new = window[stride:], 0  # another list: the one before is the caller's
         window.append(token)
         new += 1
+    if len(window) > 1:
+        yield window, new
 
 
 def _batch(windows: list[tuple[list[int], int]]) -> dict[str, Tensor]:
     input_ids = torch.tensor([window for window, _ in windows])
     labels = input_ids.clone()
     for row, (window, new) in zip(labels, windows, strict=True):
-        row[: len(window) - new] = _IGNORED
+        row[: len(window) - new] = IGNORED
     return {"input_ids": input_ids, "labels": labels}

@@ -50,6 +50,27 @@ def tokenised(
         yield from zip(chunk, tokenise(chunk), strict=True)
 
 
+def limited(texts: Iterable[str], tokenise: Tokeniser, max_tokens: int | None) -> Iterator[list[int]]:
+    """The tokens of each text, ``max_tokens`` in all; None means no limit."""
+    left = max_tokens
+    for _, tokens in tokenised(texts, tokenise):
+        taken = tokens if left is None else tokens[:left]
+        yield taken
+        if left is not None and (left := left - len(taken)) <= 0:
+            return
+
+
+def require_window(sequence_length: int) -> None:
+    """Refuse windows in which no token is predicted.
+
+    Raises:
+        ValueError: ``sequence_length`` is below 2.
+
+    """
+    if sequence_length < 2:
+        raise ValueError(f"sequence_length={sequence_length} leaves nothing to predict; use 2 or more.")
+
+
 def windows(
     texts: Iterable[str], tokenizer: Any, *, sequence_length: int, batch_size: int, max_tokens: int | None
 ) -> Iterator[Tensor]:
@@ -63,19 +84,14 @@ def windows(
     """
     full: list[list[int]] = []
     row: list[int] = []
-    left = float("inf") if max_tokens is None else max_tokens
-    for _, tokens in tokenised(texts, Tokeniser(tokenizer)):
-        take = tokens[: int(min(left, len(tokens)))]
-        left -= len(take)
-        row += take
+    for tokens in limited(texts, Tokeniser(tokenizer), max_tokens):
+        row += tokens
         while len(row) >= sequence_length:
             full.append(row[:sequence_length])
             row = row[sequence_length:]
             if len(full) == batch_size:
                 yield torch.tensor(full)
                 full = []
-        if left <= 0:
-            break
     if full:
         yield torch.tensor(full)
     if len(row) > 1:

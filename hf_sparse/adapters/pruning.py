@@ -39,7 +39,7 @@ class Pruning:
 
     def deviations(self, x: Tensor, norms: Tensor | None = None) -> Tensor:
         """``s(x) - c``, rounded to the dtype of ``x``: exactly 0 where nothing need be read."""
-        return self._from_center(x).masked_fill(self.score(x, norms) <= self.threshold, 0)
+        return self._from_center(self.values(x, norms))
 
     def center_in(self, dtype: torch.dtype) -> float:
         """The center as ``dtype`` can hold it.

@@ -128,12 +128,12 @@ class SparseLinear(GuardedModule, nn.Linear):
             norms = None
             if pruning.weighted:
                 norms = column_norms(self._whole_weight()) if vectors is None else vectors.norms
-            given, input = input, pruning.values(input, norms)
+            input = pruning.values(input, norms)
             if pruning.center and weight is not None and backend != DENSE and vectors is not None:
-                far = pruning.deviations(given, norms)
-                wider = vectors.sums.dtype
+                center, wider = pruning.center_in(input.dtype), vectors.sums.dtype
+                far = input - center
                 if not (far.to(wider).norm() > _FAR * input.to(wider).norm()):
-                    shift = pruning.center_in(given.dtype) * vectors.sums
+                    shift = center * vectors.sums
                     return _shifted(far, weight, shift if bias is None else shift + bias, backend)
                 backend = DENSE
         if weight is None:

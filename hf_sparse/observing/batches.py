@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_sparse.windows import context_length, windows
+from hf_sparse.windows import context_length, require_window, windows
 
 _LONGEST_DEFAULT = 1024
 
@@ -116,8 +116,7 @@ def _window(model: nn.Module, asked: int | None) -> int:
     context = context_length(model)
     if asked is None:
         return min(context or _LONGEST_DEFAULT, _LONGEST_DEFAULT)
-    if asked < 2:
-        raise ValueError(f"sequence_length={asked} leaves nothing to predict; use 2 or more.")
+    require_window(asked)
     if context is not None and asked > context:
         raise ValueError(f"sequence_length={asked} is longer than the model's context of {context} tokens.")
     return asked

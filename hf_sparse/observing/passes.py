@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from hf_sparse.adapters import Block, require_blocks
+from hf_sparse.checks import require_positive
 from hf_sparse.observing.batches import as_batches, parts
 from hf_sparse.observing.encoder_decoder import IGNORED, in_encoder, seen
 from hf_sparse.observing.encoder_decoder import losses as labels_losses
@@ -75,7 +76,7 @@ def observe(
         ValueError: no data, or data of another kind; see :func:`hf_sparse.measure`.
 
     """
-    _require_positive(sequence_length=sequence_length, batch_size=batch_size, max_tokens=max_tokens)
+    require_positive(sequence_length=sequence_length, batch_size=batch_size, max_tokens=max_tokens)
     model = without_copies(model)
     bare = inner_model(model)
     batches, window = as_batches(
@@ -184,9 +185,3 @@ def _bar(max_tokens: int | None, progress: bool) -> Any:
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
     return tqdm(total=max_tokens, desc="measure", unit=" tokens", unit_scale=True, disable=not progress)
-
-
-def _require_positive(**sizes: int | None) -> None:
-    for name, size in sizes.items():
-        if size is not None and size < 1:
-            raise ValueError(f"{name}={size} is out of range; use 1 or more.")
