@@ -18,6 +18,7 @@ from hf_sparse.adapters.pruning import Pruning
 from hf_sparse.adapters.walk import modules_of
 from hf_sparse.checks import mapping, shown
 from hf_sparse.errors import PatchError
+from hf_sparse.modules.decoding_linear import is_linear
 from hf_sparse.modules.sparse_block import SparseBlock
 from hf_sparse.modules.sparse_linear import SparseLinear
 from hf_sparse.parts import Part
@@ -235,7 +236,7 @@ def _layers(chosen: Sequence[Block]) -> list[str]:
 
 def _require_linear(owner: nn.Module, name: str, path: str) -> None:
     child = owner._modules[name]
-    if type(child) is nn.Linear or (type(child) is SparseLinear and child.pruning is not None):
+    if is_linear(child) or (type(child) is SparseLinear and child.pruning is not None):
         if (by := replaced_forward(child)) is not None:
             raise PatchError(
                 f"inputs names {path}, whose forward was replaced by {by}; take that back, or {path} out."

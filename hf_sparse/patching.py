@@ -20,7 +20,16 @@ from hf_sparse.errors import PatchError
 from hf_sparse.exchange import choose, exchange, new_activation, new_modules, outside, places
 from hf_sparse.gguf import forget_gguf
 from hf_sparse.inputs import pruned, thresholded
-from hf_sparse.modules import KeptBlock, KeptChange, ParameterLeaf, SparseBlock, sparse_part, sparse_parts
+from hf_sparse.modules import (
+    KeptBlock,
+    KeptChange,
+    ParameterLeaf,
+    SparseBlock,
+    decode_linears,
+    sparse_part,
+    sparse_parts,
+    stock_linears,
+)
 from hf_sparse.part_reports import blocks_of, inspected, patched_parts, report
 from hf_sparse.patch_report import PatchReport
 from hf_sparse.selection import Patterns, Selection
@@ -114,6 +123,8 @@ def unpatch(model: nn.Module, *, part: str | None = None) -> PatchReport:
         blocks = [replace(b, module=base.get_submodule(b.name)) for b in blocks]
         reports.append(report(base, one, None, blocks, skipped, record))
     pass_on_refusal(base.config)
+    if not sparse_parts(base):
+        stock_linears(base)
     return replace(reports[0], others=reports[1:])
 
 
@@ -221,14 +232,14 @@ def _write(base: PreTrainedModel, part: Part, record: Record) -> None:
     record.write(part.config, stock_name=stock_name(base, record, parts, part.path))
 
 
-def prepare(model: nn.Module, *, certify: bool = False) -> None:
-    """Get a patched model ready to skip; otherwise the first call that skips does it, block by block.
+def prepare(model: nn.Module, *, certify: bool = False, linears: bool = True) -> None:
+    """Get a patched model ready for inference.
 
     Down projections, and linear layers with thresholds on their inputs, are stored neuron-major: same values
-    and shape, other strides. That lasts until somebody
-    gets to the weights of the model (to train, save, move, list or change them), and is done again by the
-    next call that skips. A compiled graph can do neither: call this last before ``torch.compile``, else the
-    graph runs dense on the stock layout, and without certificates.
+    and shape, other strides. That lasts until somebody gets to the weights of the model (to train, save,
+    move, list or change them), and is done again by the next call that skips. Without this call the first
+    that skips does it, block by block. A compiled graph can do neither: call this last before
+    ``torch.compile``, else the graph runs dense on the stock layout, and without certificates.
 
     Args:
         model: a patched model.
@@ -240,6 +251,11 @@ def prepare(model: nn.Module, *, certify: bool = False) -> None:
             while nobody but the model holds that projection, so that no change of it goes unnoticed: with an
             optimizer or a list of its parameters at hand, decoding goes on without. False ends its use.
             CATS has none: that a pre-activation is small does not prove its neuron silent.
+        linears: multiply a few tokens with all other weights, too (of attention, of the output, of MLPs that
+            do not skip), at the speed of memory: :func:`triton_ops.linear`, where on this machine it is no
+            slower than torch's. Only on the CPU, and without gradient; the result is summed in another order.
+            Their layers, as objects and with all that is in them, become of a subclass of ``nn.Linear``
+            until :func:`unpatch`. False makes them what they were.
 
     Raises:
         PatchError: the model is not patched; or, for a certificate, it has an activation that is never
@@ -267,6 +283,7 @@ def prepare(model: nn.Module, *, certify: bool = False) -> None:
         )
     for part in sparse:
         part.prepare(certify=certify)
+    (decode_linears if linears else stock_linears)(base)
     for owner, name in thresholded(base):
         pruned(owner, name).prepare()
     if held := sum(pruned(owner, name).is_held for owner, name in thresholded(base)):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from hf_sparse.adapters.walk import modules_of
 from hf_sparse.calibration.input_values import of_thresholded, tell_densities
 from hf_sparse.errors import PatchError
 from hf_sparse.inputs import named_thresholded
 from hf_sparse.metrics.sparsity import measure_beside
-from hf_sparse.modules import SparseExperts, sparse_part
+from hf_sparse.modules import DecodingLinear, SparseExperts, sparse_part
 from hf_sparse.patching import inspect, transformers_model
 from triton_ops import DENSE, Problem, break_even
 from triton_ops.backends import REGISTRY
@@ -62,19 +64,37 @@ class TunedLayer:
             counts = sorted({1, *counts})
         if not counts:
             return f"{DENSE}: {self.obstacle}" if self.obstacle else DENSE
-        ranges: list[list[int]] = []
-        for n in counts:
-            if ranges and n == ranges[-1][-1] + 1:
-                ranges[-1] = [ranges[-1][0], n]
-            else:
-                ranges.append([n])
-        text = "skips at " + ", ".join("-".join(map(str, r)) for r in ranges)
+        text = f"skips at {_ranges(counts)}"
         if self.skips(len(self.break_even) + 1):
             text += " and more"
         if self.certified is None:
             return text
         unused = f"; the certificate pays up to {self.certified:.0%}" if self.certified else ""
         return text + ("; certified at 1" if self.uses_certificate else unused)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunedLinears:
+    """Linear layers of a prepared model that have one shape, and what was found for them."""
+
+    count: int
+    """How many there are."""
+    problem: Problem
+    """The key of ``measurements``: the form ``"dense_linear"``."""
+    break_even: tuple[float, ...]
+    """For 1, 2, … tokens in a call 1.0 if :func:`triton_ops.linear` is no slower than torch's, else 0.0."""
+
+    @property
+    def shape(self) -> str:
+        """In words."""
+        dtype = str(self.problem.dtype).removeprefix("torch.")
+        return f"{self.problem.neurons} -> {self.problem.hidden} {dtype} dense"
+
+    @property
+    def choice(self) -> str:
+        """What these layers do, in words."""
+        counts = [n for n, limit in enumerate(self.break_even, 1) if limit]
+        return f"reads once at {_ranges(counts)}" if counts else DENSE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +105,8 @@ class TuneReport:
     """The patched MLP blocks in the order of the model, and linear layers with thresholds on their inputs."""
     tokens: tuple[int, ...]
     """Numbers of tokens in a call that the table shows."""
+    linears: tuple[TunedLinears, ...] = ()
+    """Of a model that :func:`hf_sparse.prepare` got ready: its other linear layers, by shape."""
     measurements: tuple[Measurement, ...]
     """Those that were made now; shapes measured before are not measured again."""
 
@@ -92,10 +114,12 @@ class TuneReport:
         head = ["layer", "shape", "density", *map(str, self.tokens), "choice, by tokens in a call"]
         rows: list[list[str] | None] = [head, None]
         for layer in self.layers:
-            limits = layer.break_even
-            cells = (f"{limits[n - 1] if n <= len(limits) else 0.0:.0%}" for n in self.tokens)
+            cells = (f"{_at(layer.break_even, n):.0%}" for n in self.tokens)
             density = "?" if layer.density is None else f"{layer.density:.1%}"
             rows.append([layer.name, layer.shape, density, *cells, layer.choice])
+        for one in self.linears:
+            cells = (f"{_at(one.break_even, n):.0%}" for n in self.tokens)
+            rows.append([f"{one.count} linear layers", one.shape, "100.0%", *cells, one.choice])
         lines = [
             table(rows, left=(0, 1, -1)),
             "in the columns: the density up to which skipping is no slower than dense, by tokens in a call",
@@ -185,7 +209,32 @@ def tune(
         _tuned(name, shape, part, counts, measurements, force=force)
         for name, shape, part in _bar(todo, progress)
     ]
-    return TuneReport(layers=tuple(layers), tokens=counts, measurements=tuple(measurements.values()))
+    linears = []
+    for problem, count in _bar(list(Counter(_multiplied(base)).items()), progress):
+        backend = available(problem.device, problem.dtype)
+        limits = _limits(problem, backend, counts, measurements, force=force)
+        linears.append(TunedLinears(count=count, problem=problem, break_even=limits))
+    return TuneReport(
+        layers=tuple(layers),
+        tokens=counts,
+        linears=tuple(linears),
+        measurements=tuple(measurements.values()),
+    )
+
+
+def _multiplied(model: nn.Module) -> Iterator[Problem]:
+    """The problem of each linear layer that has a backend's dense product."""
+    for module in modules_of(model):
+        weight = module._parameters.get("weight") if isinstance(module, DecodingLinear) else None
+        if weight is None or weight.ndim != 2 or not weight.numel():
+            continue
+        problem = Problem("dense_linear", weight.shape[0], weight.shape[1], weight.dtype, weight.device.type)
+        try:
+            backend = REGISTRY[available(problem.device, problem.dtype)]
+        except RuntimeError:  # a device without backend
+            continue
+        if backend.linear is not None:
+            yield problem
 
 
 def _tuned(
@@ -208,11 +257,7 @@ def _tuned(
             break
         if problem.certified and not REGISTRY[backend].certifies:
             continue
-        known = break_even.measured(backend, problem)
-        covered = known is not None and (problem.certified or len(known) >= counts[-1])
-        if not covered or (force and problem not in measurements):
-            measurements[problem] = measure_shape(problem, backend=backend, tokens=counts)
-        limits[problem] = break_even.measured(backend, problem) or ()
+        limits[problem] = _limits(problem, backend, counts, measurements, force=force)
     skips = {problem: limit for problem, limit in limits.items() if not problem.certified}
     with_certificate = [limit for problem, limit in limits.items() if problem.certified]
     return TunedLayer(
@@ -225,6 +270,37 @@ def _tuned(
         obstacle=obstacle,
         problems=() if isinstance(part, SparseExperts) else tuple(limits),
     )
+
+
+def _limits(
+    problem: Problem,
+    backend: str,
+    counts: tuple[int, ...],
+    measurements: dict[Problem, Measurement],
+    *,
+    force: bool,
+) -> tuple[float, ...]:
+    """The break-evens of ``problem``, measured if need be."""
+    known = break_even.measured(backend, problem)
+    covered = known is not None and (problem.certified or len(known) >= counts[-1])
+    if not covered or (force and problem not in measurements):
+        measurements[problem] = measure_shape(problem, backend=backend, tokens=counts)
+    return break_even.measured(backend, problem) or ()
+
+
+def _at(limits: tuple[float, ...], tokens: int) -> float:
+    return limits[tokens - 1] if tokens <= len(limits) else 0.0
+
+
+def _ranges(counts: Sequence[int]) -> str:
+    """Ascending numbers as ``"1-4, 8"``."""
+    ranges: list[list[int]] = []
+    for n in counts:
+        if ranges and n == ranges[-1][-1] + 1:
+            ranges[-1] = [ranges[-1][0], n]
+        else:
+            ranges.append([n])
+    return ", ".join("-".join(map(str, r)) for r in ranges)
 
 
 def _larger(limits: list[tuple[float, ...]]) -> tuple[float, ...]:

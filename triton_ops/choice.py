@@ -154,17 +154,18 @@ def plan(weight: Tensor, form: Form, *, certified: bool = False) -> Plan:
     if torch.compiler.is_compiling():
         # What the compiler sees being read it guards on.
         return Plan(*_in_graph(_of_thread.forced, memo.epoch, *problem))
-    return _plan(forced_backend(), problem)
+    return plan_of(problem, forced_backend())
 
 
 # Dynamo can trace neither files nor compilers; what it needs of them is constant in an epoch.
 @torch.compiler.assume_constant_result
 def _in_graph(forced: str, epoch: str, *problem: Any) -> tuple[Any, ...]:
-    return tuple(_plan(forced or _from_environment(), Problem(*problem)))
+    return tuple(plan_of(Problem(*problem), forced or _from_environment()))
 
 
 @remembered
-def _plan(forced: str, problem: Problem) -> Plan:
+def plan_of(problem: Problem, forced: str) -> Plan:
+    """The plan for calls outside of autocast, where the backend ``forced`` is (or ``"auto"``)."""
     name, limits, beyond = (forced, (), 0.0) if forced != AUTO else _best(problem)
     # Of limits that are equal one after the other, the last number of tokens.
     runs = [list(run) for _, run in groupby(enumerate(limits, 1), key=lambda item: item[1])]

@@ -14,6 +14,7 @@ from torch.autograd import profiler
 # Not public, but all that the dispatcher goes by. Where another version of torch has others, or none, every
 # call goes through it.
 _QUESTIONS = ("_dispatch_keys", "_dispatch_tls_local_include_set", "_is_torch_function_mode_enabled")
+_PLAIN = (Tensor, nn.Parameter)
 _KNOWN = all(hasattr(torch._C, name) for name in (*_QUESTIONS, "DispatchKey", "DispatchKeySet"))
 
 
@@ -25,6 +26,8 @@ def _keys(*names: str) -> object:
 
 
 if _KNOWN:  # the second of each is that of inference mode
+    _function_mode = torch._C._is_torch_function_mode_enabled
+    _include_set, _keys_of = torch._C._dispatch_tls_local_include_set, torch._C._dispatch_keys
     _OF_TENSORS = _keys("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU"), _keys("CPU", "AutocastCPU")
     _OF_THREADS = _keys("BackendSelect", "ADInplaceOrView"), _keys("BackendSelect")
 
@@ -39,12 +42,11 @@ def unobserved(*tensors: Tensor | None) -> bool:
     """
     if not _KNOWN or torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
-    if profiler._is_profiler_enabled or torch._C._is_torch_function_mode_enabled():
+    if profiler._is_profiler_enabled or _function_mode():
         return False
-    if torch._C._dispatch_tls_local_include_set() not in _OF_THREADS:
+    if _include_set() not in _OF_THREADS:
         return False
-    return all(tensor is None or _is_plain(tensor) for tensor in tensors)
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter) and torch._C._dispatch_keys(tensor) in _OF_TENSORS
+    for tensor in tensors:  # all() with a generator takes a microsecond more
+        if tensor is not None and (type(tensor) not in _PLAIN or _keys_of(tensor) not in _OF_TENSORS):
+            return False
+    return True

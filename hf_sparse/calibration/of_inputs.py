@@ -19,6 +19,7 @@ from hf_sparse.calibration.method import Calibration
 from hf_sparse.config import SparsityConfig
 from hf_sparse.errors import PatchError
 from hf_sparse.inputs import linear_places
+from hf_sparse.modules.decoding_linear import is_linear
 from hf_sparse.modules.sparse_linear import SparseLinear
 from hf_sparse.observing import BlockObserver
 from hf_sparse.observing.running import observed
@@ -139,7 +140,7 @@ def _linear_names(method: str, model: PreTrainedModel, blocks: Sequence[Block], 
         for name, one in in_use(layer):
             if not name.startswith(within):
                 continue
-            if type(one) in (nn.Linear, SparseLinear):
+            if is_linear(one) or type(one) is SparseLinear:
                 if "lora_" not in name:
                     names.append(place(f".{name}").removeprefix("."))
             elif linear_size(one) is not None and "base_layer" not in one._modules:

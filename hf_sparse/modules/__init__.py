@@ -1,5 +1,6 @@
 """What replaces or joins an MLP block."""
 
+from hf_sparse.modules.decoding_linear import DecodingLinear, decode_linears, stock_linears
 from hf_sparse.modules.kept_block import KeptBlock, KeptChange, sparse_part, sparse_parts, stock_downs
 from hf_sparse.modules.leaf import ParameterLeaf
 from hf_sparse.modules.sparse_block import SparseBlock
@@ -8,6 +9,7 @@ from hf_sparse.modules.sparse_linear import SparseLinear
 from hf_sparse.modules.sparse_mlp import SparseGatedMLP, SparseMLP, SparsePlainMLP
 
 __all__ = [
+    "DecodingLinear",
     "KeptBlock",
     "KeptChange",
     "ParameterLeaf",
@@ -17,7 +19,9 @@ __all__ = [
     "SparseLinear",
     "SparseMLP",
     "SparsePlainMLP",
+    "decode_linears",
     "sparse_part",
     "sparse_parts",
     "stock_downs",
+    "stock_linears",
 ]

@@ -19,6 +19,7 @@ from hf_sparse.adapters import Block
 from hf_sparse.adapters.copies import copies
 from hf_sparse.adapters.kept import MARK, Kept, KeptState, owners
 from hf_sparse.errors import PatchError
+from hf_sparse.modules.decoding_linear import is_linear
 from hf_sparse.modules.sparse_block import SparseBlock
 from hf_sparse.modules.sparse_linear import SparseLinear
 from triton_ops import Problem
@@ -119,7 +120,7 @@ class KeptChange:
         downs = list(stock.downs)
         for owner, name in down_places(block.module, stock.roles):
             linear = restored.get((id(owner), name), owner._modules[name])
-            if type(linear) is nn.Linear and ("forward" not in vars(linear) or hasattr(linear, "_hf_hook")):
+            if is_linear(linear) and ("forward" not in vars(linear) or hasattr(linear, "_hf_hook")):
                 downs.append((owner, name, SparseLinear(linear, gives_zeros=gives_zeros(activation))))
         state = KeptState(stock.roles, stock.activation, type(block.module).forward, others)
         return cls(block.module, stock.roles, activation, downs, state)

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import triton_ops
 from hf_sparse.adapters.pruning import Pruning, column_norms, wide
 from hf_sparse.errors import PatchError
+from hf_sparse.modules.decoding_linear import product
 from hf_sparse.modules.derived import Derived
 from hf_sparse.modules.guarded import GuardedModule
 from hf_sparse.modules.hooked import carry_hooks
@@ -139,7 +139,7 @@ class SparseLinear(GuardedModule, nn.Linear):
         if weight is None:
             return nn.Linear.forward(self._unguarded(), input)
         if backend == DENSE:
-            return F.linear(input, weight, bias)
+            return product(input, weight, bias)
         return triton_ops.sparse_linear(input, weight, bias, backend=backend)
 
     def _way(self, h: Tensor) -> tuple[str, Tensor | None, _Vectors | None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 _LINEAR = F.linear
 _FORWARDS: dict[type[nn.Module], object] = {cls: cls.forward for cls in (nn.Linear, Conv1D)}
 """What the linear classes came with; None of a subclass that computes something else."""
+_Linear = TypeVar("_Linear", bound=type[nn.Linear])
 
 
 def transformed() -> bool:
@@ -48,6 +50,12 @@ def is_plain(weight: object) -> bool:
     ``torch.export`` has fake tensors in their places, unless it is strict.
     """
     return type(weight) is nn.Parameter or (torch.compiler.is_compiling() and type(weight) is FakeTensor)
+
+
+def with_own_forward(cls: _Linear) -> _Linear:
+    """Mark a subclass of ``Linear`` of ours as one that computes the same."""
+    _FORWARDS[cls] = cls.forward
+    return cls
 
 
 def has_own_forward(module: nn.Module) -> bool:
