@@ -1,7 +1,7 @@
 """Greedy ``generate()`` of a calibrated SwiGLU model, with no training: skipping against dense, end to end.
 
     python benchmarks/calibrated.py
-    python benchmarks/calibrated.py --method cats --sparsity 0.7
+    python benchmarks/calibrated.py --methods teal wina scap cats
     python benchmarks/calibrated.py --model DIR      # a folder that transformers can load
 
 Competitors: the stock model; the calibrated one with its weights stored for skipping and nothing skipped,
@@ -13,6 +13,7 @@ skipping must not be clearly further off than dense.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import dataclasses
 from pathlib import Path
@@ -47,7 +48,7 @@ def nothing_skipped(model: Any) -> Any:
 def main() -> None:
     parser = harness.parser(__doc__, repeats=5)
     parser.add_argument("--model", type=Path, help="folder of a model; default: random weights")
-    parser.add_argument("--method", choices=METHODS, default="teal")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["teal"])
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--shape", type=Shape.of, default=Shape.of("llama-3.2-1b"))
     parser.add_argument("--vocab", type=int, default=128256)
@@ -63,20 +64,25 @@ def main() -> None:
     else:
         dtype = getattr(torch, args.dtype)
         stock = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(args.device).eval()
-    vocabulary = stock.config.vocab_size
-    texts = torch.randint(1, vocabulary, (4, 64), device=args.device)
-    prompt = texts[:1, : args.prompt_tokens]
+    texts = torch.randint(1, stock.config.vocab_size, (4, 64), device=args.device)
+    rows: list[dict[str, Any]] = []
+    for method in args.methods:
+        rows += compare(stock, texts, method, args)
+        harness.save(args.out, conditions, rows)
+    print("written to", args.out)
 
+
+def compare(stock: Any, texts: torch.Tensor, method: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each competitor."""
+    prompt = texts[:1, : args.prompt_tokens]
     sparse = copy.deepcopy(stock)
-    aim = {"method": args.method, "target_sparsity": args.sparsity}
-    report = hf_sparse.calibrate(sparse, [{"input_ids": texts}], **aim)
+    report = hf_sparse.calibrate(sparse, [{"input_ids": texts}], method=method, target_sparsity=args.sparsity)
     reference = copy.deepcopy(stock)
     hf_sparse.patch(reference, report.config)
     found = {DENSE: nothing_skipped(sparse), STOCK: stock, SPARSE: sparse}
     for name in (DENSE, SPARSE):
         hf_sparse.prepare(found[name])
     backends = {STOCK: "dense", DENSE: "cpp" if args.device == "cpu" else "triton", SPARSE: "auto"}
-
     runs = {
         name: harness.Run(
             [generate.generation(model, prompt, backends[name], args)], args.device, graph=False
@@ -92,7 +98,7 @@ def main() -> None:
     rows = [
         {
             **generate.speed(name, timing, ratios[name], args.new_tokens),
-            "method": args.method,
+            "method": method,
             "sparsity": round(report.sparsity, 4) if name == SPARSE else 0.0,
             "counts": report.counts,
             "of": "random" if args.model is None else args.model.name,
@@ -105,9 +111,9 @@ def main() -> None:
         }
         for name, timing in times.items()
     ]
-    print(harness.table([generate.speed_cells(row) for row in rows]))
-    harness.save(args.out, conditions, rows)
-    print("written to", args.out)
+    print(f"\n{method}, {report.sparsity:.1%} of {report.counts}")
+    print(harness.table([generate.speed_cells(row) for row in rows]), flush=True)
+    return rows
 
 
 if __name__ == "__main__":

@@ -368,29 +368,31 @@ def loading(result: Result) -> str:
 {paragraph(about)}"""
 
 
-def calibrated(result: Result) -> str:
-    dense, stock, sparse = result.rows
-    low, high = sparse["speedup_quartiles"]
+def calibrated(*results: Result) -> str:
+    lines, conditions = [], []
+    for result in results:
+        groups = [result.rows[i : i + 3] for i in range(0, len(result.rows), 3)]
+        for dense, stock, sparse in groups:
+            low, high = sparse["speedup_quartiles"]
+            lines.append(
+                [
+                    f"{sparse['layers']} × {sparse['hidden']} × {sparse['neurons']}, {sparse['of']}",
+                    f"`{sparse['method']}`, {percent(sparse['sparsity'])}",
+                    *(f"{row['tokens_per_s']:.1f}" for row in (stock, dense, sparse)),
+                    times(sparse["speedup"] / stock["speedup"]),
+                    f"**{times(sparse['speedup'])}** ({low:.2f} to {high:.2f})",
+                ]
+            )
+        name = "calibrated" + ("" if result is results[0] else "_smollm2")
+        conditions.append(f"{result.conditions} [All rows](../benchmarks/results/{name}.json).")
+    first = results[0].rows[0]
     about = f"""
-        {sparse["layers"]} layers of {sparse["hidden"]} × {sparse["neurons"]}, {DTYPES[sparse["dtype"]]}, {sparse["of"]}
-        weights, calibrated with `{sparse["method"]}` to {percent(sparse["sparsity"])} (of {sparse["counts"]}), one
-        sequence, {sparse["new_tokens"]} new tokens. The ratios are against the same model on the same kernels with
-        nothing skipped; the output matrix, a fifth of the weights, is always read."""
-    rows = [
-        ["stock transformers", f"{stock['tokens_per_s']:.1f}", times(stock["speedup"])],
-        ["same kernels, nothing skipped", f"{dense['tokens_per_s']:.1f}", times(1.0)],
-        [
-            f"calibrated, {percent(sparse['sparsity'])}",
-            f"{sparse['tokens_per_s']:.1f}",
-            f"**{times(sparse['speedup'])}** ({low:.2f} to {high:.2f})",
-        ],
-    ]
-    return f"""\
-{result.conditions} [All rows](../benchmarks/results/calibrated.json).
-
-{paragraph(about)}
-
-{table(["`generate()`", "tokens/s", "ratio"], rows)}"""
+        {DTYPES[first["dtype"]]}, one sequence, {first["new_tokens"]} new tokens. The last column is against the same
+        model on the same kernels with nothing skipped. `teal` and `wina` count the weights of attention and MLPs that
+        meet a zero, `scap` those of MLPs, `cats` neurons; the output matrix (a fifth of the weights of both models) is
+        always read."""
+    head = ["`generate()`", "method", "stock", "same kernels, dense", "calibrated", "to stock", "to dense"]
+    return "\n\n".join([*conditions, paragraph(about), table(head, lines)])
 
 
 def calibration(result: Result) -> str:
@@ -494,7 +496,7 @@ SECTIONS = (
     Section("Mixtures of experts", ("experts.json",), experts),
     Section("Under a LoRA adapter", ("lora.json",), lora),
     Section("`generate()`", ("generate.json",), generate),
-    Section("Calibrated, without training", ("calibrated.json",), calibrated),
+    Section("Calibrated, without training", ("calibrated.json", "calibrated_smollm2.json"), calibrated),
     Section("What calibration costs", ("calibration.json",), calibration, level=3),
     Section("Finetuned checkpoints", ("finetuned.json",), finetuned_decode),
     Section("A busy neighbour", ("busy_neighbour.json",), busy),
