@@ -14,6 +14,7 @@ from hf_sparse.activations import ActivationConfig, row_of
 from hf_sparse.activations.mixed import mixed
 from hf_sparse.adapters import Block, Skipped, require_blocks
 from hf_sparse.checkpoint_block import Record
+from hf_sparse.compiled_step import compile_step, stock_step
 from hf_sparse.composite import LANGUAGE, Part, find_part, listed, parts_of, pass_on_refusal
 from hf_sparse.config import SparsityConfig
 from hf_sparse.errors import PatchError
@@ -125,6 +126,7 @@ def unpatch(model: nn.Module, *, part: str | None = None) -> PatchReport:
     pass_on_refusal(base.config)
     if not sparse_parts(base):
         stock_linears(base)
+        stock_step(base)
     return replace(reports[0], others=reports[1:])
 
 
@@ -232,7 +234,7 @@ def _write(base: PreTrainedModel, part: Part, record: Record) -> None:
     record.write(part.config, stock_name=stock_name(base, record, parts, part.path))
 
 
-def prepare(model: nn.Module, *, certify: bool = False, linears: bool = True) -> None:
+def prepare(model: nn.Module, *, certify: bool = False, linears: bool = True, compile: bool = False) -> None:
     """Get a patched model ready for inference.
 
     Down projections, and linear layers with thresholds on their inputs, are stored neuron-major: same values
@@ -256,10 +258,15 @@ def prepare(model: nn.Module, *, certify: bool = False, linears: bool = True) ->
             slower than torch's. Only on the CPU, and without gradient; the result is summed in another order.
             Their layers, as objects and with all that is in them, become of a subclass of ``nn.Linear``
             until :func:`unpatch`. False makes them what they were.
+        compile: let ``model.generate`` compile its decode step, as one graph, when it first takes one (which
+            takes a minute or more, and again where sizes change), with a static cache. It pays for small
+            models, whose steps are mostly Python. transformers does all of it, by fields of
+            ``model.generation_config`` that are not saved. Anything that cannot have a static cache, such as
+            assisted generation, is refused by it meanwhile. False ends it.
 
     Raises:
         PatchError: the model is not patched; or, for a certificate, it has an activation that is never
-            exactly zero, or CATS.
+            exactly zero, or CATS; or transformers cannot compile it. Nothing is changed.
 
     Warns:
         UserWarning: blocks cannot skip while something else holds their weights.
@@ -281,6 +288,7 @@ def prepare(model: nn.Module, *, certify: bool = False, linears: bool = True) ->
             f"certify=True proves neurons silent by an upper bound of their pre-activations, but with "
             f"{', '.join(sorted(rows))} a neuron may be active below where it is silent. Leave certify out."
         )
+    (compile_step if compile else stock_step)(base)
     for part in sparse:
         part.prepare(certify=certify)
     (decode_linears if linears else stock_linears)(base)
