@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from run_log import read_log
 
+from support.resumed import same_result
 from support.runs import environment
 
 FIELDS = {
@@ -58,20 +59,6 @@ def kill_when(line: list[str], environment: dict[str, str], moment: Callable[[],
     assert process.poll() is None, "the run ended before it could be killed"
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-
-
-def same_result(a: Path, b: Path) -> None:
-    assert (a / "final/model.safetensors").read_bytes() == (b / "final/model.safetensors").read_bytes()
-    assert (a / "final/config.json").read_bytes() == (b / "final/config.json").read_bytes()
-    logs = []
-    for output in (a, b):
-        records = read_log(output / "log.jsonl")
-        assert records.pop(0)["kind"] == "run"
-        for record in records:
-            for name in ("tokens_per_second", "data_wait"):
-                record.pop(name, None)
-        logs.append(records)
-    assert logs[0] == logs[1]
 
 
 def last_step(output: Path) -> int:
