@@ -45,8 +45,6 @@ class Peer:
         import llama_cpp
 
         self._lib = llama_cpp
-        self._silence = llama_cpp.llama_log_callback(lambda level, text, data: None)
-        llama_cpp.llama_log_set(self._silence, ctypes.c_void_p(0))
         self._model = llama_cpp.llama_model_load_from_file(
             str(path).encode(), llama_cpp.llama_model_default_params()
         )
@@ -95,6 +93,15 @@ def step_bytes(model: Any, sparsity: float) -> int:
     return total
 
 
+def silence() -> Any:
+    """No log of llama.cpp while what is returned lives."""
+    import llama_cpp
+
+    nothing = llama_cpp.llama_log_callback(lambda level, text, data: None)
+    llama_cpp.llama_log_set(nothing, ctypes.c_void_p(0))
+    return nothing
+
+
 def main() -> None:
     parser = harness.parser(__doc__, repeats=7)
     parser.add_argument("--model", type=Path, help="folder of a model; default: random weights")
@@ -104,9 +111,11 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--sparsity", type=float, default=0.9)
     parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--compile", action="store_true", help="one competitor more: a compiled step")
     args = parser.parse_args()
     args.batch, args.static_cache, args.device = 1, False, "cpu"
     conditions = harness.begin_reading(args)
+    nothing = silence()
     if args.model is None:
         stock: Any = generate.build(args)
     else:
@@ -120,6 +129,7 @@ def main() -> None:
     print(harness.table([cells(row) for row in rows]))
     harness.save(args.out, conditions | {"llama_cpp": harness.version("llama_cpp_python")}, rows)
     print("written to", args.out)
+    del nothing
 
 
 def compare(
@@ -128,7 +138,7 @@ def compare(
     """A row for each competitor."""
     tokens = torch.randint(1, stock.config.vocab_size, (1, 256))
     first = tokens[:, :1]
-    found = variants(stock, tokens, args.sparsity)
+    found = variants(stock, tokens, args)
     calls: dict[str, Callable[[], Any]] = {
         name: lambda peer=peer: torch.tensor([peer.decode(int(first), args.new_tokens)])
         for name, peer in peers.items()
@@ -177,15 +187,18 @@ def compare(
     return rows
 
 
-def variants(stock: Any, tokens: Tensor, sparsity: float) -> dict[str, Any]:
+def variants(stock: Any, tokens: Tensor, args: argparse.Namespace) -> dict[str, Any]:
     """The forms of the model in transformers; the prepared ones have weights of their own."""
-    threshold = generate.thresholds(stock, tokens, sparsity)
+    threshold = generate.thresholds(stock, tokens, args.sparsity)
     found = {"stock": stock}
-    for name, prepared in {
+    forms: dict[str, dict[str, bool]] = {
         "patched": {"linears": False},
         "prepared": {},
         "prepared, certified": {"certify": True},
-    }.items():
+    }
+    if args.compile:
+        forms["prepared, compiled"] = {"certify": True, "compile": True}
+    for name, prepared in forms.items():
         found[name] = copy.deepcopy(stock)
         hf_sparse.patch(found[name], "fatrelu", threshold=threshold)
         hf_sparse.prepare(found[name], **prepared)
