@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +21,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of the command, beside the model and those of the text."""
     also = "what else to count, such as density and union: see docs/measuring.md"
     parser.add_argument("--metrics", metavar="NAME", nargs="+", default=(), help=also)
+    cett = "also find how many neurons can be left out until perplexity is P %% higher (CETT-PPL-P %%)"
+    parser.add_argument("--cett-ppl", metavar="P", type=float, help=cett)
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the report as JSON")
     plot = "also draw sparsity by layer (png, svg, pdf)"
     parser.add_argument("--plot", metavar="FILE", type=Path, help=plot)
@@ -57,7 +61,14 @@ def run(
     report = hf_sparse.measure(model, texts(), metrics=arguments.metrics, **options)
     print(report)
     if arguments.json:
-        report.to_json(arguments.json)
+        report.to_json(arguments.json)  # before the search, which may fail on this text
+    cett = None
+    if arguments.cett_ppl is not None:
+        cett = hf_sparse.cett_sparsity(model, texts(), arguments.cett_ppl, **options)
+        print(f"\n{cett}")
+        if arguments.json:
+            told = {**report.to_dict(), "cett_ppl": cett.to_dict()}
+            arguments.json.write_text(json.dumps(told, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     if arguments.plot:
         report.plot(arguments.plot, before=before)
     page: dict[str, Any] = {
@@ -66,6 +77,7 @@ def run(
         "data": _data(arguments),
         "before": before,
         "beside": beside,
+        "cett": cett,
     }
     if arguments.speed:
         options["max_tokens"] = min(_TIMED_TOKENS, options["max_tokens"])
@@ -103,6 +115,10 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--{name}={str(path)!r}: {str(path.parent)!r} is no folder.")
         if path is not None and path.is_dir():
             raise ValueError(f"--{name}={str(path)!r} is a folder; give a file.")
+    if arguments.cett_ppl is not None and not 0 < arguments.cett_ppl < math.inf:
+        raise ValueError(
+            f"--cett-ppl={arguments.cett_ppl:g} is no rise of perplexity in percent; use 1, or more."
+        )
     pages = arguments.html is not None or arguments.markdown is not None
     wanted = [name for name in ("before", "beside", "speed") if getattr(arguments, name)]
     useless = [name for name in wanted if not (pages or (name == "before" and arguments.plot is not None))]

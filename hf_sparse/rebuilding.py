@@ -44,6 +44,10 @@ _done: WeakKeyDictionary[PreTrainedModel, tuple[int, list[ref[nn.Module]]]] = We
 """Models that have just been patched wholly: how many blocks they have, and all their modules."""
 
 
+def _gone(_: object) -> None:
+    """Tells these references from those of somebody who may change a module: held_weakly knows its name."""
+
+
 def _done_inside(model: PreTrainedModel) -> dict[PreTrainedModel, int]:
     """The inner model of the same config, if it has been patched wholly, with the number of its blocks.
 
@@ -96,7 +100,7 @@ def _patch_from_own_config(
         config = record.config.fitted(model, chosen)
         new, around = new_modules(todo, chosen, config), outside(model, todo, chosen, config)
         exchange(model, todo, new, around)
-        _done[model] = count, [ref(one) for one in modules_of(model)]
+        _done[model] = count, [ref(one, _gone) for one in modules_of(model)]
 
 
 def _hold_back(blocks: Sequence[Block]) -> None:

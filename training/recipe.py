@@ -61,7 +61,7 @@ class Recipe:
 
     methods: dict[str, Any] = field(default_factory=dict)
     """What acts during training, by name, each with its fields: {l1: {boundaries: [1.0], targets: [0.1]}}.
-    One field on the command line: --methods.l1.scale 0.3. docs/methods.md lists all."""
+    One field on the command line: --methods.l1.scale 0.3. docs/methods/index.md lists all."""
 
     lora: dict[str, Any] | None = None
     """Train low-rank adapters, norms and biases instead of all weights; merged into the model at the end.
@@ -69,8 +69,8 @@ class Recipe:
 
     sharpness: dict[str, Any] | None = None
     """Take every gradient where the loss nearby is higher: {name: sam, rho: 0.05}; other names are
-    sparse_sam_fisher, sparse_sam_dynamic, fisher_sam. An update takes twice as long. docs/methods.md has the
-    fields."""
+    sparse_sam_fisher, sparse_sam_dynamic, fisher_sam. An update takes twice as long. The fields are in
+    docs/methods/sharpness.md."""
 
     # ---- data
     task: Literal["causal", "span_corruption"] = "causal"

@@ -21,7 +21,7 @@ _NAME = "SparsityCallback"
 
 
 class SparsityCallback(TrainerCallback, ExportableState):
-    """What acts during training (docs/methods.md), in ``transformers.Trainer`` and TRL's trainers.
+    """What acts during training (docs/methods/index.md), in ``transformers.Trainer`` and TRL's trainers.
 
     Use::
 

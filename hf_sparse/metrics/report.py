@@ -16,6 +16,7 @@ from triton_ops.table import table
 if TYPE_CHECKING:
     from torch import nn
 
+    from hf_sparse.metrics.cett_report import CETTReport
     from hf_sparse.tuning import TuneReport
 
 DEFINITION = "sparsity: share of exact zeros among the values that reach the down projections"
@@ -280,6 +281,7 @@ class SparsityReport:
         before: SparsityReport | None = None,
         beside: Mapping[str, SparsityReport] | None = None,
         speed: TuneReport | None = None,
+        cett: CETTReport | None = None,
     ) -> str:
         """The report as one HTML page that loads nothing, also written to ``path`` if one is given.
 
@@ -296,12 +298,13 @@ class SparsityReport:
             beside: more reports by their names, for a plot of sparsity against perplexity.
             speed: what :func:`hf_sparse.tune` found for this model on this machine; with its measurements
                 (``force=True``) the page has the speed to expect of the MLP blocks.
+            cett: what :func:`hf_sparse.cett_sparsity` found for this model.
 
         Raises:
             OSError: the file cannot be written.
             PatchError: ``model`` has no MLP blocks.
-            ValueError: ``before`` is of a model with other blocks, or ``model`` or ``speed`` is of another
-                model than this report.
+            ValueError: ``before`` is of a model with other blocks, or ``model``, ``speed`` or ``cett`` is of
+                another model than this report.
 
         """
         from hf_sparse.report_page import contents, write_html
@@ -314,6 +317,7 @@ class SparsityReport:
             before=before,
             beside=beside,
             speed=speed,
+            cett=cett,
         )
         return _written(write_html(page), path)
 

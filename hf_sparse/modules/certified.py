@@ -7,7 +7,7 @@ from triton_ops import Certificate, certify
 
 
 class Certified(Derived[Certificate]):
-    """Whether a block decodes with a certificate, and the one of its weight ``[F, D]`` that it holds.
+    """Whether a block decodes with a certificate, and that of its weight ``[F, D]``, if it has one now.
 
     The operators check the stamp again, in a compiled graph too.
     """

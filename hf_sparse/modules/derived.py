@@ -3,8 +3,9 @@
 It is true of a weight as it was, so it may be used only while the weight is known not to have changed.
 torch counts changes in place, but not those through ``weight.data``, nor those of a buffer that a weight was
 gathered into. What is not counted can be done only by somebody who holds the weight, its module or its
-memory. Hence :meth:`Derived.of` is asked only while nobody but the owner does, and the owner drops what it
-has whenever somebody gets to its weight (:mod:`hf_sparse.modules.guarded`).
+memory, if weakly. Hence :meth:`Derived.of` is asked only while nobody but the owner does, and the owner drops
+what it has whenever somebody gets to its weight (:mod:`hf_sparse.modules.guarded`). That may be in another
+thread, after the question and before the answer is of use: :attr:`Derived.mark` tells.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ class _Held(Generic[T]):
     """Weak, for a weight that was replaced should not be kept alive."""
     storage: StorageWeakRef
     """Makes the storage's identity in ``stamp`` last: no later storage can have the same."""
+    mark: object
+    """The mark when nobody else held the weight."""
 
 
 class Derived(Generic[T]):
@@ -42,9 +45,12 @@ class Derived(Generic[T]):
     def __init__(self, make: Callable[[Tensor], T]) -> None:
         self._made_by = make
         self._held: _Held[T] | None = None
+        self.mark = object()
+        """Another one after each :meth:`drop`. To be read before asking who holds the weight."""
 
     def drop(self) -> None:
         """Forget it; the next call that has a use for it makes it anew."""
+        self.mark = object()  # before, so that what is being made now is not kept
         self._held = None
 
     @property
@@ -52,14 +58,17 @@ class Derived(Generic[T]):
         """Whether there is something to drop."""
         return self._held is not None
 
-    def of(self, weight: Tensor) -> tuple[T, tuple[int, int]] | None:
-        """That of ``weight``, which nobody else holds, and the weight's stamp.
+    def of(self, weight: Tensor, since: object) -> tuple[T, tuple[int, int]] | None:
+        """That of ``weight``, which nobody else held when :attr:`mark` was ``since``, and the weight's stamp.
 
-        None where no change of it could be noticed, and on the meta device. A graph that is compiled can
-        neither make it nor ask a weight for its version, and gets what is held.
+        None where no change of it could be noticed, on the meta device, and if somebody got to the weight
+        meanwhile. A graph that is compiled can neither make it nor ask a weight for its version, and gets
+        what is held.
         """
         if not torch.compiler.is_compiling() and not self._holds_for(weight):
-            self._held = self._make(weight)
+            self._held = self._make(weight, since)
+            if self.mark is not since:
+                self._held = None
         held = self._held
         return None if held is None else (held.value, held.stamp)
 
@@ -68,6 +77,7 @@ class Derived(Generic[T]):
         held = self._held
         return (
             held is not None
+            and held.mark is self.mark
             and held.weight() is weight
             and not weight.is_inference()
             and held.stamp == weight_stamp(weight)
@@ -78,11 +88,11 @@ class Derived(Generic[T]):
         held = self._held
         return int(held is not None and held.weight() is weight)
 
-    def _make(self, weight: Tensor) -> _Held[T] | None:
+    def _make(self, weight: Tensor, mark: object) -> _Held[T] | None:
         if weight.is_inference() or weight.is_meta:
             return None
         with torch.inference_mode(False):  # what is made in inference mode could be used only there
             storage = StorageWeakRef(weight.untyped_storage())
             # With a callback it is an object of its own, so that others can be counted.
             reference = weakref.ref(weight, lambda _: None)
-            return _Held(self._made_by(weight), weight_stamp(weight), reference, storage)
+            return _Held(self._made_by(weight), weight_stamp(weight), reference, storage, mark)

@@ -3,7 +3,8 @@
 What a sparse block keeps about its weights, a layout for decoding and a certificate, is right only while
 nobody else sees or changes them. Everything outside (optimizers, sharding, saving, weight synchronisation,
 another tool's surgery) gets to them through the module tree: by traversal, as an attribute, in a state dict
-or a copy. Each of these ways calls :meth:`GuardedModule.disclose` first.
+or a copy. Each of these ways calls :meth:`GuardedModule.disclose` on its way, with the child or parameter in
+hand already: a forward in another thread that asks afterwards who holds it finds it held.
 """
 
 from __future__ import annotations
@@ -36,10 +37,11 @@ class GuardedModule(nn.Module):
             self.disclose()
 
     def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
         own = self.__dict__
         if name in own.get("_modules", ()) or name in own.get("_parameters", ()):
             self._reached()
-        return super().__getattr__(name)
+        return value
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, nn.Module | nn.Parameter) or name in self.__dict__.get("_parameters", ()):
@@ -76,12 +78,16 @@ class GuardedModule(nn.Module):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As of any module."""
+        self._reached()  # for the layout
+        found = super().state_dict(*args, **kwargs)
         self._reached()
-        return super().state_dict(*args, **kwargs)
+        return found
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GuardedModule:
         self._reached()
-        return super()._apply(fn, recurse)
+        changed = super()._apply(fn, recurse)
+        self._reached()
+        return changed
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles."""

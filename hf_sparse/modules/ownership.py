@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import triton_ops
 from hf_sparse.modules.surroundings import outside
@@ -82,7 +83,7 @@ def shares_nothing(weight: Tensor) -> bool:
     if _uses(storage) != _USES_ALONE:
         return False
     # Memory that torch did not allocate: numpy's or another library's, unless a checkpoint is mapped there.
-    return storage.resizable() or _is_of_a_file(storage.data_ptr())
+    return storage.resizable() or _lies_in_a_file(storage)
 
 
 def held_elsewhere(holder: Mapping[Any, object] | Sequence[object], key: Any, holders: int = 1) -> bool:
@@ -92,6 +93,21 @@ def held_elsewhere(holder: Mapping[Any, object] | Sequence[object], key: Any, ho
     variable of the caller refers to it.
     """
     return sys.getrefcount(holder[key]) > _REFERENCES_ALONE - 1 + holders
+
+
+def held_weakly(one: object, own: int = 0) -> bool:
+    """Whether anybody has a weak reference to ``one``, and so gets at it without holding it meanwhile.
+
+    ``own`` are those of the caller. Of others, those with a callback of this package or of torch's compiler
+    do not count: they are there to notice its end, or to count modules, and lead nobody to it.
+    """
+    if weakref.getweakrefcount(one) <= own:
+        return False
+    calls = (reference.__callback__ for reference in weakref.getweakrefs(one))
+    return not all((getattr(call, "__module__", None) or "").startswith(_LEAD_NOBODY) for call in calls)
+
+
+_LEAD_NOBODY = (f"{__name__.partition('.')[0]}.", "torch._dynamo.")
 
 
 def holds_alone(module: nn.Module, stock: tuple[nn.Module], name: str) -> bool:
@@ -114,6 +130,21 @@ def _uses(storage: torch.UntypedStorage) -> int | None:
 _lone = {"tensor": torch.empty(1)}
 _USES_ALONE = _uses(_lone["tensor"].untyped_storage()) or -1
 _REFERENCES_ALONE = sys.getrefcount(_lone["tensor"])
+
+
+_in_files: dict[int, tuple[StorageWeakRef, int, bool]] = {}
+"""Of storages, by identity, which lasts while somebody refers to it: the address, and what was found."""
+
+
+def _lies_in_a_file(storage: torch.UntypedStorage) -> bool:
+    # Asked for every token; to look takes as long as a small layer.
+    key, address = storage._cdata, storage.data_ptr()
+    known = _in_files.get(key)
+    if known is None or known[1] != address:
+        for gone in [one for one, (reference, *_) in list(_in_files.items()) if reference.expired()]:
+            _in_files.pop(gone, None)
+        _in_files[key] = known = (StorageWeakRef(storage), address, _is_of_a_file(address))
+    return known[2]
 
 
 def _is_of_a_file(address: int) -> bool:

@@ -93,8 +93,9 @@ class SparseBlock(GuardedModule):
     @property
     def stock(self) -> nn.Module:
         """The block that this one stands for, with the children that it had."""
+        stock = self._stock[0]
         self.disclose()
-        return self._stock[0]
+        return stock
 
     @property
     def stock_class(self) -> type[nn.Module]:

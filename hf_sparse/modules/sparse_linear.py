@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -15,7 +14,7 @@ from hf_sparse.modules.decoding_linear import product
 from hf_sparse.modules.derived import Derived
 from hf_sparse.modules.guarded import GuardedModule
 from hf_sparse.modules.hooked import carry_hooks
-from hf_sparse.modules.ownership import any_lent, give_back, holds_alone, is_lent, lend
+from hf_sparse.modules.ownership import any_lent, give_back, held_weakly, holds_alone, is_lent, lend
 from hf_sparse.modules.sparse_block import hooks_on_all_modules
 from hf_sparse.modules.surroundings import has_own_forward, is_plain, overridden, transformed
 from triton_ops import DENSE, Problem
@@ -113,7 +112,7 @@ class SparseLinear(GuardedModule, nn.Linear):
 
     def withholds(self) -> bool:
         """As of any module that is guarded."""
-        return any_lent() or self._vectors.is_held
+        return any_lent() or self._needs_vectors
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: a copy has a weight of its own."""
@@ -177,25 +176,31 @@ class SparseLinear(GuardedModule, nn.Linear):
 
         Asked while no variable holds the weight. Whoever does, if weakly, may change it.
         """
-        pruning = self.pruning
-        if pruning is None or not (pruning.weighted or pruning.center) or self._readable() is None:
+        if not self._needs_vectors or self._readable() is None:
             return None
+        since = self._vectors.mark
         if not self._is_alone():
             self._vectors.drop()
             return None
-        held = self._vectors.of(cast(Tensor, self._parameters["weight"]))
+        held = self._vectors.of(cast(Tensor, self._parameters["weight"]), since)
         if not self._is_alone():  # another thread has taken it meanwhile
             self._vectors.drop()
             return None
         return None if held is None else held[0]
 
+    @property
+    def _needs_vectors(self) -> bool:
+        pruning = self.pruning
+        return pruning is not None and (pruning.weighted or pruning.center != 0)
+
     def _is_alone(self) -> bool:
         """Whether nobody else holds the weight or its memory, not by a weak reference either."""
-        return self._known_references() and holds_alone(self, self._stock, "weight")
+        return not self._held_weakly() and holds_alone(self, self._stock, "weight")
 
-    def _known_references(self) -> bool:
+    def _held_weakly(self) -> bool:
         weight: Any = self._parameters["weight"]
-        return weakref.getweakrefcount(weight) <= is_lent(weight) + self._vectors.references(weight)
+        own = is_lent(weight) + self._vectors.references(weight)
+        return held_weakly(weight, own) or held_weakly(self._stock[0])
 
     def _whole_weight(self) -> Tensor:
         """The weight ``[D, F]``, for the norms of its columns.

@@ -11,7 +11,15 @@ from transformers.pytorch_utils import Conv1D
 import triton_ops
 from hf_sparse.adapters.roles import LayerRoles, Roles
 from hf_sparse.modules.certified import Certified
-from hf_sparse.modules.ownership import any_lent, give_back, held_elsewhere, is_lent, lend, shares_nothing
+from hf_sparse.modules.ownership import (
+    any_lent,
+    give_back,
+    held_elsewhere,
+    held_weakly,
+    is_lent,
+    lend,
+    shares_nothing,
+)
 from hf_sparse.modules.sparse_block import SparseBlock, Way, hooks_on_all_modules
 from hf_sparse.modules.stand_in import StandIn
 from hf_sparse.modules.surroundings import has_own_forward, is_plain, overridden, transformed
@@ -41,7 +49,7 @@ class SparseMLP(SparseBlock):
 
     def withholds(self) -> bool:
         """As of any module that is guarded."""
-        return any_lent() or self._certified.is_held
+        return any_lent() or self._certified.wanted
 
     def _down_weight(self) -> Tensor | None:
         return cast("Tensor | None", self._child(self.roles.down)._parameters.get("weight"))
@@ -95,6 +103,7 @@ class SparseMLP(SparseBlock):
             return _STOCK
         tokens = x.numel() // x.shape[-1]
         # Asked before a variable here holds a weight.
+        since = None if compiling else self._certified.mark
         certify, lendable = skip and self._may_certify(tokens), compiling or self._may_lend()
         read = self._weights(x, self.roles.down)
         if read is None:
@@ -107,7 +116,7 @@ class SparseMLP(SparseBlock):
             first = self.roles.split(called)
             deciding, held, form = first[0][0], None, self.roles.form
             if certify and TABLE[activation[0]].certifiable:
-                backend, held = self._certificate(deciding)
+                backend, held = self._certificate(deciding, since)
             if held is None:
                 backend = triton_ops.plan(deciding, form).backend(tokens, self.density)
             if backend != DENSE and lendable and (rows := neuron_major(down)) is not None:
@@ -204,8 +213,9 @@ class SparseMLP(SparseBlock):
             return
         if self._may_lend() and self._is_linear_down() and (down := self.readable(self.roles.down)):
             lend(down.weight)
-        if certify and self.owns(self.roles.deciding) and (first := self._deciding()) is not None:
-            self._certificate(cast(Tensor, first.weight))
+        since = self._certified.mark
+        if certify and self._may_certify(1) and (first := self._deciding()) is not None:
+            self._certificate(cast(Tensor, first.weight), since)
 
     @property
     def certifiable(self) -> bool:
@@ -249,10 +259,19 @@ class SparseMLP(SparseBlock):
         """Whether a certificate may be used for so many tokens; to be asked before fetching the weights."""
         if not self.certify or torch.compiler.is_compiling():
             return self.certify and tokens == 1
-        if not self.owns(self.roles.deciding):
+        if self._deciding_held_weakly() or not self.owns(self.roles.deciding):
             self._certified.drop()  # whoever holds it now may have changed it when this is asked again
             return False
         return tokens == 1
+
+    def _deciding_held_weakly(self) -> bool:
+        """Whether a weak reference leads to the deciding layer, to its weight or to the stock block."""
+        linear = self._deciding()
+        if linear is None:
+            return False
+        weight = cast(Tensor, linear._parameters["weight"])
+        own = self._certified.references(weight)
+        return held_weakly(weight, own) or held_weakly(linear) or held_weakly(self._stock[0])
 
     @property
     def is_held(self) -> bool:
@@ -282,14 +301,17 @@ class SparseMLP(SparseBlock):
         del weight
         return self.owns(self.roles.down)
 
-    def _certificate(self, weight: Tensor) -> tuple[str, tuple[Certificate, tuple[int, int]] | None]:
+    def _certificate(
+        self, weight: Tensor, since: object
+    ) -> tuple[str, tuple[Certificate, tuple[int, int]] | None]:
         """The backend for one token with a certificate of the deciding projection ``[F, D]``, and that.
 
-        It is made if need be; none where it does not pay, or cannot be had.
+        It is made if need be; none where it does not pay, or cannot be had. Nobody else held the weight at
+        the mark ``since``.
         """
         plan = triton_ops.plan(weight, self.roles.form, certified=True)
         backend = plan.backend(1, self.density)
-        return backend, None if backend == DENSE else self._certified.of(weight)
+        return backend, None if backend == DENSE else self._certified.of(weight, since)
 
     def _weights(self, x: Tensor, *names: str) -> list[tuple[Tensor, Tensor | None]] | None:
         """Weight and bias of the children ``names``, to be read for ``x``; None if one must be called."""

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from hf_sparse.metrics.cett_report import CETTReport
 from hf_sparse.metrics.report import DEFINITION, SparsityReport
 from hf_sparse.report_page.about import about_section, name_of
 from hf_sparse.report_page.comparison import comparison_section, same_text
 from hf_sparse.report_page.document import Document, Headline, Note, Part, Section, Text
 from hf_sparse.report_page.layers import neurons_section, sparsity_section, tokens_section
+from hf_sparse.report_page.tails import tails_section
 from hf_sparse.report_page.unions import derivative_section, other_sections, union_section
 from hf_sparse.report_page.words import counted, nats, quality, share
 
@@ -29,15 +31,17 @@ def contents(
     before: SparsityReport | None = None,
     beside: Mapping[str, SparsityReport] | None = None,
     speed: TuneReport | None = None,
+    cett: CETTReport | None = None,
 ) -> Document:
     """The page of ``report``; see :meth:`hf_sparse.SparsityReport.to_html` for the arguments.
 
     Raises:
-        ValueError: ``before`` is of a model with other blocks, or ``model`` or ``speed`` is of another one.
+        ValueError: ``before`` is of a model with other blocks, or ``model``, ``speed`` or ``cett`` is of
+            another one.
         PatchError: ``model`` has no MLP blocks.
 
     """
-    _check(report, before, speed)
+    _check(report, before, speed, cett)
     name = model_name or (name_of(model) if model is not None else "a model")
     sections: list[Section | None] = [
         _headline(report, before),
@@ -49,6 +53,8 @@ def contents(
         derivative_section(report),
         *other_sections(report),
     ]
+    if cett is not None:
+        sections.append(tails_section(cett))
     if beside:
         sections.append(comparison_section(report, name, before, beside))
     if speed is not None:
@@ -115,7 +121,12 @@ def _window(report: SparsityReport) -> str:
     return f" in windows of {report.sequence_length:,}" if report.sequence_length else " in batches"
 
 
-def _check(report: SparsityReport, before: SparsityReport | None, speed: TuneReport | None) -> None:
+def _check(
+    report: SparsityReport,
+    before: SparsityReport | None,
+    speed: TuneReport | None,
+    cett: CETTReport | None,
+) -> None:
     if before is not None:
         sizes = [[layer.neurons for layer in one.layers] for one in (before, report)]
         if sizes[0] != sizes[1]:
@@ -130,4 +141,11 @@ def _check(report: SparsityReport, before: SparsityReport | None, speed: TuneRep
             raise ValueError(
                 "speed is of another model: it has none of the MLP blocks of this report. Give what "
                 "hf_sparse.tune found for the model that was measured."
+            )
+    if cett is not None:
+        blocks = {(layer.name, layer.neurons) for layer in report.layers}
+        if not {(layer.name, layer.neurons) for layer in cett.layers} <= blocks:
+            raise ValueError(
+                "cett is of another model: it has MLP blocks that this report does not have. Give what "
+                "hf_sparse.cett_sparsity found for the model that was measured."
             )

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import fnmatch
 import importlib
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
+from hf_sparse.activations.config import ACTIVATIONS
+from hf_sparse.calibration.calibrate import METHODS
+from hf_sparse.config import PARTS
+from hf_sparse.methods import methods
+from hf_sparse.sharpness.registry import CONFIGS
 from website import figures
 from website.check import broken
-from website.markdown_text import headings, indented_by_four, links, without_comments
+from website.markdown_text import indented_by_four, links, without_comments
 from website.names import documented
 from website.pages import ROOT
 from website.staging import BrokenLinkError, staged
@@ -32,47 +38,78 @@ def site():
 
 @pytest.fixture
 def repository(tmp_path):
-    """A small repository with a page of methods."""
+    """A small repository with a page that is a section of another file."""
     for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md"):
         (tmp_path / name).write_text("# Title\n\n## Command line\n\nText.\n")
     for folder in ("docs", "code"):
         (tmp_path / folder).mkdir()
     (tmp_path / "code" / "one.py").write_text('"""```in here```"""\n')
-    methods = "# Methods\n\nSome.\n\n## A one\n\n[B](#b-two)\n\n## B two\n\n### Inner\nx"
-    (tmp_path / "docs" / "methods.md").write_text(methods)
+    (tmp_path / "README.md").write_text(
+        "# Title\n\n[C](#inner)\n\n## Command line\n\n### Inner\nx\n\n## B two\n"
+    )
+    (tmp_path / "docs" / "one.md").write_text("# A one\n\n## Deep\n")
     (tmp_path / "docs" / "page.md").write_text("# Page\n\n## There\n")
     return tmp_path
 
 
-def test_every_method_is_a_page_and_links_to_it_lead_there(site):
-    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
-    for heading in headings(text):
-        if heading.level == 2:
-            page = site[f"methods/{heading.anchor}.md"]
-            assert page.startswith(f"# {heading.text}\n")
-            assert f"({heading.anchor}.md)" in site["methods/index.md"]
-    assert "methods/target-sparsity.md" in links(site["howto/relufy.md"].replace("../", ""))
+def _code(text: str) -> set[str]:
+    """The words in code spans of a text without fenced blocks."""
+    return set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]+)`", text))))
 
 
-def test_a_methods_links_and_headings_are_those_of_its_page(repository):
+def test_the_index_of_methods_names_everything_that_is_one_and_every_page():
+    folder = ROOT / "docs" / "methods"
+    index = (folder / "index.md").read_text(encoding="utf-8")
+    parts = set(PARTS) - {"activation"}
+    assert {*ACTIVATIONS, *parts, *methods(), *CONFIGS, *METHODS} <= _code(index)
+    recipes = {path.stem for path in (ROOT / "training" / "recipes").glob("*.yaml")}
+    assert {Path(link).stem for link in links(index) if link.endswith(".yaml")} == recipes
+    assert {path.name for path in folder.glob("*.md")} - {"index.md"} <= set(links(index))
+
+
+@pytest.mark.parametrize(
+    "name", sorted({*ACTIVATIONS, *PARTS, *methods(), *CONFIGS} - {"original", "activation", "inputs"})
+)
+def test_the_page_that_the_index_gives_for_a_method_tells_of_it(name):
+    folder = ROOT / "docs" / "methods"
+    rows = (folder / "index.md").read_text(encoding="utf-8").splitlines()
+    of_it = [row for row in rows if row.startswith("| [") and name in _code(row.split("|")[4])]
+    assert any(
+        re.search(rf"\b{name}\b", (folder / links(row)[0]).read_text(encoding="utf-8")) for row in of_it
+    )
+
+
+def test_a_page_of_a_method_says_where_it_is_from_and_links_its_recipes():
+    folder = ROOT / "docs" / "methods"
+    for row in (folder / "index.md").read_text(encoding="utf-8").splitlines():
+        if not row.startswith("| ["):
+            continue
+        page, *recipes = links(row)
+        text = (folder / page).read_text(encoding="utf-8")
+        assert "| Source |" in text, page
+        assert set(recipes) <= set(links(text)), page
+
+
+def test_a_section_that_is_a_page_has_the_links_to_it(repository):
     (repository / "docs" / "results").mkdir()
     (repository / "docs" / "results" / "one.md").write_text("# One")
     (repository / "docs" / "page.md").write_text(
-        "# Page\n[a](methods.md) [b](methods.md#inner) [`c`](../code/one.py) [d](../code)\n"
-        "[e](results) [f](#page) [g](https://x.y/z) `[h](nowhere.md)`\n"
+        "# Page\n[a](../README.md) [b](../README.md#inner) [`c`](../code/one.py) [d](../code)\n"
+        "[e](results) [f](#page) [g](https://x.y/z) `[h](nowhere.md)` [i](one.md#deep)\n"
     )
     found = staged(repository)
     assert links(found["page.md"]) == [
-        "methods/index.md",
-        "methods/b-two.md#inner",
+        "readme.md",
+        "command_line.md#inner",
         "source/code/one.py.md",
         "source/code/index.md",
         "source/docs/results/index.md",
         "#page",
         "https://x.y/z",
+        "one.md#deep",
     ]
-    assert found["methods/a-one.md"] == "# A one\n\n[B](b-two.md)\n"
-    assert found["methods/b-two.md"] == "# B two\n\n## Inner\nx\n"
+    assert links(found["readme.md"]) == ["command_line.md#inner"]
+    assert found["command_line.md"] == "# Command line\n\n## Inner\nx\n"
     assert '"""```in here```"""' in found["source/code/one.py.md"]
     assert links(found["source/code/index.md"]) == ["one.py.md"]
     assert links(found["source/docs/results/index.md"]) == ["../../../results/one.md"]
@@ -86,11 +123,11 @@ def test_a_methods_links_and_headings_are_those_of_its_page(repository):
         "#nowhere",
         "../code/two.py",
         "../../outside.md",
-        "methods.md#a",
+        "one.md#a",
         "x.svg",
     ],
 )
-@pytest.mark.parametrize("name", ["docs/page.md", "docs/methods.md", "README.md"])
+@pytest.mark.parametrize("name", ["docs/page.md", "docs/one.md", "README.md"])
 def test_a_link_that_leads_nowhere_is_refused(repository, name, target):
     page = repository / name
     page.write_text(page.read_text() + f"\n[link]({target})\n")
@@ -100,10 +137,13 @@ def test_a_link_that_leads_nowhere_is_refused(repository, name, target):
 
 def test_a_link_by_the_name_of_a_file_has_the_title_of_its_page(repository):
     (repository / "docs" / "page.md").write_text(
-        "# Page\n[methods.md](methods.md#inner) [two.md](../code/two.py)\n"
+        "# Page\n[one.md](one.md#deep) [README.md](../README.md#inner) [two.md](../code/two.py)\n"
     )
     (repository / "code" / "two.py").touch()
-    assert "[B two](methods/b-two.md#inner) [two.md](source/code/two.py.md)" in staged(repository)["page.md"]
+    page = staged(repository)["page.md"]
+    assert (
+        "[A one](one.md#deep) [Command line](command_line.md#inner) [two.md](source/code/two.py.md)" in page
+    )
 
 
 def test_what_is_said_to_writers_and_tests_is_not_on_the_site(site):

@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch._dynamo.mutation_guard import install_generation_tagging_init
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse
@@ -396,6 +399,102 @@ class TestUncountedChanges:
             data = getattr(getattr(one, "weight", one), "data", one)
             data = torch.from_numpy(one) if holder == "array" else data
             data.neg_()
+        assert self.ratio(model) < 1e-5
+
+    @needs_compiler
+    @pytest.mark.parametrize("what", ["parameter", "module", "stock"])
+    @pytest.mark.parametrize("since", ["before the patch", "before decoding", "after decoding"])
+    def test_by_who_holds_a_weak_reference(self, tiny_model, what, since) -> None:
+        model = tiny_model("llama")
+
+        def references():
+            mlps = [layer.mlp for layer in model.model.layers]
+            found = {
+                "parameter": [mlp.gate_proj.weight for mlp in mlps],
+                "module": [mlp.gate_proj for mlp in mlps],
+                "stock": [getattr(mlp, "stock", mlp) for mlp in mlps],
+            }[what]
+            return [weakref.ref(one) for one in found]
+
+        held = references() if since == "before the patch" else None
+        patch(model, "relu")
+        if since == "before decoding":
+            held = references()
+        assert self.ratio(model) < 1e-5
+        if since == "after decoding":
+            held = references()
+        assert self.ratio(model) < 1e-5
+        for reference in held:
+            weight = reference()
+            for name in ("gate_proj", "weight"):
+                weight = getattr(weight, name, weight)
+            weight.data.neg_()
+        del weight
+        assert self.ratio(model) < 1e-5
+        with CountSkips() as skips, hf_sparse.backend("cpp"), torch.no_grad():
+            model(torch.arange(3, 4)[None], use_cache=False)
+        assert (skips.count, skips.certified) == (3, 0)
+        del held, reference
+        with CountSkips() as skips, hf_sparse.backend("cpp"), torch.no_grad():
+            model(torch.arange(3, 4)[None], use_cache=False)
+        assert skips.certified == 3
+
+    @needs_compiler
+    def test_references_that_the_compiler_keeps_to_modules_end_nothing(self, tiny_model, tmp_path) -> None:
+        """And those that loading has kept: neither gets anybody at a weight."""
+        model = tiny_model("llama")
+        hf_sparse.patch(model, "relu")
+        model.save_pretrained(tmp_path)
+        install_generation_tagging_init()  # as the first torch.compile of a process does
+        model = AutoModelForCausalLM.from_pretrained(tmp_path)
+        hf_sparse.prepare(model, certify=True)
+        (block, *_) = sparse_blocks(model)
+        assert weakref.getweakrefcount(vars(block)["_modules"]["gate_proj"])
+        with CountSkips() as skips, hf_sparse.backend("cpp"), torch.no_grad():
+            model(torch.arange(3, 4)[None], use_cache=False)
+        assert skips.certified == 3
+
+    @needs_compiler
+    def test_by_a_thread_while_the_certificate_is_made(self, tiny_model) -> None:
+        model = tiny_model("llama")
+        patch(model, "relu")
+        block, *_ = sparse_blocks(model)
+        block.disclose()
+        make, threads = block._certified._made_by, ThreadPoolExecutor(1)
+
+        def made_meanwhile(weight):
+            certificate = make(weight)
+            threads.submit(lambda: block.gate_proj.weight.data.neg_() is None).result()
+            return certificate
+
+        block._certified._made_by = made_meanwhile
+        assert self.ratio(model) < 1e-5  # the weight is another one at the end of each call
+        block._certified._made_by = make
+        assert self.ratio(model) < 1e-5
+        threads.shutdown()
+
+    @needs_compiler
+    @pytest.mark.parametrize("way", ["gate_proj", "stock"])
+    def test_by_a_thread_that_is_about_to_take_the_layer(self, tiny_model, way) -> None:
+        """A call that comes just when the block has disclosed what it keeps."""
+        model = tiny_model("llama")
+        patch(model, "relu")
+        block, *_ = sparse_blocks(model)
+        assert self.ratio(model) < 1e-5
+        disclose, calls = block.disclose, []
+
+        def disclose_and_decode():
+            disclose()
+            if not calls:
+                calls.append(1)
+                assert self.ratio(model) < 1e-5
+
+        block.disclose = disclose_and_decode
+        taken = getattr(block, way)
+        del block.disclose
+        getattr(taken, "gate_proj", taken)._parameters["weight"].data.neg_()
+        del taken
+        assert calls
         assert self.ratio(model) < 1e-5
 
     def test_an_optimizer_at_hand_ends_their_use_and_skipping(self, tiny_model) -> None:

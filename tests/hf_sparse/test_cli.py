@@ -18,6 +18,7 @@ from hf_sparse.assets import TINY_MODEL
 from hf_sparse.assets.corpus import python_corpus
 from hf_sparse.cli import main
 from hf_sparse.launch import _with_recipe_path, application
+from hf_sparse.texts import EMBEDDED, evaluation_texts
 from triton_ops import BACKENDS
 
 COMMANDS = (
@@ -125,6 +126,33 @@ def test_measure_writes_what_the_function_returns(tmp_path, text_file, capsys):
     )
     assert hf_sparse.SparsityReport.from_json(json_file).metrics == report.metrics
     assert str(report.metrics["union"]) in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_measure_finds_what_can_be_left_out(tmp_path, capsys):
+    json_file, html = tmp_path / "r.json", tmp_path / "r.html"
+    sizes = ["--max-tokens", "256", "--sequence-length", "64"]
+    files = ["--json", str(json_file), "--html", str(html)]
+    assert main(["measure", "tiny", *sizes, "--cett-ppl", "20", *files]) == 0
+    model = AutoModelForCausalLM.from_pretrained(TINY_MODEL)
+    texts = list(evaluation_texts(EMBEDDED))
+    found = hf_sparse.cett_sparsity(model, texts, p=20, max_tokens=256, sequence_length=64)
+    assert str(found) in capsys.readouterr().out
+    assert json.loads(json_file.read_text())["cett_ppl"] == json.loads(json.dumps(found.to_dict()))
+    assert hf_sparse.SparsityReport.from_json(json_file).tokens == 256
+    assert f"{found.sparsity:.2%} of the neurons can be left out" in html.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_a_search_that_fails_leaves_the_measurement(tmp_path, capsys):
+    """Not even without all its MLPs is the model so much worse."""
+    json_file = tmp_path / "r.json"
+    sizes = ["--max-tokens", "256", "--sequence-length", "64"]
+    assert main(["measure", "tiny", *sizes, "--cett-ppl", "1e9", "--json", str(json_file)]) == 2
+    said = capsys.readouterr()
+    assert "and never by p=1e+09 %" in said.err
+    assert "all layers" in said.out
+    assert hf_sparse.SparsityReport.from_json(json_file).tokens == 256
 
 
 def test_explain_writes_what_the_function_returns(tmp_path, text_file, capsys):

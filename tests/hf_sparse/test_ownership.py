@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from transformers import Trainer, TrainingArguments
 
 import hf_sparse
-from hf_sparse.modules.ownership import is_lent, shares_nothing
+from hf_sparse.modules.ownership import _in_files, is_lent, shares_nothing
 from support import sharded
 from support.models import tiny
 from support.peek import assert_same_while_others_look, down_weight, layouts, sparse_blocks
@@ -307,6 +307,30 @@ class TestSharedMemory:
         assert not shares_nothing(weight)
         del array
         assert not shares_nothing(torch.nn.Parameter(torch.from_numpy(np.ones(3, dtype=np.float32))))
+
+
+def test_memory_that_a_file_is_mapped_to_is_told_from_that_of_others(tmp_path) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(4 * 4096))
+
+    def mapped(shared: bool) -> torch.Tensor:
+        whole = torch.UntypedStorage.from_file(str(path), shared, 4 * 4096)
+        return torch.tensor([]).set_(whole[:4096])  # as safetensors does
+
+    before = len(_in_files)
+    for _ in range(40):  # at the same addresses, perhaps
+        for weight, alone in (
+            (mapped(False), True),
+            (torch.from_numpy(np.zeros(4096, np.float32)), False),
+            (mapped(True), False),
+        ):
+            assert [shares_nothing(weight), shares_nothing(weight)] == [alone, alone]
+            view = weight[:7]
+            assert not shares_nothing(weight)
+            del view
+    del weight
+    assert shares_nothing(mapped(False))
+    assert len(_in_files) < before + 4  # of the 120
 
 
 def test_a_copy_of_a_model_that_skips_is_one_of_its_own() -> None:

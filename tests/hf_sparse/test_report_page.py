@@ -18,6 +18,7 @@ from hf_sparse import report_page
 from hf_sparse.cli import main
 from hf_sparse.cli_measure import names_of
 from hf_sparse.metrics import LayerSparsity
+from hf_sparse.metrics.cett_report import CETTReport, LayerTail
 from hf_sparse.metrics.registry import metrics
 from hf_sparse.metrics.union import BATCHES, CHUNKS
 from hf_sparse.report_page.axes import around, from_zero
@@ -59,6 +60,30 @@ def made_up(
     ]
     return hf_sparse.SparsityReport(
         layers=tuple(layers), loss=loss, tokens=tokens, predicted_tokens=tokens - 2, sequence_length=100
+    )
+
+
+def tails(neurons: int = 10) -> CETTReport:
+    """What may be left out of the blocks of :func:`made_up`: 40, 50 and 60 %."""
+    layers = tuple(
+        LayerTail(
+            name=f"model.layers.{i}.mlp",
+            neurons=neurons,
+            threshold=0.125 * (i + 1),
+            sparsity=(4 + i) / 10,
+            zeros=i / 10,
+        )
+        for i in range(3)
+    )
+    return CETTReport(
+        layers=layers,
+        p=1.5,
+        cett=0.2,
+        loss_before=1.0,
+        loss=1.0149,
+        tokens=200,
+        predicted_tokens=198,
+        sequence_length=100,
     )
 
 
@@ -400,6 +425,21 @@ def test_markdown_has_the_tables_of_the_page(measured):
             assert cells.replace("_", r"\_") in text or row[0] == "Page written"
 
 
+def test_what_can_be_left_out_is_in_a_table_beside_exact_zeros():
+    found = tails()
+    page = Page(made_up().to_html(cett=found))
+    assert "Sparsity at a perplexity 1.5 % higher" in headings(page)
+    rows = "Neurons that can be left out, by block"
+    for layer in found.layers:
+        row = page.row(rows, layer.name)
+        assert row["can be left out"] == f"{layer.sparsity:.2%}"
+        assert (row["exact zeros"], row["threshold"]) == (f"{layer.zeros:.2%}", f"{layer.threshold:.3g}")
+    assert page.row(rows, "all blocks")["can be left out"] == "50.00%"
+    assert "Neurons that can be left out by MLP block" in charts(page)
+    assert "CETT-PPL-1.5 %" in made_up().to_markdown(cett=found)
+    assert "perplexity 1.5 % higher" not in made_up().to_html()
+
+
 # ---- refused
 
 
@@ -409,6 +449,10 @@ def test_reports_of_another_model_are_refused(measured):
         report.to_html(before=made_up())
     with pytest.raises(ValueError, match=r"model has no MLP block 'gpt_neox\.0'"):
         made_up(name="gpt_neox.{}").to_html(model=model)
+    with pytest.raises(ValueError, match="cett is of another model"):
+        made_up(name="gpt_neox.{}").to_markdown(cett=tails())
+    with pytest.raises(ValueError, match="cett is of another model"):
+        report.to_html(cett=tails(neurons=11))
     with pytest.raises(TypeError, match="colour"):
         report.to_markdown(colour="red")
 
@@ -449,6 +493,8 @@ def test_the_command_writes_both_pages(tmp_path, capsys):
         (["--beside", "a.json"], "--beside is for a page;"),
         (["--before", "a.json"], "--before is for a page;"),
         (["--before", "a.json", "--html", "r.html"], "a.json"),
+        (["--cett-ppl", "0"], "--cett-ppl=0 is no rise of perplexity in percent"),
+        (["--cett-ppl", "nan"], "--cett-ppl=nan is no rise"),
         (["--beside", "a.json", "./a.json", "--html", "r.html"], "--beside has 'a.json' twice"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import weakref
 
 import pytest
@@ -190,22 +191,65 @@ def test_a_bias_that_is_no_parameter_and_float64(pruning) -> None:
         torch.testing.assert_close(sparse.double()(x.double()).float(), expected)
 
 
-def test_who_holds_a_weight_weakly_may_change_it() -> None:
+@pytest.mark.parametrize("pruning", [Pruning(0.4, 0.5), Pruning(0.3, weighted=True)])
+@pytest.mark.parametrize("what", ["weight", "stock"])
+def test_who_holds_a_weight_weakly_may_change_it(pruning, what) -> None:
     torch.manual_seed(0)
-    for pruning in (Pruning(0.4, 0.5), Pruning(0.3, weighted=True)):
-        linear = nn.Linear(300, 64)
-        sparse = SparseLinear(linear, gives_zeros=True, pruning=pruning).eval()
-        del linear
-        x = torch.randn(1, 300)
-        reference = weakref.ref(sparse.weight)
-        with torch.no_grad(), hf_sparse.backend("cpp"):
+    linear = nn.Linear(300, 64)
+    sparse = SparseLinear(linear, gives_zeros=True, pruning=pruning).eval()
+    reference = weakref.ref(linear if what == "stock" else linear.weight)
+    del linear
+    x = torch.randn(1, 300)
+    with torch.no_grad(), hf_sparse.backend("cpp"):
+        for _ in range(2):  # the first one changes the layout
             sparse(x)
-            reference().data.mul_(3)
-            found = sparse(x)
-            del reference
-            weight, bias = sparse.weight, sparse.bias
-            expected = nn.functional.linear(pruning.values(x, column_norms(weight)), weight, bias)
-        torch.testing.assert_close(found, expected)
+        getattr(reference(), "weight", reference()).data.mul_(3)
+        found = sparse(x)
+        del reference
+        weight, bias = sparse.weight, sparse.bias
+        expected = nn.functional.linear(pruning.values(x, column_norms(weight)), weight, bias)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("backend", ["dense", "cpp"])
+@pytest.mark.parametrize("when", ["while it is looked at", "just before"])
+def test_a_thread_that_takes_a_weight_may_change_it(when, backend) -> None:
+    torch.manual_seed(0)
+    pruning = Pruning(0.3, weighted=True)
+    sparse = SparseLinear(nn.Linear(300, 64), gives_zeros=True, pruning=pruning).eval()
+    x = torch.randn(1, 300)
+    with torch.no_grad(), hf_sparse.backend(backend):
+        sparse(x)
+        if when == "just before":  # a call comes when the layer has disclosed what it keeps
+            disclose, calls = sparse.disclose, []
+
+            def disclose_and_compute():
+                disclose()
+                if not calls:
+                    calls.append(sparse(x))
+
+            sparse.disclose = disclose_and_compute
+            sparse.weight.data.mul_(3)
+            del sparse.disclose
+            assert calls
+        else:
+            make = sparse._vectors._made_by
+            sparse._vectors.drop()
+
+            def made_meanwhile(weight):
+                made = make(weight)
+                thread = threading.Thread(target=lambda: sparse.weight.data.mul_(3) is None)
+                thread.start()
+                thread.join()
+                return made
+
+            sparse._vectors._made_by = made_meanwhile
+            sparse(x)
+            sparse._vectors._made_by = make
+        found = sparse(x)
+        weight, bias = sparse.weight, sparse.bias
+        expected = nn.functional.linear(pruning.values(x, column_norms(weight)), weight, bias)
+    torch.testing.assert_close(found, expected)
 
 
 def test_what_is_kept_of_a_weight_is_of_the_weight_as_it_is_now(input_ids) -> None:
