@@ -72,6 +72,7 @@ def test_a_known_density_widens_the_choice():
 @needs_compiler
 @pytest.mark.parametrize(("vectors", "matrix_unit"), [(True, False), (False, False), (True, True)])
 def test_what_was_measured_with_avx512_bf16_holds_only_with_it(monkeypatch, vectors, matrix_unit):
+    monkeypatch.setattr(products, "has_own", lambda dtype: True)
     monkeypatch.setattr(products, "has_bfloat16_products", lambda: vectors)
     monkeypatch.setattr(products, "has_matrix_unit", lambda: matrix_unit)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
@@ -102,6 +103,7 @@ def test_torch_keeps_float32_products_that_were_not_measured(monkeypatch, capabi
 
 @needs_compiler
 def test_a_dense_product_is_torchs_where_that_is_asked_for_or_alone_possible(monkeypatch):
+    monkeypatch.setattr(products, "has_own", lambda dtype: True)
     change_backend(monkeypatch, "cpp", multiplies=lambda dtype: True)
     assert multiplied(weight())
     assert not multiplied(weight().double())
@@ -251,13 +253,16 @@ def test_forced_dense_is_the_reference_bit_for_bit(activation):
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("own", [True, False])
-def test_float16_skips_for_any_number_of_tokens_unless_torch_has_float16_of_its_own(monkeypatch, own):
-    monkeypatch.setattr(products, "has_own_float16", lambda: own)
+def test_halves_skip_for_any_number_of_tokens_where_torch_has_no_products_of_them(monkeypatch, own, dtype):
+    monkeypatch.setattr(products, "has_own", lambda asked: own or asked != dtype)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     triton_ops.forget()
-    half = weight(dtype=torch.float16)
-    for tokens in (1, 7, 5000):
-        assert skips(tokens, half, "gated") == (not own)
+    half = weight(dtype=dtype)
+    few = dtype == torch.bfloat16  # in which torch's own products of one token are slow everywhere
+    for tokens, expected in ((1, few or not own), (7, not own), (5000, not own)):
+        assert skips(tokens, half, "gated") == expected
     assert multiplied(half) == (not own)
     assert triton_ops.plan(half, "linear").stalls == (not own)
-    assert not triton_ops.plan(weight(), "linear").stalls
+    assert not triton_ops.plan(weight(dtype=torch.float32), "linear").stalls
