@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--prompt-tokens", type=int, default=16)
+    parser.add_argument("--compile", action="store_true", help="the step of all but the stock model")
     args = parser.parse_args()
     args.batch, args.static_cache = 1, False
     conditions = harness.begin(args)
@@ -81,7 +82,7 @@ def compare(stock: Any, texts: torch.Tensor, method: str, args: argparse.Namespa
     hf_sparse.patch(reference, report.config)
     found = {DENSE: nothing_skipped(sparse), STOCK: stock, SPARSE: sparse}
     for name in (DENSE, SPARSE):
-        hf_sparse.prepare(found[name])
+        hf_sparse.prepare(found[name], compile=args.compile)
     backends = {STOCK: "dense", DENSE: "cpp" if args.device == "cpu" else "triton", SPARSE: "auto"}
     runs = {
         name: harness.Run(
@@ -107,6 +108,7 @@ def compare(stock: Any, texts: torch.Tensor, method: str, args: argparse.Namespa
             "layers": stock.config.num_hidden_layers,
             "dtype": args.dtype,
             "new_tokens": args.new_tokens,
+            "compiled": args.compile and name != STOCK,
             "logit_error": errors.get(name),
         }
         for name, timing in times.items()

@@ -421,7 +421,8 @@ def calibrated(*results: Result) -> str:
             lines.append(
                 [
                     f"{sparse['layers']} × {sparse['hidden']} × {sparse['neurons']}, {sparse['of']}",
-                    f"`{sparse['method']}`, {percent(sparse['sparsity'])}",
+                    f"`{sparse['method']}`, {percent(sparse['sparsity'])}"
+                    + (", compiled" if sparse.get("compiled") else ""),
                     *(f"{row['tokens_per_s']:.1f}" for row in (stock, dense, sparse)),
                     times(sparse["speedup"] / stock["speedup"]),
                     f"**{times(sparse['speedup'])}** ({low:.2f} to {high:.2f})",
@@ -434,7 +435,7 @@ def calibrated(*results: Result) -> str:
         {DTYPES[first["dtype"]]}, one sequence, {first["new_tokens"]} new tokens. The last column is against the same
         model on the same kernels with nothing skipped. `teal` and `wina` count the weights of attention and MLPs that
         meet a zero, `scap` those of MLPs, `cats` neurons; the output matrix (a fifth of the weights of both models) is
-        always read."""
+        always read. Where it says *compiled*, the dense and the calibrated step are, and the stock one is not."""
     head = ["`generate()`", "method", "stock", "same kernels, dense", "calibrated", "to stock", "to dense"]
     return "\n\n".join([*conditions, paragraph(about), table(head, lines)])
 

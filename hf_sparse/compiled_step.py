@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import CompileConfig, PreTrainedModel
 
+from hf_sparse.adapters.walk import modules_of
 from hf_sparse.errors import PatchError
+from hf_sparse.modules import SparseExperts
+from hf_sparse.modules.sparse_block import hooks_on_all_modules
 
 BACKEND = "inductor"
 _FORMER = "_hf_sparse_former_generation"
@@ -26,9 +31,13 @@ class CompiledStep:
         self._call: Any = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if hooks_on_all_modules():
+            return self._model(*args, **kwargs)
         if self._call is None:
             self._call = torch.compile(self._model.__call__, **self._config.to_dict())
-        return self._call(*args, **kwargs)
+        # Hooks that come later count as well: nobody who calls generate() sees that they have compiled.
+        with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+            return self._call(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which compile anew."""
@@ -42,43 +51,52 @@ def compile_step(model: PreTrainedModel) -> None:
         PatchError: transformers cannot compile this model as one graph.
 
     """
-    if not model.can_generate() or not getattr(model, "_can_compile_fullgraph", False):
+    own: Any = getattr(model, "generation_config", None)
+    if own is None or not model.can_generate() or not getattr(model, "_can_compile_fullgraph", False):
         raise PatchError(
             f"compile=True is for models that generate text with a static cache, and transformers has none "
             f"for {type(model).__name__}; leave compile out."
         )
-    own: Any = model.generation_config
-    if _FORMER not in vars(model):
-        vars(model)[_FORMER] = tuple(getattr(own, name) for name in _FIELDS)
+    stock_step(model)
+    former = tuple(getattr(own, name) for name in _FIELDS)
+    experts = any(isinstance(module, SparseExperts) for module in modules_of(model))
     config = CompileConfig(
-        fullgraph=True, backend=BACKEND, mode="default" if model.device.type == "cpu" else "reduce-overhead"
+        fullgraph=not experts,
+        backend=BACKEND,
+        mode="default" if model.device.type == "cpu" else "reduce-overhead",
     )
     config._compile_all_devices = True  # type: ignore[assignment]  # else never on a CPU
     own.cache_implementation, own.compile_config = "static", config
+    vars(model)[_FORMER] = own, former, ("static", config)
     vars(model).update(_compiled_call=CompiledStep(model, config), _last_compile_config=config)
 
 
 def stock_step(model: PreTrainedModel) -> None:
     """Undo :func:`compile_step`."""
-    if (former := vars(model).pop(_FORMER, None)) is not None:
+    _put_back(model)
+    if vars(model).pop(_FORMER, None) is not None:
         for name in ("_compiled_call", "_last_compile_config"):
             vars(model).pop(name, None)
-        _restore(model, former)
 
 
-def saved_with_stock_cache(model: PreTrainedModel, save: Any) -> Any:
-    """What ``save`` returns, called while the generation config says of the cache what it did before."""
-    former, own = vars(model).get(_FORMER), model.generation_config
-    if former is None or own is None:
-        return save()
-    now = tuple(getattr(own, name) for name in _FIELDS)
-    _restore(model, former)
+@contextmanager
+def stock_generation(model: PreTrainedModel) -> Iterator[None]:
+    """While in here, fields of the generation config are what they were, but for those changed since."""
+    changed = _put_back(model)
     try:
-        return save()
+        yield
     finally:
-        _restore(model, now)
+        for name, value in changed.items():
+            setattr(model.generation_config, name, value)
 
 
-def _restore(model: PreTrainedModel, values: tuple[Any, ...]) -> None:
-    for name, value in zip(_FIELDS, values, strict=True):
-        setattr(model.generation_config, name, value)
+def _put_back(model: PreTrainedModel) -> dict[str, Any]:
+    """The fields that were ours until now."""
+    changed: dict[str, Any] = {}
+    own, former, ours = vars(model).get(_FORMER, (None, (), ()))
+    if own is not None and own is model.generation_config:
+        for name, before, now in zip(_FIELDS, former, ours, strict=True):
+            if getattr(own, name) == now:
+                setattr(own, name, before)
+                changed[name] = now
+    return changed

@@ -31,7 +31,7 @@ from transformers.quantizers import HfQuantizer
 
 from hf_sparse.checkpoint_block import KEY, refusing
 from hf_sparse.checks import bounded
-from hf_sparse.compiled_step import saved_with_stock_cache
+from hf_sparse.compiled_step import stock_generation
 from hf_sparse.described import in_line
 from hf_sparse.model_card import write_model_card
 from hf_sparse.modules import ParameterLeaf, SparseBlock, stock_downs
@@ -168,8 +168,8 @@ def _save_pretrained(
     *_: Any,
     **__: Any,
 ) -> Any:
-    with in_line(model):
-        result = saved_with_stock_cache(model, call)
+    with in_line(model), stock_generation(model):
+        result = call()
         if is_main_process and os.path.isdir(save_directory):
             write_model_card(model, save_directory)
     return result

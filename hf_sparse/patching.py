@@ -27,6 +27,7 @@ from hf_sparse.modules import (
     ParameterLeaf,
     SparseBlock,
     decode_linears,
+    require_stock_linears,
     sparse_part,
     sparse_parts,
     stock_linears,
@@ -115,6 +116,7 @@ def unpatch(model: nn.Module, *, part: str | None = None) -> PatchReport:
 
     """
     base = transformers_model(model)
+    require_stock_linears(base)
     reports = []
     for one, record in patched_parts(base, part):
         blocks, skipped = blocks_of(one)
@@ -261,8 +263,9 @@ def prepare(model: nn.Module, *, certify: bool = False, linears: bool = True, co
         compile: let ``model.generate`` compile its decode step, as one graph, when it first takes one (which
             takes a minute or more, and again where sizes change), with a static cache. It pays for small
             models, whose steps are mostly Python. transformers does all of it, by fields of
-            ``model.generation_config`` that are not saved. Anything that cannot have a static cache, such as
-            assisted generation, is refused by it meanwhile. False ends it.
+            ``model.generation_config`` that ``save_pretrained`` leaves out. What cannot have a static cache
+            or be compiled fails meanwhile: assisted generation, prompt tuning, offloaded layers. Not together
+            with ``certify``. False ends it.
 
     Raises:
         PatchError: the model is not patched; or, for a certificate, it has an activation that is never
@@ -282,12 +285,19 @@ def prepare(model: nn.Module, *, certify: bool = False, linears: bool = True, co
             f"{type(base).__name__} have {type(sparse[0].activation).__name__}. Patch with another one "
             'first, such as "relu".'
         )
+    if certify and compile:
+        raise PatchError(
+            "certify=True and compile=True exclude each other: torch's compiler keeps references to weights, "
+            "and a certificate is used while nobody else does. Leave one of them out."
+        )
     rows = {row[0] for part in sparse if (row := row_of(part.activation)) is not None}
     if certify and not any(TABLE[name].certifiable for name in rows):
         raise PatchError(
             f"certify=True proves neurons silent by an upper bound of their pre-activations, but with "
             f"{', '.join(sorted(rows))} a neuron may be active below where it is silent. Leave certify out."
         )
+    if not linears:
+        require_stock_linears(base)
     (compile_step if compile else stock_step)(base)
     for part in sparse:
         part.prepare(certify=certify)

@@ -70,7 +70,7 @@ def quick(x: Tensor, weight: Tensor, bias: Tensor | None) -> _Product | None:
     """
     if not unobserved(x, weight, bias) or torch.is_autocast_enabled("cpu") or forward_ad._current_level >= 0:
         return None
-    dtype, shape, inputs = weight.dtype, weight.shape, x.shape[-1]
+    dtype, shape, inputs = weight.dtype, weight.shape, x.shape[-1] if x.ndim else 0
     if x.dtype is not dtype or len(shape) != 2 or inputs != shape[1] or x.requires_grad:
         return None
     counts, product = _few(shape, dtype, choice.forced_backend())
@@ -85,9 +85,9 @@ def _few(shape: tuple[int, int], dtype: torch.dtype, forced: str) -> tuple[Conta
     """Which numbers of tokens a backend multiplies with a weight ``[D, F]`` on the CPU, and its function."""
     plan = choice.plan_of(Problem("dense_linear", *shape, dtype, "cpu"), forced)
     found = REGISTRY.get(plan.skipping)
-    if found is None or found.linear is None or 0 in shape:
+    # Also where it is forced: a product in another dtype is nothing that a user of it asks for.
+    if found is None or found.linear is None or 0 in shape or found.obstacle("cpu", dtype):
         return (), None
-    choice.runnable(found.name, "cpu", dtype)  # forced where it cannot run, it raises
     if plan.forced:
         return range(1, _MANY), found.linear
     last = plan.steps[-1][0] if plan.steps else 0

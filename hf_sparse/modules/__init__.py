@@ -1,6 +1,11 @@
 """What replaces or joins an MLP block."""
 
-from hf_sparse.modules.decoding_linear import DecodingLinear, decode_linears, stock_linears
+from hf_sparse.modules.decoding_linear import (
+    DecodingLinear,
+    decode_linears,
+    require_stock_linears,
+    stock_linears,
+)
 from hf_sparse.modules.kept_block import KeptBlock, KeptChange, sparse_part, sparse_parts, stock_downs
 from hf_sparse.modules.leaf import ParameterLeaf
 from hf_sparse.modules.sparse_block import SparseBlock
@@ -20,6 +25,7 @@ __all__ = [
     "SparseMLP",
     "SparsePlainMLP",
     "decode_linears",
+    "require_stock_linears",
     "sparse_part",
     "sparse_parts",
     "stock_downs",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from types import MethodType
 from typing import TypeGuard
 
 import torch
@@ -11,10 +11,13 @@ from torch.nn import functional as F
 
 import triton_ops
 from hf_sparse.adapters.walk import modules_of
+from hf_sparse.errors import PatchError
 from hf_sparse.modules.surroundings import is_plain, with_own_forward
 from triton_ops.dense_linear import quick
+from triton_ops.layout import view_of
 
 _LINEAR = F.linear
+_FORWARD = nn.Linear.forward
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -23,10 +26,13 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Who counts, traces, differentiates or replaces calls of ``F.linear`` sees that one. So does who exports a
     graph, which is to run without this package.
     """
+    if F.linear is not _LINEAR:
+        return F.linear(x, weight, bias)
     if torch.compiler.is_compiling():
         return _in_graph(x, weight, bias)
-    multiply = quick(x, weight, bias) if F.linear is _LINEAR else None
-    return F.linear(x, weight, bias) if multiply is None else multiply(x, weight, bias)
+    multiply = quick(x, weight, bias)
+    # A view: the layout of a down projection may be changed by another thread meanwhile.
+    return F.linear(x, weight, bias) if multiply is None else multiply(x, view_of(weight), bias)
 
 
 def _in_graph(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -48,10 +54,10 @@ class DecodingLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """``input [..., F]`` to ``[..., D]``, any dtype."""
         own = self._parameters
-        weight = own.get("weight")
-        if weight is None:  # pruned, say: it is an attribute, or nothing
-            return super().forward(input)
-        return product(input, weight, own.get("bias"))
+        # What is pruned or parametrised is an attribute and no parameter.
+        if own.get("weight") is None or "bias" not in own or nn.Linear.forward is not _FORWARD:
+            return nn.Linear.forward(self, input)
+        return product(input, own["weight"], own["bias"])  # type: ignore[arg-type]
 
 
 def is_linear(module: nn.Module | None) -> TypeGuard[nn.Linear]:
@@ -61,18 +67,34 @@ def is_linear(module: nn.Module | None) -> TypeGuard[nn.Linear]:
 
 def decode_linears(model: nn.Module) -> None:
     """Make every plain linear layer of ``model`` a :class:`DecodingLinear`."""
-    for linear in _of(model, nn.Linear):
-        if "forward" not in vars(linear) and is_plain(linear._parameters.get("weight")):
+    for linear in modules_of(model):
+        if type(linear) is not nn.Linear or "forward" in vars(linear):
+            continue
+        if is_plain(linear._parameters.get("weight")):
             object.__setattr__(linear, "__class__", DecodingLinear)
 
 
 def stock_linears(model: nn.Module) -> None:
-    """Undo :func:`decode_linears`."""
-    for linear in _of(model, DecodingLinear):
+    """Undo :func:`decode_linears`; to be asked :func:`require_stock_linears` before."""
+    for linear in modules_of(model):
+        if type(linear) is not DecodingLinear:
+            continue
         object.__setattr__(linear, "__class__", nn.Linear)
+        for name in ("forward", "_old_forward"):  # accelerate's hooks keep what they have found
+            if getattr(vars(linear).get(name), "__func__", None) is DecodingLinear.forward:
+                vars(linear)[name] = MethodType(nn.Linear.forward, linear)
 
 
-def _of(model: nn.Module, cls: type[nn.Linear]) -> Iterator[nn.Linear]:
+def require_stock_linears(model: nn.Module) -> None:
+    """Whether :func:`stock_linears` can put all back.
+
+    Raises:
+        PatchError: a tool has made a class of its own of a :class:`DecodingLinear`.
+
+    """
     for module in modules_of(model):
-        if type(module) is cls:
-            yield module
+        if isinstance(module, DecodingLinear) and type(module) is not DecodingLinear:
+            raise PatchError(
+                f"the parameters of a linear layer {module.in_features} -> {module.out_features} are "
+                "parametrised, or sharded by themselves; remove that first."
+            )

@@ -103,7 +103,10 @@ def held_weakly(one: object, own: int = 0) -> bool:
     """
     if weakref.getweakrefcount(one) <= own:
         return False
-    calls = (reference.__callback__ for reference in weakref.getweakrefs(one))
+    found = weakref.getweakrefs(one)
+    if any(isinstance(reference, weakref.ProxyTypes) for reference in found):
+        return True
+    calls = (reference.__callback__ for reference in found)
     return not all((getattr(call, "__module__", None) or "").startswith(_LEAD_NOBODY) for call in calls)
 
 

@@ -8,10 +8,13 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import GenerationConfig
 
 import hf_sparse
 from hf_sparse import PatchError, compiled_step
+from hf_sparse.modules import DecodingLinear
 from support.compiler import needs_compiler
+from support.every_type import model_types
 
 IDS = torch.tensor([[5, 9, 7]])
 SETTINGS = {"max_new_tokens": 6, "do_sample": False}
@@ -56,9 +59,8 @@ def test_the_step_is_one_graph_that_is_compiled_once(tiny_model, graphs) -> None
 
 
 @needs_compiler
-@pytest.mark.parametrize("certify", [False, True])
-def test_kernels_run_in_it(tiny_model, graphs, certify) -> None:
-    model = prepared(tiny_model, certify=certify)
+def test_kernels_run_in_it(tiny_model, graphs) -> None:
+    model = prepared(tiny_model)
     with hf_sparse.backend("cpp"):
         assert torch.equal(model.generate(IDS, **SETTINGS), eager(model))
     assert len(graphs) == 1
@@ -146,11 +148,65 @@ def test_under_an_adapter(tiny_model, graphs) -> None:
     assert torch.equal(model.generate(input_ids=IDS, **SETTINGS), compiled)
 
 
-def test_a_model_that_cannot_is_refused_and_left(tiny_model) -> None:
-    model = tiny_model("bert")
+def test_hooks_that_come_later_are_called(tiny_model, graphs) -> None:
+    model = prepared(tiny_model)
+    before = model.generate(IDS, **SETTINGS)
+    layer, seen = model.model.layers[1], []
+    handle = layer.register_forward_hook(lambda m, args, y: seen.append(1) or -y)
+    steered = model.generate(IDS, **SETTINGS)
+    assert len(seen) == SETTINGS["max_new_tokens"]
+    handle.remove()
+    assert not torch.equal(steered, before)
+    seen.clear()
+    with_all = torch.nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(m) and None)
+    model.generate(IDS, **SETTINGS)
+    with_all.remove()
+    assert seen.count(layer) == SETTINGS["max_new_tokens"]
+    assert torch.equal(model.generate(IDS, **SETTINGS), before)
+
+
+def test_fields_that_somebody_changes_are_theirs(tiny_model, graphs, tmp_path) -> None:
+    model = prepared(tiny_model)
+    model.generation_config.cache_implementation = "dynamic"
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "generation_config.json").read_text())
+    assert saved["cache_implementation"] == "dynamic"
+    hf_sparse.unpatch(model)
+    assert model.generation_config.cache_implementation == "dynamic"
+    assert model.generation_config.compile_config is None
+
+    model = prepared(tiny_model)
+    model.generation_config = GenerationConfig(cache_implementation="static")
+    hf_sparse.unpatch(model)
+    assert model.generation_config.cache_implementation == "static"
+
+    model = prepared(tiny_model)
+    model.generation_config = None
+    hf_sparse.unpatch(model)
+    assert not hf_sparse.inspect(model).patched
+
+
+@pytest.mark.slow
+def test_experts_that_branch_on_values(graphs) -> None:
+    model = model_types()["gpt_oss"].build()
     hf_sparse.patch(model, "relu")
+    hf_sparse.prepare(model, compile=True)
+    assert torch.equal(model.generate(IDS, **SETTINGS), eager(model))
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_a_model_that_cannot_is_refused_and_left(tiny_model, name) -> None:
+    model = tiny_model(name)
+    hf_sparse.patch(model, "relu")
+    if name == "llama":
+        model.generation_config = None
+    before = vars(model).copy()
     with pytest.raises(PatchError, match="compile=True is for models that generate"):
         hf_sparse.prepare(model, compile=True)
+    with pytest.raises(PatchError, match="certify=True and compile=True exclude each other"):
+        hf_sparse.prepare(model, certify=True, compile=True)
+    assert vars(model) == before
+    assert not any(isinstance(m, DecodingLinear) for m in model.modules())
 
 
 @pytest.mark.slow

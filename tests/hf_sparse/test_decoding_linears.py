@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import sys
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -285,6 +287,88 @@ def test_tools_that_change_the_weight(tiny_model, multiplied) -> None:
         torch.testing.assert_close(head(x), F.linear(x, head.weight), rtol=1e-4, atol=1e-5)
 
 
+def test_tools_that_change_the_bias(tiny_model, multiplied) -> None:
+    layer = prepared(tiny_model, "qwen2").model.layers[0].self_attn.q_proj
+    x = torch.randn(1, 1, layer.in_features)
+
+    class Twice(nn.Module):
+        def forward(self, bias):
+            return bias * 2
+
+    with torch.no_grad():
+        layer.bias.normal_()
+        prune.l1_unstructured(layer, "bias", 0.5)
+        torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias), rtol=1e-4, atol=1e-5)
+        prune.remove(layer, "bias")
+        parametrize.register_parametrization(layer, "bias", Twice())
+        torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias), rtol=1e-4, atol=1e-5)
+        parametrize.remove_parametrizations(layer, "bias")
+        bias = layer.bias.detach()
+        del layer.bias
+        layer.register_buffer("bias", bias)
+        torch.testing.assert_close(layer(x), F.linear(x, layer.weight, bias), rtol=1e-4, atol=1e-5)
+
+
+def test_a_class_of_another_tool_is_not_overlooked(tiny_model, multiplied) -> None:
+    model = prepared(tiny_model)
+    parametrize.register_parametrization(model.lm_head, "weight", nn.Identity())
+    for undo in (hf_sparse.unpatch, lambda m: hf_sparse.prepare(m, linears=False)):
+        with pytest.raises(hf_sparse.PatchError, match="are parametrised, or sharded"):
+            undo(model)
+    assert hf_sparse.inspect(model).patched
+    parametrize.remove_parametrizations(model.lm_head, "weight")
+    hf_sparse.unpatch(model)
+    assert type(model.lm_head) is nn.Linear
+
+
+def test_a_forward_that_somebody_replaces_is_called(tiny_model, monkeypatch, multiplied) -> None:
+    model = prepared(tiny_model)
+    called: list[nn.Module] = []
+    stock = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: called.append(self) or stock(self, x))
+    with torch.no_grad():
+        model(TOKEN)
+    assert not multiplied
+    assert called[-1] is model.lm_head
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
+def test_other_dtypes_are_for_torch(tiny_model, multiplied, dtype) -> None:
+    head = prepared(tiny_model).lm_head.to(dtype)
+    x = torch.randn(1, 1, head.in_features, dtype=dtype)
+    with torch.no_grad():
+        torch.testing.assert_close(head(x), F.linear(x, head.weight))
+    assert not multiplied
+
+
+def test_threads_that_decode_while_weights_are_reached(tiny_model, monkeypatch) -> None:
+    """The layout of a down projection changes under the feet of the other one."""
+    mlp = prepared(tiny_model).model.layers[0].mlp
+    x, stop = torch.randn(1, 1, 32), threading.Event()
+
+    def decode() -> None:
+        with torch.no_grad(), hf_sparse.backend("cpp"):
+            while not stop.is_set():
+                mlp(x)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread = threading.Thread(target=decode)
+    thread.start()
+    try:
+        with torch.no_grad():
+            with hf_sparse.backend("dense"):
+                expected = mlp(x)
+            for _ in range(1500):
+                mlp.gate_proj  # noqa: B018  # gives the layout back
+                with hf_sparse.backend("cpp"):
+                    torch.testing.assert_close(mlp(x), expected, rtol=1e-4, atol=1e-5)
+    finally:
+        stop.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+
+
 def test_copies_pickles_and_checkpoints(tiny_model, tmp_path, multiplied) -> None:
     model = prepared(tiny_model)
     buffer = io.BytesIO()
@@ -354,7 +438,12 @@ def test_offloaded_by_accelerate(tiny_model, multiplied) -> None:
         torch.testing.assert_close(model(TOKEN).logits, expected, rtol=1e-4, atol=1e-5)
         remove_hook_from_submodules(model)
         torch.testing.assert_close(model(TOKEN).logits, expected, rtol=1e-4, atol=1e-5)
+    hf_sparse.prepare(model)
+    cpu_offload(model, execution_device=torch.device("cpu"))
     hf_sparse.unpatch(model)
+    remove_hook_from_submodules(model)
+    forwards = {getattr(vars(m).get("forward"), "__func__", None) for m in model.modules()}
+    assert DecodingLinear.forward not in forwards
     assert not any(isinstance(m, DecodingLinear) for m in model.modules())
 
 
