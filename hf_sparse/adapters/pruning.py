@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hf_sparse.errors import PatchError
 
@@ -35,6 +36,8 @@ class Pruning:
 
     def values(self, x: Tensor, norms: Tensor | None = None) -> Tensor:
         """``s(x)``, of the shape and dtype of ``x``. NaN stays."""
+        if not (self.center or self.weighted):
+            return F.hardshrink(x, self.threshold)  # the same in one pass
         return x.masked_fill(self.score(x, norms) <= self.threshold, self.center_in(x.dtype))
 
     def deviations(self, x: Tensor, norms: Tensor | None = None) -> Tensor:

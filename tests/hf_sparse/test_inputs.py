@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -301,3 +302,14 @@ def test_nan_is_not_taken_for_zero(input_ids) -> None:
     x: Tensor = torch.full((1, 32), 0.1)
     x[0, 3] = float("nan")
     assert model.model.layers[0].mlp.gate_proj(x).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("threshold", [1e-38, 0.01, 0.0098569, 1.0, math.inf])
+def test_values_at_the_threshold_are_taken_for_zero_in_every_dtype(dtype, threshold) -> None:
+    special = [threshold, -threshold, 0.0, -0.0, math.nan, math.inf, -math.inf]
+    x = torch.cat([torch.randn(2000), torch.linspace(-1, 1, 201), torch.tensor(special)]).to(dtype)
+    expected = x.masked_fill(x.abs() <= threshold, 0.0)
+    found = Pruning(threshold).values(x)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(found.signbit(), expected.signbit())
