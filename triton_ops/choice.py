@@ -167,6 +167,8 @@ def _in_graph(forced: str, epoch: str, *problem: Any) -> tuple[Any, ...]:
 def plan_of(problem: Problem, forced: str) -> Plan:
     """The plan for calls outside of autocast, where the backend ``forced`` is (or ``"auto"``)."""
     name, limits, beyond = (forced, (), 0.0) if forced != AUTO else _best(problem)
+    if problem.form == "dense_linear" and name in REGISTRY and REGISTRY[name].linear is None:
+        name = DENSE  # what it would call is torch's
     # Of limits that are equal one after the other, the last number of tokens.
     runs = [list(run) for _, run in groupby(enumerate(limits, 1), key=lambda item: item[1])]
     return Plan(

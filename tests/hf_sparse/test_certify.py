@@ -41,7 +41,7 @@ def decode(model, backend: str, prompt: torch.Tensor, tokens: int = 24) -> tuple
 def patch(model, activation: str = "relu", **fields):
     """Patch ``model``, to be decoded with certificates."""
     report = hf_sparse.patch(model, activation, **fields)
-    hf_sparse.prepare(model, certify=True)
+    hf_sparse.prepare(model, certify=True, linears=False)
     return report
 
 
@@ -59,7 +59,7 @@ def test_real_llama_gives_the_dense_tokens_and_the_uncertified_bits(assets, acti
         tokens, logits = decode(model, backend, prompt, 50)
     assert skips.count == 50 * layers
     assert skips.certified == 49 * layers  # the prompt is several tokens, which are computed without
-    hf_sparse.prepare(model, certify=False)
+    hf_sparse.prepare(model, certify=False, linears=False)
     with CountSkips() as skips:
         uncertified, expected = decode(model, backend, prompt, 50)
     assert skips.certified == 0
@@ -78,7 +78,7 @@ def test_plain_and_gated_blocks_in_both_precisions(tiny_model, name, dtype, back
     with CountSkips() as skips:
         tokens, logits = decode(model, backend, prompt)
     assert skips.certified == 23 * 3
-    hf_sparse.prepare(model, certify=False)
+    hf_sparse.prepare(model, certify=False, linears=False)
     assert all(map(torch.equal, decode(model, backend, prompt), (tokens, logits)))
 
 
@@ -176,7 +176,7 @@ def edit_through_data_and_prepare(model) -> None:
     for layer in model.model.layers:
         layer.mlp.gate_proj.weight.data.neg_()
     with hf_sparse.backend("cpp"):
-        hf_sparse.prepare(model, certify=True)
+        hf_sparse.prepare(model, certify=True, linears=False)
 
 
 def edit_in_inference_mode(model) -> None:
@@ -222,7 +222,7 @@ def test_a_changed_weight_is_certified_anew(tiny_model, change) -> None:
     assert skips.certified == 24 * 3
     assert certified(model) == [True] * 3
     assert not torch.equal(logits, before)
-    hf_sparse.prepare(model, certify=False)
+    hf_sparse.prepare(model, certify=False, linears=False)
     assert all(map(torch.equal, decode(model, "cpp", prompt), (tokens, logits)))
 
 
@@ -236,7 +236,7 @@ def test_certificates_come_at_the_first_token_or_with_prepare_and_go_with_traini
     decode(model, "dense", torch.arange(3, 6)[None])
     assert certified(model) == [False, False]
     with hf_sparse.backend("torch"):
-        hf_sparse.prepare(model, certify=True)
+        hf_sparse.prepare(model, certify=True, linears=False)
     assert certified(model) == [True, True]
     model.train()
     assert certified(model) == [False, False]
@@ -328,7 +328,7 @@ def test_it_is_a_way_of_running_and_not_of_the_checkpoint(tiny_model, tmp_path) 
     with CountSkips() as skips:
         assert all(map(torch.equal, decode(loaded, "torch", prompt), expected))
     assert skips.certified == 0
-    hf_sparse.prepare(loaded, certify=True)
+    hf_sparse.prepare(loaded, certify=True, linears=False)
     with CountSkips() as skips:
         assert all(map(torch.equal, decode(loaded, "torch", prompt), expected))
     assert skips.certified == 23 * 3
@@ -348,7 +348,7 @@ class TestOriginal:
         model = tiny_model("llama")
         hf_sparse.patch(model, "original")
         with pytest.raises(PatchError, match=r"exactly zero; the blocks of this LlamaForCausalLM have SiLU"):
-            hf_sparse.prepare(model, certify=True)
+            hf_sparse.prepare(model, certify=True, linears=False)
         assert not any(block.certify for block in sparse_blocks(model))
 
 
@@ -447,7 +447,7 @@ class TestUncountedChanges:
         model.save_pretrained(tmp_path)
         install_generation_tagging_init()  # as the first torch.compile of a process does
         model = AutoModelForCausalLM.from_pretrained(tmp_path)
-        hf_sparse.prepare(model, certify=True)
+        hf_sparse.prepare(model, certify=True, linears=False)
         (block, *_) = sparse_blocks(model)
         assert weakref.getweakrefcount(vars(block)["_modules"]["gate_proj"])
         with CountSkips() as skips, hf_sparse.backend("cpp"), torch.no_grad():
