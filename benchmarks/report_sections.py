@@ -397,7 +397,7 @@ def peers(*results: Result) -> str:
         token over the time it took, and that against a streaming read in the same turns. Ratios are of medians."""
     large, small = ({row["model"]: row["to_llama_cpp"] for row in result.rows} for result in results)
     reading = f"""
-        **Where we lose.** At the shape of 1B, skipping ({times(large["prepared"])} of llama.cpp in the same dtype) is behind
+        **Where we lose.** At the shape of 1B, skipping ({times(large["prepared, certified"])} of llama.cpp in the same dtype) is behind
         llama.cpp's Q8_0 ({times(large["llama.cpp, Q8_0"])}), which reads half of the bytes of every weight; nothing here
         skips quantised weights yet. A step of a model as small as SmolLM2-135M is Python for most of its time:
         {times(small["prepared"])}, and {times(small["prepared, compiled"])} compiled."""
