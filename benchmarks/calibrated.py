@@ -16,14 +16,11 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import generate
 import harness
 import torch
-from blocks import DTYPES, Shape
-from transformers import AutoModelForCausalLM
 
 import hf_sparse
 from hf_sparse.calibration.calibrate import METHODS
@@ -47,24 +44,16 @@ def nothing_skipped(model: Any) -> Any:
 
 def main() -> None:
     parser = harness.parser(__doc__, repeats=5)
-    parser.add_argument("--model", type=Path, help="folder of a model; default: random weights")
+    generate.add_model(parser)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["teal"])
     parser.add_argument("--sparsity", type=float, default=0.5)
-    parser.add_argument("--shape", type=Shape.of, default=Shape.of("llama-3.2-1b"))
-    parser.add_argument("--vocab", type=int, default=128256)
-    parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--prompt-tokens", type=int, default=16)
     parser.add_argument("--compile", action="store_true", help="the step of all but the stock model")
     args = parser.parse_args()
     args.batch, args.static_cache = 1, False
     conditions = harness.begin(args)
-    if args.model is None:
-        stock: Any = generate.build(args)
-    else:
-        dtype = getattr(torch, args.dtype)
-        stock = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(args.device).eval()
+    stock = generate.model_of(args)
     texts = torch.randint(1, stock.config.vocab_size, (4, 64), device=args.device)
     rows: list[dict[str, Any]] = []
     for method in args.methods:

@@ -23,13 +23,14 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import harness
 import torch
 from blocks import DTYPES, Shape, quantile
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import hf_sparse
 import triton_ops
@@ -62,6 +63,23 @@ def build(args: argparse.Namespace) -> LlamaForCausalLM:
             return LlamaForCausalLM(config).eval()
     finally:
         torch.set_default_dtype(default)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Options of who takes a folder of a model, or builds one of random weights."""
+    parser.add_argument("--model", type=Path, help="folder of a model; default: random weights")
+    parser.add_argument("--shape", type=Shape.of, default=Shape.of("llama-3.2-1b"))
+    parser.add_argument("--vocab", type=int, default=128256)
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+
+
+def model_of(args: argparse.Namespace) -> Any:
+    """The one that these options say."""
+    if args.model is None:
+        return build(args)
+    dtype = getattr(torch, args.dtype)
+    return AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(args.device).eval()
 
 
 def thresholds(model: LlamaForCausalLM, prompt: Tensor, sparsity: float) -> tuple[float, ...]:

@@ -29,9 +29,7 @@ import generate
 import harness
 import numpy as np
 import torch
-from blocks import DTYPES, Shape
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 import hf_sparse
 
@@ -104,11 +102,7 @@ def silence() -> Any:
 
 def main() -> None:
     parser = harness.parser(__doc__, repeats=7)
-    parser.add_argument("--model", type=Path, help="folder of a model; default: random weights")
-    parser.add_argument("--shape", type=Shape.of, default=Shape.of("llama-3.2-1b"))
-    parser.add_argument("--vocab", type=int, default=128256)
-    parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    generate.add_model(parser)
     parser.add_argument("--sparsity", type=float, default=0.9)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--compile", action="store_true", help="one competitor more: a compiled step")
@@ -116,10 +110,7 @@ def main() -> None:
     args.batch, args.static_cache, args.device = 1, False, "cpu"
     conditions = harness.begin_reading(args)
     nothing = silence()
-    if args.model is None:
-        stock: Any = generate.build(args)
-    else:
-        stock = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
+    stock = generate.model_of(args)
     with tempfile.TemporaryDirectory() as folder:
         path = hf_sparse.export(stock, Path(folder) / "model.gguf", format="gguf")
         sizes = {f"{PEER}, {args.dtype}": path, f"{PEER}, Q8_0": quantised(path)}

@@ -436,7 +436,8 @@ def calibrated(*results: Result) -> str:
         {DTYPES[first["dtype"]]}, one sequence, {first["new_tokens"]} new tokens. The last column is against the same
         model on the same kernels with nothing skipped. `teal` and `wina` count the weights of attention and MLPs that
         meet a zero, `scap` those of MLPs, `cats` neurons; the output matrix (a fifth of the weights of both models) is
-        always read. Where it says *compiled*, the dense and the calibrated step are, and the stock one is not."""
+        always read. Where it says *compiled*, the dense and the calibrated step are, and the stock one is not. The run of
+        SmolLM2-135M was stopped before `cats`, which its command names."""
     head = ["`generate()`", "method", "stock", "same kernels, dense", "calibrated", "to stock", "to dense"]
     return "\n\n".join([*conditions, paragraph(about), table(head, lines)])
 

@@ -75,7 +75,7 @@ def decode_linears(model: nn.Module) -> None:
 
 
 def stock_linears(model: nn.Module) -> None:
-    """Undo :func:`decode_linears`; to be asked :func:`require_stock_linears` before."""
+    """Undo :func:`decode_linears`; :func:`require_stock_linears` is called before."""
     for linear in modules_of(model):
         if type(linear) is not DecodingLinear:
             continue
@@ -86,7 +86,7 @@ def stock_linears(model: nn.Module) -> None:
 
 
 def require_stock_linears(model: nn.Module) -> None:
-    """Whether :func:`stock_linears` can put all back.
+    """See to it that :func:`stock_linears` can put all back.
 
     Raises:
         PatchError: a tool has made a class of its own of a :class:`DecodingLinear`.
@@ -94,7 +94,12 @@ def require_stock_linears(model: nn.Module) -> None:
     """
     for module in modules_of(model):
         if isinstance(module, DecodingLinear) and type(module) is not DecodingLinear:
-            raise PatchError(
-                f"the parameters of a linear layer {module.in_features} -> {module.out_features} are "
-                "parametrised, or sharded by themselves; remove that first."
-            )
+            raise of_another_class(module)
+
+
+def of_another_class(linear: nn.Linear) -> PatchError:
+    """What is raised where a tool has made a class of its own of one of ours."""
+    return PatchError(
+        f"the parameters of a linear layer {linear.in_features} -> {linear.out_features} are "
+        "parametrised, or sharded by themselves; remove that first."
+    )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import triton_ops
 from hf_sparse.adapters.pruning import Pruning, column_norms, wide
 from hf_sparse.errors import PatchError
-from hf_sparse.modules.decoding_linear import product
+from hf_sparse.modules.decoding_linear import of_another_class, product
 from hf_sparse.modules.derived import Derived
 from hf_sparse.modules.guarded import GuardedModule
 from hf_sparse.modules.hooked import carry_hooks
@@ -90,10 +90,7 @@ class SparseLinear(GuardedModule, nn.Linear):
 
         """
         if type(self) is not SparseLinear:
-            raise PatchError(
-                f"the parameters of a linear layer {self.in_features} -> {self.out_features} are "
-                "parametrised, or sharded by themselves; remove that first."
-            )
+            raise of_another_class(self)
         self.disclose()
         (stock,) = self._stock
         own = (*_NOT_SHARED, "_stock", "gives_zeros", "pruning", "density", "_vectors")
