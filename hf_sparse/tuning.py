@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_sparse.adapters.int8 import int8_of
 from hf_sparse.adapters.walk import modules_of
 from hf_sparse.calibration.input_values import of_thresholded, tell_densities
 from hf_sparse.errors import PatchError
@@ -18,6 +19,7 @@ from hf_sparse.modules import DecodingLinear, SparseExperts, sparse_part
 from hf_sparse.patching import inspect, transformers_model
 from triton_ops import DENSE, Problem, break_even
 from triton_ops.backends import REGISTRY
+from triton_ops.int8 import INT8_TOKENS
 from triton_ops.table import table
 from triton_ops.tune import TOKENS, Measurement, available
 from triton_ops.tune import measure as measure_shape
@@ -226,7 +228,7 @@ def _multiplied(model: nn.Module) -> Iterator[Problem]:
     """The problem of each linear layer that has a backend's dense product."""
     for module in modules_of(model):
         weight = module._parameters.get("weight") if isinstance(module, DecodingLinear) else None
-        if weight is None or weight.ndim != 2 or not weight.numel():
+        if weight is None or int8_of(weight) is not None or weight.ndim != 2 or not weight.numel():
             continue
         problem = Problem("dense_linear", weight.shape[0], weight.shape[1], weight.dtype, weight.device.type)
         try:
@@ -247,6 +249,17 @@ def _tuned(
     force: bool,
 ) -> TunedLayer:
     """Measure what is not known of the problems of ``part``, and say what follows."""
+    if part.skips_int8:
+        always = (1.0,) * INT8_TOKENS
+        return TunedLayer(
+            name=name,
+            shape=shape,
+            density=part.density,
+            break_even=always,
+            beyond=0.0,
+            certified=None,
+            obstacle=None,
+        )
     problems, obstacle = part.problems()
     limits: dict[Problem, tuple[float, ...]] = {}
     for problem in problems:

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
 
 from triton_ops.certificate import Certificate
+
+Scales: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""Of ``first``, ``up`` and ``down`` where these are int8: float32 ``[F]``, ``[F]`` and ``[D]``."""
+
+
+class Int8Weight(NamedTuple):
+    """The weight of a linear layer as int8: row d of it is ``rows[d] * scale[d]``."""
+
+    rows: Tensor
+    """int8 ``[D, F]``."""
+    scale: Tensor
+    """float32 ``[D]``."""
 
 
 class MLP(NamedTuple):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from triton_ops.mlp import MLP
+from triton_ops.mlp import MLP, Int8Weight, Scales
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +63,16 @@ class Backend:
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
     """The dense product: ``x [..., F]``, at least one token, ``weight [D, F]``, neither D nor F being 0, bias
     ``[D]``, all of any strides: ``[..., D]``, contiguous. None: torch's is the only one."""
+
+    int8_mlp: Callable[[Tensor, MLP, Scales], Tensor] | None = None
+    """``mlp`` with weights that are int8, for up to :data:`triton_ops.int8.INT8_TOKENS` tokens on the CPU;
+    without a certificate. None: there is no kernel."""
+
+    int8_linear: Callable[[Tensor, Int8Weight, Tensor | None], Tensor] | None = None
+    """``linear`` with such a weight; there is one if there is ``int8_mlp``."""
+
+    int8_sparse_linear: Callable[[Tensor, Int8Weight, Tensor | None], Tensor] | None = None
+    """And ``sparse_linear``."""
 
     certifies: bool = False
     """Whether it makes use of a certificate."""

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from triton_ops.activations import TABLE
+from triton_ops.mlp import Int8Weight
 
 
 def gated_mlp(
@@ -74,6 +75,34 @@ def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x weightᵀ + bias``: ``x [..., F]``, ``weight [D, F]``, of which every element counts."""
     return F.linear(x, weight, bias)
+
+
+def int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
+    """``(x rowsᵀ) * scale + bias`` with ``rows [D, F]`` in int8, rounded once to the dtype of ``x``."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = F.linear(x.to(wide), weight.rows.to(wide)) * weight.scale
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def int8_mlp(
+    x: Tensor,
+    first: Int8Weight,
+    up: Int8Weight | None,
+    down: Int8Weight,
+    first_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    *,
+    activation: str,
+    threshold: float | Tensor = 0.0,
+) -> Tensor:
+    """The MLP, dense; arguments as in :func:`gated_mlp`, or :func:`plain_mlp` without ``up``."""
+    row = TABLE[activation]
+    h = row.value(int8_linear(x, first, first_bias), threshold)
+    if up is not None:
+        u = int8_linear(x, up, up_bias)
+        h = h * (torch.relu(u) if row.relu_up else u)
+    return int8_linear(h, down, down_bias)
 
 
 def routed_mlp(

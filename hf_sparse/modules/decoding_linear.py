@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import triton_ops
+from hf_sparse.adapters.int8 import int8_of
 from hf_sparse.adapters.walk import modules_of
 from hf_sparse.errors import PatchError
 from hf_sparse.modules.surroundings import is_plain, with_own_forward
@@ -31,8 +32,19 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if torch.compiler.is_compiling():
         return _in_graph(x, weight, bias)
     multiply = quick(x, weight, bias)
+    if multiply is None and type(weight) is not nn.Parameter:
+        return int8_product(x, weight, bias)
     # A view: the layout of a down projection may be changed by another thread meanwhile.
     return F.linear(x, weight, bias) if multiply is None else multiply(x, view_of(weight), bias)
+
+
+def int8_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear`` with a weight that is no plain one, by a kernel if it is of int8 rows."""
+    held = int8_of(weight) if triton_ops.int8_runs(x, bias) else None
+    alike = held is not None and x.shape[-1] == held.rows.shape[1] and held.rows.device == x.device
+    if held is None or not alike or (bias is not None and bias.dtype != x.dtype):
+        return F.linear(x, weight, bias)
+    return triton_ops.int8_linear(x, held, bias)
 
 
 def _in_graph(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -70,7 +82,8 @@ def decode_linears(model: nn.Module) -> None:
     for linear in modules_of(model):
         if type(linear) is not nn.Linear or "forward" in vars(linear):
             continue
-        if is_plain(linear._parameters.get("weight")):
+        weight = linear._parameters.get("weight")
+        if is_plain(weight) or int8_of(weight) is not None:
             object.__setattr__(linear, "__class__", DecodingLinear)
 
 

@@ -79,6 +79,11 @@ class KeptBlock:
         linears = list(self._linears())
         return linears[0].problems() if linears else ([], "its down projection is no plain linear layer")
 
+    @property
+    def skips_int8(self) -> bool:
+        """As :attr:`SparseBlock.skips_int8`."""
+        return any(linear.skips_int8 for linear in self._linears())
+
     def _linears(self) -> Iterator[SparseLinear]:
         for owner, name in down_places(self._module, self._roles):
             if isinstance(one := owner._modules[name], SparseLinear):

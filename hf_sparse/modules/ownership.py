@@ -18,6 +18,8 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Mapping, Sequence
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import triton_ops
+from hf_sparse.adapters.int8 import int8_of
 from hf_sparse.modules.surroundings import outside
 from triton_ops.layout import stock_layout_, view_of
 
@@ -95,6 +98,30 @@ def held_elsewhere(holder: Mapping[Any, object] | Sequence[object], key: Any, ho
     return sys.getrefcount(holder[key]) > _REFERENCES_ALONE - 1 + holders
 
 
+def module_held_elsewhere(
+    holder: Mapping[Any, nn.Module | None] | Sequence[nn.Module], key: Any, holders: int, methods_in: int = 1
+) -> bool:
+    """:func:`held_elsewhere` of a module, which may hold itself.
+
+    torchao gives a layer a method of its own, bound to it, among its attributes, which are in ``methods_in``
+    dictionaries.
+    """
+    if not held_elsewhere(holder, key, holders):
+        return False
+    bound = _bound_to(holder[key], vars(holder[key]), methods_in)
+    return held_elsewhere(holder, key, holders + bound)
+
+
+def _bound_to(one: object, values: dict[str, Any], holders: int) -> int:
+    """How many methods of ``one`` there are that only ``values`` holds, or functions that it holds."""
+    count = 0
+    for name in [name for name, value in values.items() if type(value) is MethodType]:
+        if values[name].__self__ is one and not held_elsewhere(values, name, holders):
+            function = values[name].__func__
+            count += 1 + (_bound_to(one, function.keywords, 1) if type(function) is partial else 0)
+    return count
+
+
 def held_weakly(one: object, own: int = 0) -> bool:
     """Whether anybody has a weak reference to ``one``, and so gets at it without holding it meanwhile.
 
@@ -118,10 +145,21 @@ def holds_alone(module: nn.Module, stock: tuple[nn.Module], name: str) -> bool:
 
     The two share the dictionary of parameters. To be asked as :func:`held_elsewhere`.
     """
-    if held_elsewhere(stock, 0) or held_elsewhere(vars(module), "_parameters", holders=2):
+    if module_held_elsewhere(stock, 0, 1, methods_in=2):
         return False
-    parameters: dict[str, Any] = module._parameters
-    return not held_elsewhere(parameters, name) and shares_nothing(parameters[name])
+    if held_elsewhere(vars(module), "_parameters", holders=2):
+        return False
+    return is_held_alone(module._parameters, name)
+
+
+def is_held_alone(parameters: dict[str, Any], name: str) -> bool:
+    """Whether nobody but this dictionary holds a parameter, or its memory; to be asked likewise."""
+    if held_elsewhere(parameters, name):
+        return False
+    if int8_of(parameters[name]) is None:
+        return shares_nothing(parameters[name])
+    inner = vars(parameters[name])
+    return not held_elsewhere(inner, "qdata") and shares_nothing(inner["qdata"])
 
 
 def _uses(storage: torch.UntypedStorage) -> int | None:

@@ -24,7 +24,7 @@ from hf_sparse.modules.guarded import GuardedModule
 from hf_sparse.modules.hooked import carry_hooks
 from hf_sparse.modules.leaf import ParameterLeaf
 from hf_sparse.modules.ownership import any_lent, give_back
-from triton_ops import DENSE, Certificate, Problem
+from triton_ops import DENSE, Certificate, Int8Weight, Problem
 from triton_ops.problem import Form
 
 # What belongs to one module object and is not taken over from the stock block.
@@ -34,11 +34,11 @@ _NOT_SHARED = ("_modules", "forward", "_old_forward", "_hf_hook", "_compiled_cal
 class Way(NamedTuple):
     """How a block runs one call."""
 
-    form: Form | None = None
+    form: Form | Literal["int8"] | None = None
     """The operator, with ``"linear"`` after modules have computed h; None: the forward of the stock class."""
     backend: str = DENSE
     """What the operator has to use."""
-    weights: tuple[Tensor | None, ...] = ()
+    weights: tuple[Tensor | Int8Weight | None, ...] = ()
     """What it gets after its input."""
     activation: tuple[str, float] = ("", 0.0)
     """Its name and threshold."""
@@ -164,6 +164,11 @@ class SparseBlock(GuardedModule):
     def prepare(self, *, certify: bool) -> None:
         """Get ready to skip, and to certify if asked; else the first call that skips does so."""
         raise NotImplementedError
+
+    @property
+    def skips_int8(self) -> bool:
+        """Whether the block skips with weights that are int8: at any density, up to 32 tokens, on a CPU."""
+        return False
 
     @property
     def is_held(self) -> bool:

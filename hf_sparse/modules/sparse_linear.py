@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import triton_ops
+from hf_sparse.adapters.int8 import int8_of, stored
 from hf_sparse.adapters.pruning import Pruning, column_norms, wide
 from hf_sparse.errors import PatchError
 from hf_sparse.modules.decoding_linear import of_another_class, product
@@ -17,7 +18,7 @@ from hf_sparse.modules.hooked import carry_hooks
 from hf_sparse.modules.ownership import any_lent, give_back, held_weakly, holds_alone, is_lent, lend
 from hf_sparse.modules.sparse_block import hooks_on_all_modules
 from hf_sparse.modules.surroundings import has_own_forward, is_plain, overridden, transformed
-from triton_ops import DENSE, Problem
+from triton_ops import DENSE, Int8Weight, Problem
 from triton_ops.layout import view_of
 
 # What belongs to one module object and is not taken over from the stock layer.
@@ -105,7 +106,7 @@ class SparseLinear(GuardedModule, nn.Linear):
         self._vectors.drop()
         weight = self._parameters.get("weight")
         if weight is not None:
-            give_back(weight)
+            give_back(stored(weight))
 
     def withholds(self) -> bool:
         """As of any module that is guarded."""
@@ -133,7 +134,8 @@ class SparseLinear(GuardedModule, nn.Linear):
                     return _shifted(far, weight, shift if bias is None else shift + bias, backend)
                 backend = DENSE
         if weight is None:
-            return nn.Linear.forward(self._unguarded(), input)
+            y = self._int8(input)
+            return nn.Linear.forward(self._unguarded(), input) if y is None else y
         if backend == DENSE:
             return product(input, weight, bias)
         return triton_ops.sparse_linear(input, weight, bias, backend=backend)
@@ -167,6 +169,23 @@ class SparseLinear(GuardedModule, nn.Linear):
         if plan.stalls and not compiling:
             give_back(weight)
         return DENSE, None if compiling else view_of(weight), vectors
+
+    def _int8(self, h: Tensor) -> Tensor | None:
+        """The product with a weight that is int8; None where it is another, or must be called."""
+        bias = self._parameters.get("bias")
+        if self.training or overridden() or not triton_ops.int8_runs(h, bias):
+            return None
+        if not self._is_undisturbed():
+            return None
+        lendable = self.gives_zeros and self.may_lend()  # before a variable here holds the rows
+        held = int8_of(self._parameters["weight"])
+        if held is None or held.rows.device != h.device or h.shape[-1] != held.rows.shape[1]:
+            return None
+        if bias is not None and bias.dtype != h.dtype:
+            return None
+        if lendable and (rows := lend(held.rows)) is not None:
+            return triton_ops.int8_sparse_linear(h, Int8Weight(rows, held.scale), bias)
+        return triton_ops.int8_linear(h, held, bias)
 
     def _vectors_now(self) -> _Vectors | None:
         """What the pruning has to know of the weight; None where that cannot be kept, or is not needed.
@@ -227,13 +246,19 @@ class SparseLinear(GuardedModule, nn.Linear):
 
     def prepare(self) -> None:
         """Store the weight neuron-major; else the first call that skips does so."""
-        if self.gives_zeros and self.may_lend() and (weight := self._readable()) is not None:
-            lend(weight)
+        if self.gives_zeros and self.may_lend() and (self._readable() is not None or self.skips_int8):
+            lend(stored(cast(Tensor, self._parameters["weight"])))
 
     @property
     def is_held(self) -> bool:
         """Whether only a holder of the weight, or of its memory, keeps the layer from skipping."""
-        return self._readable() is not None and not self.may_lend()
+        return (self._readable() is not None or self.skips_int8) and not self.may_lend()
+
+    @property
+    def skips_int8(self) -> bool:
+        """As :attr:`hf_sparse.modules.SparseBlock.skips_int8`."""
+        held = int8_of(self._parameters.get("weight"))
+        return self.gives_zeros and held is not None and self._is_undisturbed()
 
     @property
     def obstacle(self) -> str | None:
@@ -247,21 +272,25 @@ class SparseLinear(GuardedModule, nn.Linear):
     def may_lend(self) -> bool:
         """Whether the weight may be stored neuron by neuron, or is; asked while no variable holds it."""
         weight = self._parameters.get("weight")
-        if weight is None or is_lent(weight):
+        if weight is None or is_lent(stored(weight)):
             return weight is not None
         del weight
         return holds_alone(self, self._stock, "weight")
 
     def _readable(self) -> Tensor | None:
         """The weight, if it may be read directly: as :meth:`SparseMLP.readable`."""
+        weight = self._parameters.get("weight")
+        return weight if is_plain(weight) and self._is_undisturbed() else None
+
+    def _is_undisturbed(self) -> bool:
+        """Whether a call of the layer does no more than multiply with its weight."""
         if self._forward_hooks or self._forward_pre_hooks or hooks_on_all_modules():
-            return None
-        own = self._parameters
+            return False
         if type(self) is not SparseLinear:  # parametrised, or sharded by itself
-            return None
-        if "forward" in vars(self) or not is_plain(own.get("weight")) or "bias" not in own:
-            return None
-        return own["weight"] if has_own_forward(self._stock[0]) else None
+            return False
+        if "forward" in vars(self) or "bias" not in self._parameters:
+            return False
+        return has_own_forward(self._stock[0])
 
     def _unguarded(self) -> nn.Linear:
         """This layer as the stock class: the same attributes, nothing disclosed by their use."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import triton_ops
+from hf_sparse.adapters.int8 import int8_of, stored
 from hf_sparse.adapters.roles import LayerRoles, Roles
 from hf_sparse.modules.certified import Certified
 from hf_sparse.modules.ownership import (
@@ -16,19 +17,21 @@ from hf_sparse.modules.ownership import (
     give_back,
     held_elsewhere,
     held_weakly,
+    is_held_alone,
     is_lent,
     lend,
-    shares_nothing,
+    module_held_elsewhere,
 )
 from hf_sparse.modules.sparse_block import SparseBlock, Way, hooks_on_all_modules
 from hf_sparse.modules.stand_in import StandIn
 from hf_sparse.modules.surroundings import has_own_forward, is_plain, overridden, transformed
-from triton_ops import DENSE, Certificate, Problem
+from triton_ops import DENSE, Certificate, Int8Weight, Problem
 from triton_ops.activations import TABLE
 from triton_ops.layout import view_of
 from triton_ops.problem import Form
 
 _STOCK = Way()
+_Int8Layer: TypeAlias = tuple[Int8Weight, Tensor | None]
 
 
 class SparseMLP(SparseBlock):
@@ -52,7 +55,8 @@ class SparseMLP(SparseBlock):
         return any_lent() or self._certified.wanted
 
     def _down_weight(self) -> Tensor | None:
-        return cast("Tensor | None", self._child(self.roles.down)._parameters.get("weight"))
+        weight = self._child(self.roles.down)._parameters.get("weight")
+        return None if weight is None else stored(weight)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """``x [..., D] -> [..., D]``, any floating dtype; by whatever name the stock block calls it."""
@@ -107,7 +111,7 @@ class SparseMLP(SparseBlock):
         certify, lendable = skip and self._may_certify(tokens), compiling or self._may_lend()
         read = self._weights(x, self.roles.down)
         if read is None:
-            return _STOCK
+            return self._int8_way(x) if skip and lendable and not compiling else _STOCK
         ((down, bias),) = read
         zeros = skip and self.gives_zeros
         activation = self.kernel() if zeros and not self.selects else None
@@ -136,14 +140,36 @@ class SparseMLP(SparseBlock):
             return Way(weights=(view_of(down),))  # likewise
         return _STOCK
 
+    def _int8_way(self, x: Tensor) -> Way:
+        """The same for weights that are int8, of which the down projection may be stored neuron by neuron."""
+        activation = None if self.selects else self.kernel()
+        if activation is None or not triton_ops.int8_runs(x):
+            return _STOCK
+        held = [self._int8(name) for name in (*self.roles.before_down, self.roles.down)]
+        if any(one is None or not _fits(one, x) for one in held):
+            return _STOCK
+        *called, ((down, scale), bias) = cast("list[_Int8Layer]", held)
+        rows = self.roles.split([(weight.rows, b) for weight, b in called])
+        scales = self.roles.split([(weight.scale, None) for weight, _ in called])
+        weights = [Int8Weight(w, s) for (w, _), (s, _) in zip(rows, scales, strict=True)]
+        lent = lend(down)
+        if lent is None:
+            return _STOCK
+        first, up = (*weights, None)[:2]
+        biases = (*[b for _, b in rows], None)[:2]
+        return Way("int8", weights=(first, up, Int8Weight(lent, scale), *biases, bias), activation=activation)
+
     def _run(self, x: Tensor, way: Way) -> Tensor:
         if way.form is None:
-            return self._stock_forward(x, *way.weights)
-        if way.form == "linear":
-            down, bias = way.weights
-            return triton_ops.sparse_linear(self.hidden(x), cast(Tensor, down), bias, backend=way.backend)
-        operator: Any = triton_ops.gated_mlp if way.form == "gated" else triton_ops.plain_mlp
+            return self._stock_forward(x, *cast("tuple[Tensor, ...]", way.weights))
         name, threshold = way.activation
+        if way.form == "int8":
+            run: Any = triton_ops.int8_mlp
+            return cast(Tensor, run(x, *way.weights, activation=name, threshold=threshold))
+        if way.form == "linear":
+            down, bias = cast("tuple[Tensor, Tensor | None]", way.weights)
+            return triton_ops.sparse_linear(self.hidden(x), down, bias, backend=way.backend)
+        operator: Any = triton_ops.gated_mlp if way.form == "gated" else triton_ops.plain_mlp
         certificate, stamp = way.certificate or (None, None)
         return operator(
             x,
@@ -211,8 +237,11 @@ class SparseMLP(SparseBlock):
         self._certified.drop()
         if not self.gives_zeros:
             return
-        if self._may_lend() and self._is_linear_down() and (down := self.readable(self.roles.down)):
-            lend(down.weight)
+        if self._may_lend() and self._is_linear_down():
+            if down := self.readable(self.roles.down):
+                lend(down.weight)
+            elif self.skips_int8:
+                lend(cast(Tensor, self._down_weight()))
         since = self._certified.mark
         if certify and self._may_certify(1) and (first := self._deciding()) is not None:
             self._certificate(cast(Tensor, first.weight), since)
@@ -245,15 +274,14 @@ class SparseMLP(SparseBlock):
         variable of the caller holds it.
         """
         modules = self._modules
-        if name is None or self.readable(name) is None:
+        if name is None or (self.readable(name) is None and self._int8(name) is None):
             return False
         # The stock block is the second holder of the layer.
-        if held_elsewhere(self._stock, 0) or held_elsewhere(modules, name, holders=2):
+        if held_elsewhere(self._stock, 0) or module_held_elsewhere(modules, name, 2):
             return False
         if held_elsewhere(vars(modules[name]), "_parameters"):  # as an iterator over it does
             return False
-        parameters: dict[str, Any] = self._child(name)._parameters
-        return not held_elsewhere(parameters, "weight") and shares_nothing(parameters["weight"])
+        return is_held_alone(self._child(name)._parameters, "weight")
 
     def _may_certify(self, tokens: int) -> bool:
         """Whether a certificate may be used for so many tokens; to be asked before fetching the weights."""
@@ -276,7 +304,15 @@ class SparseMLP(SparseBlock):
     @property
     def is_held(self) -> bool:
         """Whether only a holder of the down projection, or of its memory, keeps the block from skipping."""
-        return self.readable(self.roles.down) is not None and not self._may_lend()
+        readable = self.readable(self.roles.down) is not None or self.skips_int8
+        return readable and not self._may_lend()
+
+    @property
+    def skips_int8(self) -> bool:
+        """As of any block; what holds its weights is not asked."""
+        if self.selects or self.kernel() is None:
+            return False
+        return all(self._int8(name) is not None for name in (*self.roles.before_down, self.roles.down))
 
     def problems(self) -> tuple[list[Problem], str | None]:
         if not self.gives_zeros:
@@ -295,7 +331,7 @@ class SparseMLP(SparseBlock):
 
     def _may_lend(self) -> bool:
         """Whether the down projection may be stored neuron by neuron, or is; asked before it is fetched."""
-        weight = self._child(self.roles.down)._parameters.get("weight")
+        weight = self._down_weight()
         if weight is None or is_lent(weight) or not self._is_linear_down():
             return weight is not None
         del weight
@@ -339,15 +375,23 @@ class SparseMLP(SparseBlock):
         what makes skipping right for them: they are called, and do what they do. A ``Conv1D`` stores the
         transposed weight: as a down projection it is neuron-major as it comes, elsewhere of no use.
         """
+        linear = self._multiplying(name)
+        return linear if linear is not None and is_plain(linear._parameters.get("weight")) else None
+
+    def _multiplying(self, name: str) -> nn.Linear | Conv1D | None:
+        """The child ``name`` if a call of it does no more than multiply with its weight."""
         linear = cast(nn.Linear | Conv1D, self._modules[name])
         if not has_own_forward(linear) or (type(linear) is Conv1D and name != self.roles.down):
             return None
         if linear._forward_hooks or linear._forward_pre_hooks:
             return None
-        own = linear._parameters
-        if "forward" in vars(linear) or not is_plain(own.get("weight")) or "bias" not in own:
-            return None
-        return linear
+        return None if "forward" in vars(linear) or "bias" not in linear._parameters else linear
+
+    def _int8(self, name: str) -> _Int8Layer | None:
+        """Weight and bias of the child ``name``, if the weight is int8 and may be read."""
+        linear = None if hooks_on_all_modules() else self._multiplying(name)
+        held = None if linear is None else int8_of(linear._parameters.get("weight"))
+        return None if held is None else (held, cast(nn.Linear, linear)._parameters["bias"])
 
 
 class SparseGatedMLP(SparseMLP):
@@ -356,6 +400,13 @@ class SparseGatedMLP(SparseMLP):
 
 class SparsePlainMLP(SparseMLP):
     """``down(act(up(x)))``; the up projection decides which rows of the down projection are read."""
+
+
+def _fits(layer: _Int8Layer | None, x: Tensor) -> bool:
+    """Whether a kernel can read the layer for ``x``."""
+    if layer is None or layer[0].rows.device != x.device:
+        return False
+    return layer[1] is None or (layer[1].dtype == x.dtype and layer[1].device == x.device)
 
 
 def neuron_major(down: Tensor) -> Tensor | None:

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from triton_ops.activations import TABLE
 from triton_ops.cpu import build, products
-from triton_ops.mlp import MLP
+from triton_ops.mlp import MLP, Int8Weight, Scales
 from triton_ops.protocol import Backend, Default
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # struct Call of mlp.cpp. Between two layers of decoding nothing of Python is left in the caches, so what is
 # done here for every call is kept small: ctypes would take longer to convert twenty arguments.
-_pack = struct.Struct("11P6q3if").pack
-_pack_linear = struct.Struct("4P4q4i").pack  # struct LinearCall
+_pack = struct.Struct("14P6q3if").pack
+_pack_linear = struct.Struct("5P4q4i").pack  # struct LinearCall
 
 # The threads of OpenMP do not survive a fork, and waiting for them hangs the child; it works on one instead.
 _forked = False
@@ -78,6 +78,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             x.data_ptr(),
             storage.data_ptr() + weight.storage_offset() * weight.itemsize,
             _pointer(bias),
+            0,
             y.data_ptr(),
             tokens,
             outputs,
@@ -92,13 +93,57 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y if not failed else _no_memory(tokens)
 
 
+def int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
+    """``x [..., F]`` to ``[..., D]``, any number of tokens, :data:`FEW` at a time."""
+    outputs, inputs = weight.rows.shape
+    y = x.new_empty((*x.shape[:-1], outputs))
+    x, rows, scale, bias = x.contiguous(), _rows(weight.rows), weight.scale.contiguous(), _contiguous(bias)
+    assert rows is not None
+    tokens, run, size = x.numel() // inputs, _kernels().hfs_linear, x.itemsize
+    for first in range(0, tokens, FEW):
+        count = min(FEW, tokens - first)
+        failed = run(
+            _pack_linear(
+                x.data_ptr() + first * inputs * size,
+                rows.data_ptr(),
+                _pointer(bias),
+                scale.data_ptr(),
+                y.data_ptr() + first * outputs * size,
+                count,
+                outputs,
+                inputs,
+                rows.stride(0),
+                DTYPES[x.dtype],
+                0,
+                1 if _forked else torch.get_num_threads(),
+                0,
+            )
+        )
+        if failed:
+            _no_memory(count)
+    return y
+
+
+def int8_mlp(x: Tensor, mlp: MLP, scales: Scales) -> Tensor:
+    """``x [..., D]``, at most ``kMaxTokens`` of ``dots.h``, to ``[..., D]``; ``mlp.down`` neuron-major."""
+    return _call(x, x.new_empty(x.shape), mlp, TABLE[mlp.activation].code, scales)
+
+
+def int8_sparse_linear(h: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
+    """``h [..., F]``, as many tokens as of :func:`int8_mlp`, to ``[..., D]``; rows neuron-major."""
+    y = h.new_empty((*h.shape[:-1], weight.rows.shape[0]))
+    nothing: Any = None
+    mlp = MLP(nothing, None, weight.rows, None, None, bias, "", 0.0)
+    return _call(h, y, mlp, 0, (None, None, weight.scale))
+
+
 def _no_memory(tokens: int) -> NoReturn:
     raise MemoryError(
         f"no memory is left for the intermediate values of {tokens} tokens; use fewer in one call."
     )
 
 
-def _call(x: Tensor, y: Tensor, mlp: MLP, kind: int) -> Tensor:
+def _call(x: Tensor, y: Tensor, mlp: MLP, kind: int, scales: Scales = (None, None, None)) -> Tensor:
     first, up, down, first_bias, up_bias, down_bias, _, threshold, certificate = mlp
     threshold, each = (0.0, threshold) if isinstance(threshold, Tensor) else (threshold, None)
     hidden, neurons = down.shape
@@ -107,7 +152,10 @@ def _call(x: Tensor, y: Tensor, mlp: MLP, kind: int) -> Tensor:
     # another thread may change meanwhile.
     tensors = _contiguous(x), _rows(first), _rows(up)
     storage = down.untyped_storage()
-    vectors = [_contiguous(v) for v in (first_bias, up_bias, down_bias, each, *(certificate or (None, None)))]
+    vectors = [
+        _contiguous(v)
+        for v in (first_bias, up_bias, down_bias, each, *(certificate or (None, None)), *scales)
+    ]
     failed = _kernels().hfs_mlp(
         _pack(
             *map(_pointer, tensors),
@@ -164,6 +212,9 @@ BACKEND = Backend(
     mlp=mlp,
     sparse_linear=sparse_linear,
     linear=linear,
+    int8_mlp=int8_mlp,
+    int8_linear=int8_linear,
+    int8_sparse_linear=int8_sparse_linear,
     certifies=True,
     multiplies=products.multiplies,
     defaults={

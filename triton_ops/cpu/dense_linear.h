@@ -1,4 +1,5 @@
-// The dense product of a few tokens with the weight of an nn.Linear: y [T, D] = x [T, F] Wᵀ + bias.
+// The dense product of a few tokens with the weight of an nn.Linear: y [T, D] = x [T, F] Wᵀ + bias, in dtype W. The rows
+// of the weight are of the same dtype, or int8 with a scale each.
 //
 // Time is bytes of weights read / bandwidth, so they are read once for all tokens. Threads take pieces of rows of W in
 // any order. The bits of an output depend on its row and its token alone: neither on threads nor on other tokens.
@@ -9,10 +10,11 @@
 
 namespace {
 
-template <class W>
+template <class W, class Rows = W>
 struct DenseLinear {
   typedef typename W::Type Type;
-  typedef typename Product<W>::In In;
+  typedef typename Rows::Type Row;
+  typedef typename Product<Rows>::In In;
   static constexpr int64_t kTokens = 8;              // at most
   static constexpr int64_t kBlock = 64;              // rows whose sums are kept before they are rounded
   static constexpr int64_t kPieceBytes = 32 * 1024;  // takes microseconds to read; to take a piece, tens of nanoseconds
@@ -20,23 +22,27 @@ struct DenseLinear {
   // Bytes of inputs that stay in the first-level cache beside the weights that pass. Larger ones are read from the next
   // with every row, so four rows share them; rows of few inputs are read fastest one by one.
   static constexpr int64_t kNear = 12 * 1024;
-  const Type *x, *w, *bias;  // [T, F], [D, F] with contiguous rows, [D] or null
-  Type* y;                   // [T, D]
-  int64_t T, D, F, stride;   // between rows
+  const Type *x, *bias;     // [T, F], [D] or null
+  const Row* w;             // [D, F] with contiguous rows
+  const float* scales;      // [D], or null: 1
+  Type* y;                  // [T, D]
+  int64_t T, D, F, stride;  // between rows
   // Set by carve().
   In* inputs;  // [T, padded(F)]
   // Set by run().
   const In* input[kTokens];
   int32_t column[kTokens];
+  float factors[kTokens];
 
   void run_rows(int64_t begin, int64_t end) const {
     const bool one_by_one = T * padded(F) * int64_t(sizeof(In)) <= kNear;
-    const Type* rows[kBlock + kAhead];
+    const Row* rows[kBlock + kAhead];
     float products[kBlock * kTokens];
     for (int64_t first = begin, n; first < end; first += n) {
       n = std::min(kBlock, end - first);
       for (int64_t j = 0; j < n + kAhead; ++j) rows[j] = w + std::min(first + j, D - 1) * stride;
-      all_dots<W>(rows, n, input, column, T, F, products, T, one_by_one);
+      all_dots<Rows>(rows, n, input, column, T, F, products, T, one_by_one);
+      times_scales(products, scales ? scales + first : nullptr, factors, nullptr, n, T);
       for (int64_t j = 0; j < n; ++j) {
         const float b = bias ? W::widen(bias[first + j]) : 0.0f;
         for (int64_t t = 0; t < T; ++t) y[t * D + first + j] = W::narrow(products[j * T + t] + b);
@@ -46,11 +52,11 @@ struct DenseLinear {
 
   void run(int threads) {
     for (int64_t t = 0; t < T; ++t) {
-      Product<W>::prepare(x + t * F, inputs + t * padded(F), F);
+      factors[t] = Product<Rows>::template prepare<W>(x + t * F, inputs + t * padded(F), F);
       input[t] = inputs + t * padded(F);
       column[t] = int32_t(t);
     }
-    const int64_t row = F * int64_t(sizeof(Type));
+    const int64_t row = F * int64_t(sizeof(Row));
     const int64_t size = std::max((kPieceBytes + row - 1) / row, D / (kPieces * threads));  // rows of a piece
     const int64_t count = (D + size - 1) / size;
     Pieces pieces(count);

@@ -126,7 +126,7 @@ struct Hidden {
     together(threads, [&](Worker& me) {
       inputs.share([&](int64_t i) {
         if (i < blocks) return gemm.pack_inputs(i);
-        Product<W>::prepare(x + (i - blocks) * D, rows + (i - blocks) * padded(D), D);
+        Product<W>::template prepare<W>(x + (i - blocks) * D, rows + (i - blocks) * padded(D), D);
       });
       const auto take = [&] { return std::min(gemm.columns * next.fetch_add(1), F); };
       const auto end_of = [&](int64_t begin) { return std::min(begin + gemm.columns, F); };

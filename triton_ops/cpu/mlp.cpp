@@ -16,21 +16,23 @@ struct Call {
   const void *gate_bias, *up_bias, *down_bias;     // [F], [F], [D], or null
   const void* thresholds;                          // [F], or null: `threshold` for all
   const void *q, *bounds;                          // [F, D] and [F, 3], or null; used for one token
+  const float *gate_scales, *up_scales, *down_scales;  // [F], [F], [D] of weights that are int8; else null
   void* y;                                         // [T, D]
   int64_t T, D, F, gate_stride, up_stride, down_stride;
   int32_t dtype, kind, threads;                    // dtype: 0 float32, 1 bfloat16, 2 float16
   float threshold;
 };
-static_assert(sizeof(Call) == 17 * 8 + 4 * 4, "backend.py packs it by hand");
+static_assert(sizeof(Call) == 20 * 8 + 4 * 4, "backend.py packs it by hand");
 
 // One dense product of a few tokens.
 struct LinearCall {
   const void *x, *w, *bias;     // [T, F]; [D, F], of which rows or columns are contiguous; [D] or null
+  const float* scales;          // [D] where w is int8, whose rows are then contiguous; else null
   void* y;                      // [T, D]
   int64_t T, D, F, stride;      // between these rows or columns
   int32_t dtype, columns, threads, unused;
 };
-static_assert(sizeof(LinearCall) == 8 * 8 + 4 * 4, "backend.py packs it by hand");
+static_assert(sizeof(LinearCall) == 9 * 8 + 4 * 4, "backend.py packs it by hand");
 
 namespace {
 
@@ -126,50 +128,90 @@ int with_scratch(Work work) {
   return 0;
 }
 
-template <class W>
-int run(const Call& call) {
+template <class W, class Rows>
+Fused<W, Rows> fused(const Call& call) {
   typedef typename W::Type Type;
-  Fused<W> mlp = {};
+  typedef typename Rows::Type Row;
+  Fused<W, Rows> mlp = {};
   mlp.x = (const Type*)call.x, mlp.y = (Type*)call.y;
-  mlp.gate = (const Type*)call.gate, mlp.up = (const Type*)call.up, mlp.down = (const Type*)call.down;
+  mlp.gate = (const Row*)call.gate, mlp.up = (const Row*)call.up, mlp.down = (const Row*)call.down;
+  mlp.gate_scales = call.gate_scales, mlp.up_scales = call.up_scales, mlp.down_scales = call.down_scales;
   mlp.gate_bias = (const Type*)call.gate_bias, mlp.up_bias = (const Type*)call.up_bias;
   mlp.down_bias = (const Type*)call.down_bias;
   if (call.T == 1) mlp.q = (const int8_t*)call.q, mlp.bounds = (const float*)call.bounds;
   mlp.T = call.T, mlp.D = call.D, mlp.F = call.F;
   mlp.gate_stride = call.gate_stride, mlp.up_stride = call.up_stride, mlp.down_stride = call.down_stride;
   mlp.kind = call.kind, mlp.threshold = rounded<W>(call.threshold), mlp.thresholds = (const Type*)call.thresholds;
+  return mlp;
+}
+
+// Whether inputs of int8 rows may be rounded to fixed point: results are bfloat16, and all are finite.
+template <class W>
+bool may_be_fixed(const void* x, int64_t n) {
+  if (!std::is_same<W, BFloat16>::value) return false;
+  bool finite = true;
+  for (int64_t i = 0; i < n; ++i) finite &= std::isfinite(W::widen(((const typename W::Type*)x)[i]));
+  return finite;
+}
+
+// A job that is one part.
+template <class Job>
+int run_whole(Job& job, int threads) {
+  return with_scratch([&](char* scratch) {
+    int64_t bytes = 0;
+    run_part(job, threads, scratch, bytes);
+    return bytes;
+  });
+}
+
+template <class W>
+int run(const Call& call) {
   const int threads = sensible(call.threads);
+  if (call.down_scales) {
+    if constexpr (kFixed)
+      if (call.gate && may_be_fixed<W>(call.x, call.T * call.D)) {
+        auto mlp = fused<W, Int8Fixed>(call);
+        return run_whole(mlp, threads);
+      }
+    auto mlp = fused<W, Int8>(call);
+    return run_whole(mlp, threads);
+  }
+  const auto mlp = fused<W, W>(call);
   return with_scratch([&](char* scratch) { return run(mlp, threads, scratch); });
+}
+
+template <class W, class Rows>
+int run_rows(const LinearCall& call) {
+  typedef typename W::Type Type;
+  DenseLinear<W, Rows> linear = {};
+  linear.x = (const Type*)call.x, linear.w = (const typename Rows::Type*)call.w, linear.bias = (const Type*)call.bias;
+  linear.scales = call.scales, linear.y = (Type*)call.y;
+  linear.T = call.T, linear.D = call.D, linear.F = call.F, linear.stride = call.stride;
+  return run_whole(linear, sensible(call.threads));
 }
 
 template <class W>
 int run(const LinearCall& call) {
   typedef typename W::Type Type;
-  const int threads = sensible(call.threads);
-  const auto run_one = [&](auto& linear) {
-    return with_scratch([&](char* scratch) {
-      int64_t bytes = 0;
-      run_part(linear, threads, scratch, bytes);
-      return bytes;
-    });
-  };
+  if (call.scales) {
+    if constexpr (kFixed)
+      if (may_be_fixed<W>(call.x, call.T * call.F)) return run_rows<W, Int8Fixed>(call);
+    return run_rows<W, Int8>(call);
+  }
   if (call.columns) {
     Fused<W> linear = {};
     linear.x = (const Type*)call.x, linear.down = (const Type*)call.w, linear.down_bias = (const Type*)call.bias;
     linear.y = (Type*)call.y, linear.all = true;
     linear.T = call.T, linear.D = call.D, linear.F = call.F, linear.down_stride = call.stride;
-    return run_one(linear);
+    return run_whole(linear, sensible(call.threads));
   }
-  DenseLinear<W> linear = {};
-  linear.x = (const Type*)call.x, linear.w = (const Type*)call.w, linear.bias = (const Type*)call.bias;
-  linear.y = (Type*)call.y;
-  linear.T = call.T, linear.D = call.D, linear.F = call.F, linear.stride = call.stride;
-  return run_one(linear);
+  return run_rows<W, W>(call);
 }
 
 }  // namespace
 
-// Returns 0, or 1 where there is no memory for intermediate values; y is then as it was.
+// Returns 0, or 1 where there is no memory for intermediate values; y is then as it was. Weights in int8: for at most
+// kMaxTokens tokens.
 extern "C" int hfs_mlp(const Call* call) {
   return call->dtype == 0 ? run<Float32>(*call) : call->dtype == 1 ? run<BFloat16>(*call) : run<Float16>(*call);
 }

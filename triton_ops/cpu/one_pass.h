@@ -64,11 +64,15 @@ int64_t count_groups(int64_t F) {
   return n;
 }
 
-template <class W>
+// Values are of dtype W; so are the rows of the weights, or they are int8 with a scale each.
+template <class W, class Rows = W>
 struct Fused {
   typedef typename W::Type Type;
-  typedef typename Product<W>::In In;
-  const Type *x, *gate, *up, *down, *gate_bias, *up_bias, *down_bias;  // gate null: x is h; up null: a plain MLP
+  typedef typename Rows::Type Row;
+  typedef typename Product<Rows>::In In;
+  const Type *x, *gate_bias, *up_bias, *down_bias;
+  const Row *gate, *up, *down;                                         // gate null: x is h; up null: a plain MLP
+  const float *gate_scales, *up_scales, *down_scales;                  // [F], [F], [D], or null: 1
   const int8_t* q;                                                     // null: no certificate; [F, D]
   const float* bounds;                                                 // [F, 3]
   Type* y;
@@ -89,6 +93,7 @@ struct Fused {
   // Set by run().
   const In* input[kMaxTokens];
   int32_t column[kMaxTokens];
+  float factors[kMaxTokens];
   Quantised quantised;
 
   static float bias(const Type* biases, int64_t f) { return biases ? W::widen(biases[f]) : 0.0f; }
@@ -113,7 +118,7 @@ struct Fused {
 
   // h of neurons begin … begin + n - 1 into h[i * T + t].
   void compute_block(int64_t begin, int64_t n, float* h) const {
-    const Type* rows[kMaxBlock + kAhead];
+    const Row* rows[kMaxBlock + kAhead];
     float products[kMaxValues];
     int32_t index[kMaxBlock] = {0};
     int64_t count = n;
@@ -128,7 +133,8 @@ struct Fused {
       const int64_t next = q ? begin + index[j < count ? j : 0] : begin + n + j < F ? begin + n + j : F - 1;
       rows[count + j] = gate + (count ? next : begin) * gate_stride;
     }
-    all_dots<W>(rows, count, input, column, T, D, products, T, count == n);
+    all_dots<Rows>(rows, count, input, column, T, D, products, T, count == n);
+    times_scales(products, gate_scales ? gate_scales + begin : nullptr, factors, index, count, T);
     int64_t active = 0;
     activations::Table::select(kind, [&](auto activation) {
       for (int64_t j = 0; j < count; ++j) {
@@ -142,7 +148,7 @@ struct Fused {
 
   // h *= up projection, for the listed neurons of a block.
   void times_up(int64_t begin, int64_t n, const int32_t* index, int64_t count, float* h) const {
-    const Type* rows[kMaxBlock + kAhead];
+    const Row* rows[kMaxBlock + kAhead];
     float products[kMaxValues];
     int64_t pairs = 0;
     for (int64_t j = 0; j < count; ++j) {
@@ -151,8 +157,8 @@ struct Fused {
     }
     for (int64_t j = 0; j < kAhead; ++j)
       rows[count + j] = down + (begin + (count ? index[j < count ? j : 0] : 0)) * down_stride;
-    if (T <= kUnionTokens || 4 * pairs > Product<W>::kSums * count * T)
-      all_dots<W>(rows, count, input, column, T, D, products, T, count == n);
+    if (T <= kUnionTokens || 4 * pairs > Product<Rows>::kSums * count * T)
+      all_dots<Rows>(rows, count, input, column, T, D, products, T, count == n);
     else
       for (int64_t j = 0; j < count; ++j) {
         const In* own[kMaxTokens];
@@ -160,8 +166,9 @@ struct Fused {
         int64_t tokens = 0;
         for (int64_t t = 0; t < T; ++t)
           if (h[index[j] * T + t] != 0.0f) own[tokens] = input[t], columns[tokens++] = int32_t(t);
-        dots_inputs<W, 1>(rows + j, own, columns, tokens, D, products + j * T, T, true);
+        dots_inputs<Rows, 1>(rows + j, own, columns, tokens, D, products + j * T, T, true);
       }
+    times_scales(products, up_scales ? up_scales + begin : nullptr, factors, index, count, T);
     const bool relu_up = activations::relu_up(kind);
     for (int64_t j = 0; j < count; ++j)
       multiply<W>(products + j * T, bias(up_bias, begin + index[j]), relu_up, T, h + index[j] * T);
@@ -174,13 +181,13 @@ struct Fused {
 
   // Adds a block's neurons to the partial outputs of group g. The second token that needs a row finds it in the cache.
   void add_block(int64_t g, int64_t begin, int64_t n, const float* h) const {
-    const Type* rows[kMaxBlock];
+    const Row* rows[kMaxBlock];
     float own[kMaxBlock];
     for (int64_t t = 0; t < T; ++t) {
       int64_t count = 0;
       for (int64_t i = 0; i < n; ++i)
         if (all || h[i * T + t] != 0.0f) own[count] = h[i * T + t], rows[count++] = down + (begin + i) * down_stride;
-      const auto add = all ? add_rows<W, true> : add_rows<W, false>;
+      const auto add = all ? add_rows<Rows, true> : add_rows<Rows, false>;
       add(partial + (g * T + t) * D, rows, own, count, 0, D, !written[g * T + t]);
       written[g * T + t] |= count > 0;
     }
@@ -208,7 +215,11 @@ struct Fused {
     }
   }
 
-  // Columns begin … end - 1 (begin a multiple of kStep) of token t: partial outputs in order, bias, rounding.
+  Type scaled(float sum, int64_t i) const {
+    return W::narrow((down_scales ? sum * down_scales[i] : sum) + bias(down_bias, i));
+  }
+
+  // Columns begin … end - 1 (begin a multiple of kStep) of token t: partial outputs in order, scale, bias, rounding.
   void reduce(int64_t t, int64_t begin, int64_t end) const {
     int64_t i = begin;
     for (; i + kStep <= end; i += kStep) {
@@ -219,6 +230,12 @@ struct Fused {
         Float32::load(partial + (g * T + t) * D + i, pa, pb);
         a += pa;
         b += pb;
+      }
+      if constexpr (!std::is_same<W, Rows>::value) {  // int8 rows come in their order, which that of W need not be
+        float sums[kStep];
+        Float32::store(sums, a, b);
+        for (int64_t j = 0; j < kStep; ++j) y[t * D + i + j] = scaled(sums[j], i + j);
+        continue;
       }
       if (down_bias) {
         Vec ba, bb;
@@ -232,14 +249,14 @@ struct Fused {
       float s = 0.0f;
       for (int64_t g = 0; g < groups; ++g)
         if (written[g * T + t]) s += partial[(g * T + t) * D + i];
-      y[t * D + i] = W::narrow(s + bias(down_bias, i));
+      y[t * D + i] = scaled(s, i);
     }
   }
 
   void run(int threads) {
     if (gate)
       for (int64_t t = 0; t < T; ++t) {
-        Product<W>::prepare(x + t * D, inputs + t * padded(D), D);
+        factors[t] = Product<Rows>::template prepare<W>(x + t * D, inputs + t * padded(D), D);
         input[t] = inputs + t * padded(D);
         column[t] = int32_t(t);
       }

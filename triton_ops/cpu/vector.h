@@ -178,6 +178,24 @@ struct Float16 {
 #endif
 };
 
+// Rows of weights that are rounded to int8; each row has a scale, which is applied to its sums.
+struct Int8 {
+  typedef int8_t Type;
+#if defined(__AVX512F__)
+  static Vec lanes(const int8_t* p) {
+    return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+  }
+#elif defined(__AVX2__)
+  static Vec lanes(const int8_t* p) {
+    return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+  }
+#else
+  static Vec lanes(const int8_t* p) { return widened<Int8>(p); }
+#endif
+  static void load(const int8_t* p, Vec& a, Vec& b) { a = lanes(p), b = lanes(p + kLanes); }
+  static float widen(int8_t v) { return v; }
+};
+
 // The dense computation rounds every pre-activation and every h to the dtype of the model; doing the same
 // here makes both select the same neurons.
 template <class W>

@@ -1,0 +1,37 @@
+"""Weights that torchao has rounded to int8 with a scale for each row, as the kernels take them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from triton_ops import Int8Weight
+
+
+def int8_of(weight: object) -> Int8Weight | None:
+    """What is in the weight of a linear layer after ``quantize_(model, Int8WeightOnlyConfig())``.
+
+    None of any other weight: of another kind or granularity, or of layers that round or scale their inputs as
+    well. Its attributes are looked up where they are: torchao has a function called for each that is asked.
+    """
+    kind = type(weight)
+    if kind.__name__ != "Int8Tensor" or not kind.__module__.startswith("torchao."):
+        return None
+    own: dict[str, Any] = vars(weight)
+    rows, scale, block = own.get("qdata"), own.get("scale"), own.get("block_size")
+    if any(own.get(name) is not None for name in ("act_quant_kwargs", "act_quant_scale", "act_pre_scale")):
+        return None
+    if type(rows) is not Tensor or type(scale) is not Tensor or rows.ndim != 2:
+        return None
+    fits = rows.dtype is torch.int8 and scale.dtype is torch.float32 and scale.numel() == len(rows)
+    if not fits or list(block or ()) != [1, rows.shape[1]] or rows.device != scale.device:
+        return None
+    return Int8Weight(rows, scale.reshape(-1))
+
+
+def stored(weight: Tensor) -> Tensor:
+    """The tensor in whose memory the weight is: itself, or its rows of int8."""
+    held = int8_of(weight)
+    return weight if held is None else held.rows

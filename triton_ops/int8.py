@@ -1,0 +1,173 @@
+"""MLPs and linear layers whose weights are int8 with a scale for each row (weight-only quantisation).
+
+``y = (x rowsᵀ) * scale + bias``. The compiled backend reads one byte per weight, and of silent neurons the
+gate alone. A scale of each output suits skipping: in the down projection ``[D, F]`` it is the same for all
+neurons, and is applied to their sum.
+
+These are functions and no ``torch.library`` operators: kernels run only where nothing would be told of a call
+(:func:`int8_runs`), and elsewhere whoever holds such weights has a way of his own to multiply with them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from triton_ops import choice, reference
+from triton_ops.activations import check
+from triton_ops.backends import AUTO, REGISTRY, automatic
+from triton_ops.layout import is_neuron_major
+from triton_ops.memo import remembered
+from triton_ops.mlp import MLP, Int8Weight
+from triton_ops.ops import check_input, check_tensor
+from triton_ops.protocol import Backend
+from triton_ops.unobserved import unobserved
+
+INT8_TOKENS = 32
+"""Tokens up to which kernels are used; more are for whoever multiplies many."""
+
+
+def int8_runs(x: Tensor, *biases: Tensor | None) -> bool:
+    """Whether a kernel computes with ``x [..., F]``, of at most :data:`INT8_TOKENS` tokens, and ``biases``.
+
+    Not with gradient, under autocast, in forward-mode differentiation, in a graph or where an observer would
+    miss the call (:mod:`triton_ops.unobserved`); nor where a backend without such kernels is forced.
+    """
+    if not unobserved(x, *biases) or torch.is_autocast_enabled("cpu") or forward_ad._current_level >= 0:
+        return False
+    width = x.shape[-1] if x.ndim else 0
+    if not width or not 0 < x.numel() // width <= INT8_TOKENS:
+        return False
+    return _backend(choice.forced_backend(), x.dtype) is not None
+
+
+def int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
+    """``(x rowsᵀ) * scale + bias``, dense.
+
+    Args:
+        x: ``[..., F]``, bfloat16, float16, float32 or float64.
+        weight: rows int8 ``[D, F]``, scale float32 ``[D]``; it gets no gradient.
+        bias: ``[D]``, dtype of ``x``, or None.
+
+    Returns:
+        ``[..., D]``, the dtype of ``x``, summed in float32 and rounded once.
+
+    Raises:
+        ValueError: an argument does not fit in shape, dtype or device; the message names it.
+        MemoryError: the compiled backend has no memory for a copy of ``x``.
+
+    """
+    _check_linear("x", x, weight, bias)
+    runs = weight.rows.shape[0] and int8_runs(x, bias)
+    backend = _backend(choice.forced_backend(), x.dtype) if runs else None
+    if backend is None or backend.int8_linear is None:
+        return reference.int8_linear(x, weight, bias)
+    return backend.int8_linear(x, weight, bias)
+
+
+def int8_sparse_linear(h: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
+    """``(h rowsᵀ) * scale + bias``, reading only what neurons own where ``h`` is not exactly zero.
+
+    Args:
+        h: ``[..., F]``, as ``x`` of :func:`int8_linear`.
+        weight: rows int8 ``[D, F]``, of the strides of :func:`triton_ops.neuron_major_`, or it runs dense.
+        bias: ``[D]`` or None.
+
+    Returns and raises:
+        As :func:`int8_linear`.
+
+    """
+    _check_linear("h", h, weight, bias)
+    runs = weight.rows.shape[0] and is_neuron_major(weight.rows) and int8_runs(h, bias)
+    backend = _backend(choice.forced_backend(), h.dtype) if runs else None
+    if backend is None or backend.int8_sparse_linear is None:
+        return reference.int8_linear(h, weight, bias)
+    return backend.int8_sparse_linear(h, weight, bias)
+
+
+def int8_mlp(
+    x: Tensor,
+    first: Int8Weight,
+    up: Int8Weight | None,
+    down: Int8Weight,
+    first_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    *,
+    activation: str,
+    threshold: float | Tensor = 0.0,
+) -> Tensor:
+    """An MLP, gated or plain, without touching what silent neurons own of up and down projection.
+
+    Args:
+        x: ``[..., D]``, as of :func:`int8_linear`.
+        first: the gate, or the up projection of a plain MLP: rows ``[F, D]``.
+        up: rows ``[F, D]``; None in a plain MLP.
+        down: rows ``[D, F]``; skipping needs the strides of :func:`triton_ops.neuron_major_`.
+        first_bias: ``[F]`` or None.
+        up_bias: ``[F]`` or None.
+        down_bias: ``[D]`` or None.
+        activation: a name in :data:`triton_ops.activations.TABLE`.
+        threshold: its parameter, a number or ``[F]``.
+
+    Returns:
+        ``[..., D]``, the dtype of ``x``. Pre-activations and h are rounded to it, as in a dense computation.
+
+    Raises:
+        ValueError: an argument does not fit in shape, dtype, device or value; the message names it.
+        MemoryError: the compiled backend has no memory for its intermediate values.
+
+    """
+    check(activation, threshold, gated=up is not None)
+    check_input("x", x, first.rows, "first")
+    neurons, hidden = first.rows.shape
+    _check_weight("first", first, (neurons, x.shape[-1]), x, "[F, D]")
+    if up is not None:
+        _check_weight("up", up, (neurons, hidden), x, "[F, D]")
+    _check_weight("down", down, (hidden, neurons), x, "[D, F]")
+    check_tensor("first_bias", first_bias, (neurons,), x, "[F]")
+    check_tensor("up_bias", up_bias, (neurons,), x, "[F]")
+    check_tensor("down_bias", down_bias, (hidden,), x, "[D]")
+    if isinstance(threshold, Tensor):
+        check_tensor("threshold", threshold, (neurons,), x, "[F]")
+    biases = first_bias, up_bias, down_bias
+    runs = neurons and is_neuron_major(down.rows) and int8_runs(x, *biases)
+    backend = _backend(choice.forced_backend(), x.dtype) if runs else None
+    if backend is None or backend.int8_mlp is None:
+        return reference.int8_mlp(x, first, up, down, *biases, activation=activation, threshold=threshold)
+    rows = first.rows, None if up is None else up.rows, down.rows
+    scales = first.scale, None if up is None else up.scale, down.scale
+    return backend.int8_mlp(x, MLP(*rows, *biases, activation, threshold), scales)
+
+
+def _check_linear(name: str, x: Tensor, weight: Int8Weight, bias: Tensor | None) -> None:
+    check_input(name, x, weight.rows, "weight")
+    outputs, _ = weight.rows.shape
+    _check_weight("weight", weight, (outputs, x.shape[-1]), x, "[D, F]")
+    check_tensor("bias", bias, (outputs,), x, "[D]")
+
+
+def _check_weight(name: str, weight: Int8Weight, shape: tuple[int, int], x: Tensor, what: str) -> None:
+    for part, value, size, dtype in (
+        ("rows", weight.rows, shape, torch.int8),
+        ("scale", weight.scale, shape[:1], torch.float32),
+    ):
+        if value.shape != size or value.dtype != dtype:
+            raise ValueError(
+                f"{name}.{part} is {value.dtype} of shape {list(value.shape)}; expected {dtype} of shape "
+                f"{list(size)}, {part} of {what}."
+            )
+        if value.device != x.device:
+            raise ValueError(
+                f"{name}.{part} is on {value.device} and the input is on {x.device}; move one of them."
+            )
+
+
+@remembered
+def _backend(forced: str, dtype: torch.dtype) -> Backend | None:
+    """The one whose kernels run on the CPU for activations of ``dtype``."""
+    for found in automatic("cpu") if forced == AUTO else [REGISTRY[forced]] if forced in REGISTRY else []:
+        if found.int8_mlp is not None and found.obstacle("cpu", dtype) is None:
+            return found
+    return None
