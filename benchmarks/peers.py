@@ -1,13 +1,14 @@
 """Greedy decoding of one sequence on a CPU, against llama.cpp with the very same weights.
 
-    pip install llama-cpp-python gguf
+    pip install llama-cpp-python gguf torchao
     python benchmarks/peers.py                 # the shape of Llama-3.2-1B, random weights
     python benchmarks/peers.py --model DIR     # a Llama that transformers can load
 
 Competitors, by turns in one run: llama.cpp on a GGUF file of the stock model, in its dtype and as Q8_0; stock
 transformers; the model patched (FATReLU, thresholds that silence the wanted share of every layer's neurons on
-random tokens), as it comes and prepared, with and without certificates. What a step costs depends on shapes
-and sparsity, not on what the weights say.
+random tokens), as it comes and prepared, with and without certificates, and with linear layers in int8
+(``Int8WeightOnlyConfig`` of torchao). What a step costs depends on shapes and sparsity, not on what weights
+say.
 
 All start from one token, so that every step is one of decoding. "GB/s" is what must be read for a token over
 the time of a step: all matrices, of the patched model the up and down projections of active neurons alone (a
@@ -34,6 +35,7 @@ from torch import Tensor
 import hf_sparse
 
 PEER = "llama.cpp"
+INT8 = "prepared, int8"
 
 
 class Peer:
@@ -80,15 +82,29 @@ def quantised(path: Path) -> Path:
     return out
 
 
-def step_bytes(model: Any, sparsity: float) -> int:
+def step_bytes(model: Any, sparsity: float, itemsize: int) -> int:
     """Of the weights that one token needs, where this share of neurons is silent."""
-    total = model.lm_head.weight.nbytes
+    total = model.lm_head.weight.numel()
     for layer in model.model.layers:
         for name, weight in layer.named_parameters():
             if weight.ndim == 2:
                 share = 1 - sparsity if "up_proj" in name or "down_proj" in name else 1.0
-                total += int(weight.nbytes * share)
-    return total
+                total += int(weight.numel() * share)
+    return total * itemsize
+
+
+def check_int8(model: Any, tokens: Tensor, allowed: float) -> float:
+    """The error of the logits by the kernels against torchao's own products, in standard deviations.
+
+    Raises:
+        SystemExit: it is larger than ``allowed``.
+
+    """
+    theirs, ours = (generate.logits(model, tokens[:, :9], 1, backend) for backend in ("dense", "auto"))
+    error = ((ours - theirs).square().mean().sqrt() / theirs.std()).item()
+    if not error <= allowed:
+        raise SystemExit(f"wrong result, no timing: int8 logits off by {error}, more than {allowed}")
+    return error
 
 
 def silence() -> Any:
@@ -106,6 +122,7 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, default=0.9)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--compile", action="store_true", help="one competitor more: a compiled step")
+    parser.add_argument("--int8", action=argparse.BooleanOptionalAction, default=True, help="by torchao")
     args = parser.parse_args()
     args.batch, args.static_cache, args.device = 1, False, "cpu"
     conditions = harness.begin_reading(args)
@@ -140,17 +157,22 @@ def compare(
     runs = {name: harness.Run([call], "cpu", graph=False) for name, call in calls.items()}
     given = {name: run.outputs()[0] for name, run in runs.items()}
     patched = copy.deepcopy(found["patched"])
+    quantised = found.get(INT8)
     silent = generate.silent_share(patched, torch.cat([first, given["patched"]], 1), 1)
-    sparse = {name: model for name, model in found.items() if name != "stock"}
-    errors = generate.check_logits(patched, sparse, torch.cat([first, given["patched"]], 1), 1, "auto")
-    del patched
+    sparse = {name: model for name, model in found.items() if name not in ("stock", INT8)}
+    seen = torch.cat([first, given["patched"]], 1)
+    errors = generate.check_logits(patched, sparse, seen, 1, "auto")
+    if quantised is not None:
+        errors[INT8] = check_int8(quantised, seen, 4 * errors["patched, dense"] + 1e-4)
+    del patched, quantised
     times, _ = harness.interleaved(runs | {"read": args.read.run}, args.repeats)
     limit = args.read.speed(times["read"])
     rival = times[f"{PEER}, {args.dtype}"].median_ms
     rows = []
     for name in runs:
-        shares = silent if name in sparse else 0.0
-        size = files[name] if name in files else step_bytes(stock, shares)
+        shares = silent if name in (*sparse, INT8) else 0.0
+        itemsize = 1 if name == INT8 else stock.dtype.itemsize
+        size = files[name] if name in files else step_bytes(stock, shares, itemsize)
         speed = size * args.new_tokens / times[name].median_ms / 1e6
         same = (given[name] == given["stock"]).int().cumprod(1).sum().item()
         rows.append(
@@ -161,7 +183,7 @@ def compare(
                 "neurons": stock.config.intermediate_size,
                 "layers": stock.config.num_hidden_layers,
                 "vocab": stock.config.vocab_size,
-                "dtype": "Q8_0" if "Q8_0" in name else args.dtype,
+                "dtype": "Q8_0" if "Q8_0" in name else "int8" if name == INT8 else args.dtype,
                 "sparsity": round(shares, 4),
                 "new_tokens": args.new_tokens,
                 "decode": times[name],
@@ -189,11 +211,22 @@ def variants(stock: Any, tokens: Tensor, args: argparse.Namespace) -> dict[str, 
     }
     if args.compile:
         forms["prepared, compiled"] = {"compile": True}
+    if args.int8:
+        forms[INT8] = {}
     for name, prepared in forms.items():
         found[name] = copy.deepcopy(stock)
+        if name == INT8:
+            quantise(found[name])
         hf_sparse.patch(found[name], "fatrelu", threshold=threshold)
         hf_sparse.prepare(found[name], **prepared)
     return found
+
+
+def quantise(model: Any) -> None:
+    """All linear layers to int8, by torchao."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(model, Int8WeightOnlyConfig())
 
 
 def cells(row: dict[str, Any]) -> dict[str, str]:

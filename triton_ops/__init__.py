@@ -8,7 +8,7 @@ from triton_ops.backends import AUTO, BACKENDS, DENSE
 from triton_ops.certificate import Certificate, certify
 from triton_ops.choice import Plan, backend, plan
 from triton_ops.dense_linear import linear
-from triton_ops.int8 import int8_linear, int8_mlp, int8_runs, int8_sparse_linear
+from triton_ops.int8 import int8_kernels, int8_linear, int8_mlp, int8_sparse_linear
 from triton_ops.layout import is_neuron_major, neuron_major_
 from triton_ops.memo import forget
 from triton_ops.mlp import Int8Weight
@@ -29,9 +29,9 @@ __all__ = [
     "certify",
     "forget",
     "gated_mlp",
+    "int8_kernels",
     "int8_linear",
     "int8_mlp",
-    "int8_runs",
     "int8_sparse_linear",
     "is_neuron_major",
     "linear",

@@ -5,7 +5,7 @@ gate alone. A scale of each output suits skipping: in the down projection ``[D, 
 neurons, and is applied to their sum.
 
 These are functions and no ``torch.library`` operators: kernels run only where nothing would be told of a call
-(:func:`int8_runs`), and elsewhere whoever holds such weights has a way of his own to multiply with them.
+(:func:`int8_kernels`), and elsewhere whoever holds such weights has a way of his own to multiply with them.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ INT8_TOKENS = 32
 """Tokens up to which kernels are used; more are for whoever multiplies many."""
 
 
-def int8_runs(x: Tensor, *biases: Tensor | None) -> bool:
-    """Whether a kernel computes with ``x [..., F]``, of at most :data:`INT8_TOKENS` tokens, and ``biases``.
+def int8_kernels(x: Tensor, *biases: Tensor | None) -> Backend | None:
+    """The backend whose kernels compute with ``x [..., F]``, of at most :data:`INT8_TOKENS` tokens.
 
-    Not with gradient, under autocast, in forward-mode differentiation, in a graph or where an observer would
-    miss the call (:mod:`triton_ops.unobserved`); nor where a backend without such kernels is forced.
+    None with gradient, under autocast, in forward-mode differentiation, in a graph or where an observer would
+    miss the call (:mod:`triton_ops.unobserved`); and where a backend without such kernels is forced.
     """
     if not unobserved(x, *biases) or torch.is_autocast_enabled("cpu") or forward_ad._current_level >= 0:
-        return False
+        return None
     width = x.shape[-1] if x.ndim else 0
     if not width or not 0 < x.numel() // width <= INT8_TOKENS:
-        return False
-    return _backend(choice.forced_backend(), x.dtype) is not None
+        return None
+    return _backend(choice.forced_backend(), x.dtype)
 
 
 def int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
@@ -59,8 +59,7 @@ def int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Te
 
     """
     _check_linear("x", x, weight, bias)
-    runs = weight.rows.shape[0] and int8_runs(x, bias)
-    backend = _backend(choice.forced_backend(), x.dtype) if runs else None
+    backend = int8_kernels(x, bias) if len(weight.rows) else None
     if backend is None or backend.int8_linear is None:
         return reference.int8_linear(x, weight, bias)
     return backend.int8_linear(x, weight, bias)
@@ -79,8 +78,8 @@ def int8_sparse_linear(h: Tensor, weight: Int8Weight, bias: Tensor | None = None
 
     """
     _check_linear("h", h, weight, bias)
-    runs = weight.rows.shape[0] and is_neuron_major(weight.rows) and int8_runs(h, bias)
-    backend = _backend(choice.forced_backend(), h.dtype) if runs else None
+    skips = len(weight.rows) and is_neuron_major(weight.rows)
+    backend = int8_kernels(h, bias) if skips else None
     if backend is None or backend.int8_sparse_linear is None:
         return reference.int8_linear(h, weight, bias)
     return backend.int8_sparse_linear(h, weight, bias)
@@ -132,8 +131,7 @@ def int8_mlp(
     if isinstance(threshold, Tensor):
         check_tensor("threshold", threshold, (neurons,), x, "[F]")
     biases = first_bias, up_bias, down_bias
-    runs = neurons and is_neuron_major(down.rows) and int8_runs(x, *biases)
-    backend = _backend(choice.forced_backend(), x.dtype) if runs else None
+    backend = int8_kernels(x, *biases) if neurons and is_neuron_major(down.rows) else None
     if backend is None or backend.int8_mlp is None:
         return reference.int8_mlp(x, first, up, down, *biases, activation=activation, threshold=threshold)
     rows = first.rows, None if up is None else up.rows, down.rows

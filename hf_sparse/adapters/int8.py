@@ -31,6 +31,16 @@ def int8_of(weight: object) -> Int8Weight | None:
     return Int8Weight(rows, scale.reshape(-1))
 
 
+def fits(weight: Int8Weight, bias: Tensor | None, x: Tensor) -> bool:
+    """Whether a kernel, which asks nothing, can multiply ``x [..., F]`` with them."""
+    rows = weight.rows
+    if rows.device != x.device or x.shape[-1] != rows.shape[1]:
+        return False
+    return bias is None or (
+        bias.dtype == x.dtype and bias.shape == rows.shape[:1] and bias.device == x.device
+    )
+
+
 def stored(weight: Tensor) -> Tensor:
     """The tensor in whose memory the weight is: itself, or its rows of int8."""
     held = int8_of(weight)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import triton_ops
-from hf_sparse.adapters.int8 import int8_of
+from hf_sparse.adapters.int8 import fits, int8_of
 from hf_sparse.adapters.walk import modules_of
 from hf_sparse.errors import PatchError
 from hf_sparse.modules.surroundings import is_plain, with_own_forward
@@ -31,20 +31,18 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
     if torch.compiler.is_compiling():
         return _in_graph(x, weight, bias)
+    if type(weight) is not nn.Parameter:
+        return _of_int8(x, weight, bias)
     multiply = quick(x, weight, bias)
-    if multiply is None and type(weight) is not nn.Parameter:
-        return int8_product(x, weight, bias)
     # A view: the layout of a down projection may be changed by another thread meanwhile.
     return F.linear(x, weight, bias) if multiply is None else multiply(x, view_of(weight), bias)
 
 
-def int8_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``F.linear`` with a weight that is no plain one, by a kernel if it is of int8 rows."""
-    held = int8_of(weight) if triton_ops.int8_runs(x, bias) else None
-    alike = held is not None and x.shape[-1] == held.rows.shape[1] and held.rows.device == x.device
-    if held is None or not alike or (bias is not None and bias.dtype != x.dtype):
+def _of_int8(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    kernels, held = triton_ops.int8_kernels(x, bias), int8_of(weight)
+    if kernels is None or kernels.int8_linear is None or held is None or not fits(held, bias, x):
         return F.linear(x, weight, bias)
-    return triton_ops.int8_linear(x, held, bias)
+    return kernels.int8_linear(x, held, bias)
 
 
 def _in_graph(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

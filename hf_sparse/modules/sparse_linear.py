@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import triton_ops
-from hf_sparse.adapters.int8 import int8_of, stored
+from hf_sparse.adapters.int8 import fits, int8_of, stored
 from hf_sparse.adapters.pruning import Pruning, column_norms, wide
 from hf_sparse.errors import PatchError
 from hf_sparse.modules.decoding_linear import of_another_class, product
@@ -173,15 +173,13 @@ class SparseLinear(GuardedModule, nn.Linear):
     def _int8(self, h: Tensor) -> Tensor | None:
         """The product with a weight that is int8; None where it is another, or must be called."""
         bias = self._parameters.get("bias")
-        if self.training or overridden() or not triton_ops.int8_runs(h, bias):
+        if self.training or overridden() or not self._is_undisturbed():
             return None
-        if not self._is_undisturbed():
+        if triton_ops.int8_kernels(h, bias) is None:
             return None
         lendable = self.gives_zeros and self.may_lend()  # before a variable here holds the rows
         held = int8_of(self._parameters["weight"])
-        if held is None or held.rows.device != h.device or h.shape[-1] != held.rows.shape[1]:
-            return None
-        if bias is not None and bias.dtype != h.dtype:
+        if held is None or not fits(held, bias, h):
             return None
         if lendable and (rows := lend(held.rows)) is not None:
             return triton_ops.int8_sparse_linear(h, Int8Weight(rows, held.scale), bias)

@@ -143,10 +143,10 @@ class SparseMLP(SparseBlock):
     def _int8_way(self, x: Tensor) -> Way:
         """The same for weights that are int8, of which the down projection may be stored neuron by neuron."""
         activation = None if self.selects else self.kernel()
-        if activation is None or not triton_ops.int8_runs(x):
+        if activation is None or triton_ops.int8_kernels(x) is None:
             return _STOCK
         held = [self._int8(name) for name in (*self.roles.before_down, self.roles.down)]
-        if any(one is None or not _fits(one, x) for one in held):
+        if any(one is None or not _alike(one, x) for one in held):
             return _STOCK
         *called, ((down, scale), bias) = cast("list[_Int8Layer]", held)
         rows = self.roles.split([(weight.rows, b) for weight, b in called])
@@ -402,11 +402,10 @@ class SparsePlainMLP(SparseMLP):
     """``down(act(up(x)))``; the up projection decides which rows of the down projection are read."""
 
 
-def _fits(layer: _Int8Layer | None, x: Tensor) -> bool:
-    """Whether a kernel can read the layer for ``x``."""
-    if layer is None or layer[0].rows.device != x.device:
-        return False
-    return layer[1] is None or (layer[1].dtype == x.dtype and layer[1].device == x.device)
+def _alike(layer: _Int8Layer, x: Tensor) -> bool:
+    """Whether the layer is where ``x`` is, and its bias of the same dtype."""
+    (rows, _), bias = layer
+    return rows.device == x.device and (bias is None or (bias.dtype == x.dtype and bias.device == x.device))
 
 
 def neuron_major(down: Tensor) -> Tensor | None:

@@ -92,6 +92,13 @@ struct Product<BFloat16> {
 // most sqrt(D) * 2**-16 / sqrt(3) of that of the inputs. Inputs have to be finite.
 struct Int8Fixed : Int8 {};
 
+template <class X>
+typename X::Magnitude largest_magnitude(const typename X::Type* x, int64_t n) {
+  typename X::Magnitude largest = 0;
+  for (int64_t i = 0; i < n; ++i) largest = std::max(largest, typename X::Magnitude(X::magnitude(x[i])));
+  return largest;
+}
+
 #if defined(__AVX512BW__) || (defined(__AVX2__) && !defined(__AVX512F__))
 constexpr bool kFixed = true;
 
@@ -126,13 +133,10 @@ struct Product<Int8Fixed> {
   static float total(const Vec* sums) { return sum(sums[0]); }
   template <class X>
   static float prepare(const typename X::Type* x, int16_t* out, int64_t D) {
-    float largest = 0.0f;
-    for (int64_t i = 0; i < D; ++i) largest = std::max(largest, std::fabs(X::widen(x[i])));
-    const float step = largest / 32767.0f, inverse = step >= 1e-37f ? 1.0f / step : 0.0f;  // else not a normal number
-    for (int64_t i = 0; i < D; ++i) {
-      const float k = std::nearbyint(X::widen(x[i]) * inverse);
-      out[i] = int16_t(std::min(std::max(k, -32767.0f), 32767.0f));
-    }
+    const float step = X::widen(largest_magnitude<X>(x, D)) / 32767.0f;
+    const float inverse = step >= 1e-37f ? 1.0f / step : 0.0f;  // else not a normal number
+    constexpr float kWhole = 12582912.0f;                       // from there on floats are whole numbers
+    for (int64_t i = 0; i < D; ++i) out[i] = int16_t(as_bits(X::widen(x[i]) * inverse + kWhole) - as_bits(kWhole));
     std::memset(out + D, 0, (padded(D) - D) * sizeof out[0]);
     return step;
   }

@@ -148,10 +148,8 @@ Fused<W, Rows> fused(const Call& call) {
 // Whether inputs of int8 rows may be rounded to fixed point: results are bfloat16, and all are finite.
 template <class W>
 bool may_be_fixed(const void* x, int64_t n) {
-  if (!std::is_same<W, BFloat16>::value) return false;
-  bool finite = true;
-  for (int64_t i = 0; i < n; ++i) finite &= std::isfinite(W::widen(((const typename W::Type*)x)[i]));
-  return finite;
+  constexpr uint16_t kInfinity = 0x7f80;
+  return std::is_same<W, BFloat16>::value && largest_magnitude<W>((const typename W::Type*)x, n) < kInfinity;
 }
 
 // A job that is one part.
