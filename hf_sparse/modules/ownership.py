@@ -99,26 +99,32 @@ def held_elsewhere(holder: Mapping[Any, object] | Sequence[object], key: Any, ho
 
 
 def module_held_elsewhere(
-    holder: Mapping[Any, nn.Module | None] | Sequence[nn.Module], key: Any, holders: int, methods_in: int = 1
+    holder: Mapping[Any, nn.Module | None] | Sequence[nn.Module],
+    key: Any,
+    holders: int,
+    sharer: nn.Module | None = None,
 ) -> bool:
     """:func:`held_elsewhere` of a module, which may hold itself.
 
-    torchao gives a layer a method of its own, bound to it, among its attributes, which are in ``methods_in``
-    dictionaries.
+    torchao gives a layer a method of its own, bound to it, among its attributes; ``sharer`` has these, too.
     """
     if not held_elsewhere(holder, key, holders):
         return False
-    bound = _bound_to(holder[key], vars(holder[key]), methods_in)
-    return held_elsewhere(holder, key, holders + bound)
+    attributes = [vars(one) for one in (holder[key], sharer) if one is not None]
+    return held_elsewhere(holder, key, holders + _bound_to(holder[key], attributes))
 
 
-def _bound_to(one: object, values: dict[str, Any], holders: int) -> int:
-    """How many methods of ``one`` there are that only ``values`` holds, or functions that it holds."""
+def _bound_to(one: object, places: Sequence[dict[str, Any]]) -> int:
+    """How many methods of ``one`` there are that nobody has but ``places``, or functions that are there."""
+    found: dict[int, list[tuple[dict[str, Any], str]]] = {}
+    for values in places:
+        for name in [name for name, value in values.items() if type(value) is MethodType]:
+            found.setdefault(id(values[name]), []).append((values, name))
     count = 0
-    for name in [name for name, value in values.items() if type(value) is MethodType]:
-        if values[name].__self__ is one and not held_elsewhere(values, name, holders):
+    for (values, name), *others in found.values():
+        if values[name].__self__ is one and not held_elsewhere(values, name, 1 + len(others)):
             function = values[name].__func__
-            count += 1 + (_bound_to(one, function.keywords, 1) if type(function) is partial else 0)
+            count += 1 + (_bound_to(one, [function.keywords]) if type(function) is partial else 0)
     return count
 
 
@@ -145,7 +151,7 @@ def holds_alone(module: nn.Module, stock: tuple[nn.Module], name: str) -> bool:
 
     The two share the dictionary of parameters. To be asked as :func:`held_elsewhere`.
     """
-    if module_held_elsewhere(stock, 0, 1, methods_in=2):
+    if module_held_elsewhere(stock, 0, 1, module):
         return False
     if held_elsewhere(vars(module), "_parameters", holders=2):
         return False
