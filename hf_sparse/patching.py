@@ -257,9 +257,9 @@ def prepare(model: nn.Module, *, certify: bool = False, linears: bool = True, co
             CATS has none: that a pre-activation is small does not prove its neuron silent.
         linears: multiply a few tokens with all other weights, too (of attention, of the output, of MLPs that
             do not skip), at the speed of memory: :func:`triton_ops.linear`, where on this machine it is no
-            slower than torch's. Only on the CPU, and without gradient; the result is summed in another order.
-            Their layers, as objects and with all that is in them, become of a subclass of ``nn.Linear``
-            until :func:`unpatch`. False makes them what they were.
+            slower than torch's, and those that torchao has rounded to int8. Only on the CPU, and without
+            gradient; the result is summed in another order. Their layers, as objects and with all that is in
+            them, become of a subclass of ``nn.Linear`` until :func:`unpatch`. False undoes it.
         compile: let ``model.generate`` compile its decode step, as one graph, when it first takes one (which
             takes a minute or more, and again where sizes change), with a static cache. It pays for small
             models, whose steps are mostly Python. transformers does all of it, by fields of

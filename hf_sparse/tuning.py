@@ -42,6 +42,8 @@ class TunedLayer:
     """For one token, the density up to which a certificate makes it faster still; None if there is none."""
     obstacle: str | None
     """Why the block runs dense at any density, if it does."""
+    int8: bool = False
+    """Whether its weights are int8: on a CPU it skips at any density, and nothing is timed."""
     problems: tuple[Problem, ...] = ()
     """What was timed for it, now or before: keys of ``measurements``. None of experts, among which the tokens
     of a call are divided."""
@@ -259,6 +261,7 @@ def _tuned(
             beyond=0.0,
             certified=None,
             obstacle=None,
+            int8=True,
         )
     problems, obstacle = part.problems()
     limits: dict[Problem, tuple[float, ...]] = {}

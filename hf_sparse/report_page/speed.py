@@ -43,6 +43,8 @@ def speed_section(report: SparsityReport, tuned: TuneReport) -> Section:
 def _reason(layer: TunedLayer) -> str:
     if layer.obstacle is not None:
         return layer.obstacle
+    if layer.int8:
+        return "its weights are int8, with which kernels skip on a CPU, and that was not timed"
     if not layer.problems:
         return "the tokens of a call are divided among experts, which was not timed"
     return "it was timed before, and the times were not kept; force=True times it again"
