@@ -391,16 +391,18 @@ def peers(*results: Result) -> str:
         conditions.append(f"{result.conditions[:-1]}; llama-cpp-python {version}. {link}.")
     first = results[0].rows[0]
     about = f"""
-        Greedy decoding of one sequence, {DTYPES[first["dtype"]]} but for Q8_0, after a single token, the same weights in
+        Greedy decoding of one sequence, {DTYPES[first["dtype"]]} but for Q8_0 and int8, after a single token, the same weights in
         all programs. FATReLU with thresholds that silence the wanted share; *prepared* is `hf_sparse.prepare(model)`,
-        *certified* with `certify=True`, *compiled* with `compile=True`. The last column is what must be read for a
+        *certified* with `certify=True`, *compiled* with `compile=True`, *int8* after torchao's
+        `quantize_(model, Int8WeightOnlyConfig())`. The last column is what must be read for a
         token over the time it took, and that against a streaming read in the same turns. Ratios are of medians."""
     large, small = ({row["model"]: row["to_llama_cpp"] for row in result.rows} for result in results)
+    ratio = large["prepared, int8"] / large["llama.cpp, Q8_0"]
     reading = f"""
-        **Where we lose.** At the shape of 1B, skipping ({times(large["prepared, certified"])} of llama.cpp in the same dtype) is behind
-        llama.cpp's Q8_0 ({times(large["llama.cpp, Q8_0"])}), which reads half of the bytes of every weight; nothing here
-        skips quantised weights yet. A step of a model as small as SmolLM2-135M is Python for most of its time:
-        {times(small["prepared"])}, and {times(small["prepared, compiled"])} compiled."""
+        **Where we lose.** At the shape of 1B, skipping in bfloat16 ({times(large["prepared, certified"])} of llama.cpp in the
+        same dtype) is behind llama.cpp's Q8_0 ({times(large["llama.cpp, Q8_0"])}), which reads half of the bytes of every
+        weight; skipping in int8 is at {times(ratio)} of that. A step of a model as small as SmolLM2-135M is Python for
+        most of its time: {times(small["prepared"])}, and {times(small["prepared, compiled"])} compiled."""
     head = [
         "weights",
         "program",
