@@ -241,8 +241,9 @@ void all_dots(const typename W::Type* const* rows, int64_t n, const typename Pro
               const int32_t* column, int64_t T, int64_t D, float* out, int64_t stride, bool adjacent) {
   constexpr bool slim = Product<W>::kSums == 1;
   const int64_t most = T <= 2 ? (adjacent ? 1 : 4) : !slim ? 2 : T <= kTile ? 4 : kAhead;
-  // With one tile only, time is reading, and hardware prefetchers alone do better.
-  const bool fetch = T > 2;
+  // With one tile only, time is reading, and hardware prefetchers alone do better; but not where a line takes as long to
+  // be multiplied as int8 does.
+  const bool fetch = T > 2 || sizeof(typename W::Type) == 1;
   for (int64_t groups = (n + most - 1) / most, r = 0, count; groups > 0; --groups, r += count) {
     count = (n - r + groups - 1) / groups;
     dots_rows<W, slim ? kAhead : 4>(count, rows + r, x, column, T, D, out + r * stride, stride, fetch);
