@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from hf_sparse.adapters.int8 import int8_of
 from hf_sparse.adapters.walk import modules_of
@@ -19,7 +20,7 @@ from hf_sparse.modules import DecodingLinear, SparseExperts, sparse_part
 from hf_sparse.patching import inspect, transformers_model
 from triton_ops import DENSE, Problem, break_even
 from triton_ops.backends import REGISTRY
-from triton_ops.int8 import INT8_TOKENS
+from triton_ops.int8 import INT8_TOKENS, int8_obstacle
 from triton_ops.table import table
 from triton_ops.tune import TOKENS, Measurement, available
 from triton_ops.tune import measure as measure_shape
@@ -200,18 +201,18 @@ def tune(
         tell_densities(inputs)
 
     pruned = list(named_thresholded(base))
-    todo: list[tuple[str, str, Any]] = []
+    todo: list[tuple[str, str, Any, Tensor]] = []
     for block in blocks:
-        dtype = str(next(block.module.parameters()).dtype).removeprefix("torch.")
-        shape = f"{block.hidden_size} x {block.intermediate_size} {dtype} {block.form}"
-        todo.append((block.name, shape, sparse_part(block.module)))
+        weight = next(block.module.parameters())
+        shape = f"{block.hidden_size} x {block.intermediate_size} {_name(weight)} {block.form}"
+        todo.append((block.name, shape, sparse_part(block.module), weight))
     for name, linear in pruned:
-        dtype = str(linear.weight.dtype).removeprefix("torch.")
-        todo.append((name, f"{linear.in_features} -> {linear.out_features} {dtype} linear", linear))
+        shape = f"{linear.in_features} -> {linear.out_features} {_name(linear.weight)} linear"
+        todo.append((name, shape, linear, linear.weight))
     measurements: dict[Problem, Measurement] = {}
     layers = [
-        _tuned(name, shape, part, counts, measurements, force=force)
-        for name, shape, part in _bar(todo, progress)
+        _tuned(name, shape, part, weight.device.type, weight.dtype, counts, measurements, force=force)
+        for name, shape, part, weight in _bar(todo, progress)
     ]
     linears = []
     for problem, count in _bar(list(Counter(_multiplied(base)).items()), progress):
@@ -224,6 +225,10 @@ def tune(
         linears=tuple(linears),
         measurements=tuple(measurements.values()),
     )
+
+
+def _name(weight: Tensor) -> str:
+    return str(weight.dtype).removeprefix("torch.")
 
 
 def _multiplied(model: nn.Module) -> Iterator[Problem]:
@@ -245,6 +250,8 @@ def _tuned(
     name: str,
     shape: str,
     part: Any,
+    device: str,
+    dtype: torch.dtype,
     counts: tuple[int, ...],
     measurements: dict[Problem, Measurement],
     *,
@@ -252,15 +259,15 @@ def _tuned(
 ) -> TunedLayer:
     """Measure what is not known of the problems of ``part``, and say what follows."""
     if part.skips_int8:
-        always = (1.0,) * INT8_TOKENS
+        obstacle = int8_obstacle(device, dtype)
         return TunedLayer(
             name=name,
             shape=shape,
             density=part.density,
-            break_even=always,
+            break_even=() if obstacle else (1.0,) * INT8_TOKENS,
             beyond=0.0,
             certified=None,
-            obstacle=None,
+            obstacle=obstacle,
             int8=True,
         )
     problems, obstacle = part.problems()

@@ -42,6 +42,15 @@ def int8_kernels(x: Tensor, *biases: Tensor | None) -> Backend | None:
     return _backend(choice.forced_backend(), x.dtype)
 
 
+def int8_obstacle(device: str, dtype: torch.dtype) -> str | None:
+    """Why no kernel computes with such weights on this type of device, in this dtype; None if one does."""
+    if device != "cpu":
+        return f"its weights are int8, and kernels for them run on the CPU alone, not on {device}"
+    if _backend(choice.forced_backend(), dtype) is None:
+        return f"its weights are int8, and no backend has kernels for them here in {dtype}"
+    return None
+
+
 def int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
     """``(x rowsᵀ) * scale + bias``, dense.
 
@@ -51,7 +60,9 @@ def int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Te
         bias: ``[D]``, dtype of ``x``, or None.
 
     Returns:
-        ``[..., D]``, the dtype of ``x``, summed in float32 and rounded once.
+        ``[..., D]``, the dtype of ``x``, summed in float32 and rounded once. In bfloat16 the compiled backend
+        rounds inputs to parts of 1/32767 of the largest of their token first, and multiplies integers, where
+        that is less than half of an error of the result's own rounding.
 
     Raises:
         ValueError: an argument does not fit in shape, dtype or device; the message names it.

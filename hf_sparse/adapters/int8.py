@@ -14,7 +14,8 @@ def int8_of(weight: object) -> Int8Weight | None:
     """What is in the weight of a linear layer after ``quantize_(model, Int8WeightOnlyConfig())``.
 
     None of any other weight: of another kind or granularity, or of layers that round or scale their inputs as
-    well. Its attributes are looked up where they are: torchao has a function called for each that is asked.
+    well. Zero points, which are 0 in these, do not count: torchao leaves them out of the product, too. Its
+    attributes are looked up where they are: torchao has a function called for each that is asked.
     """
     kind = type(weight)
     if kind.__name__ != "Int8Tensor" or not kind.__module__.startswith("torchao."):

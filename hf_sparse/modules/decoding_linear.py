@@ -31,7 +31,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
     if torch.compiler.is_compiling():
         return _in_graph(x, weight, bias)
-    if type(weight) is not nn.Parameter:
+    if type(weight) not in (nn.Parameter, Tensor):
         return _of_int8(x, weight, bias)
     multiply = quick(x, weight, bias)
     # A view: the layout of a down projection may be changed by another thread meanwhile.

@@ -53,6 +53,18 @@ def plain(model: nn.Module) -> int:
     return sum(type(m) is nn.Linear for m in model.modules())
 
 
+def test_layers_that_skip_multiply_likewise_where_they_run_dense(tiny_model, multiplied) -> None:
+    """A down projection that somebody holds, in a block that stays a module."""
+    model = tiny_model("opt")
+    hf_sparse.patch(model, "relu")
+    hf_sparse.prepare(model)
+    held = [module.weight for module in model.modules() if isinstance(module, SparseLinear)]
+    assert held
+    with torch.inference_mode():
+        model(TOKEN)
+    assert sum(shape == tuple(held[0].shape) for shape in multiplied) >= len(held)
+
+
 def test_every_type_computes_what_it_did(any_type, tiny_model, multiplied) -> None:
     model = tiny_model(any_type)
     hf_sparse.patch(model, "relu")

@@ -101,6 +101,15 @@ def test_skips_as_it_is_and_multiplies_once_prepared(kind, calls) -> None:
     assert not calls
 
 
+def test_tune_says_where_no_kernel_runs(monkeypatch) -> None:
+    model = quantised("llama")
+    hf_sparse.patch(model, "relu")
+    with hf_sparse.backend("torch"):
+        text = str(hf_sparse.tune(model, tokens=[1]))
+    assert "no backend has kernels for them here in torch.float32" in text
+    assert "skips" not in text.split("in the columns")[0]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_errors_are_those_of_half_precision(kind, dtype, calls) -> None:
@@ -213,6 +222,31 @@ def test_a_weight_that_somebody_holds_stays_as_it_is(kind, what, calls) -> None:
     calls.clear()
     logits(model)
     assert calls[MLPS[kind]] == 2
+
+
+def test_kernels_get_views_of_what_may_be_stored_in_another_way(monkeypatch) -> None:
+    """Another thread may store a down projection neuron by neuron while a kernel reads its rows."""
+    model = quantised("llama")
+    hf_sparse.patch(model, "relu")
+    hf_sparse.prepare(model)
+    expected = logits(model, backend="dense")
+    found = REGISTRY["cpp"]
+    strides = []
+
+    def late(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+        if weight.rows.shape == (64, 128):
+            triton_ops.neuron_major_(weight.rows)
+        strides.append(weight.rows.stride())
+        return found.int8_linear(x, weight, bias)
+
+    monkeypatch.setitem(REGISTRY, "cpp", replace(found, int8_linear=late))
+    triton_ops.forget()
+    held = [layer.mlp.down_proj for layer in model.model.layers]  # so that all run dense
+    assert_close(logits(model), expected)
+    assert (1, 64) in strides
+    del held
+    monkeypatch.undo()
+    triton_ops.forget()
 
 
 @pytest.mark.parametrize("kind", ["llama", "opt"])

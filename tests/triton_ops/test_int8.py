@@ -182,6 +182,10 @@ def test_bits_depend_neither_on_other_tokens_nor_on_threads(dtype) -> None:
         for t in (0, 13):
             assert torch.equal(int8_linear(x[t], weight), found[0][0][t])
             assert torch.equal(int8_mlp(x[t], first, up, down, activation="relu"), found[0][1][t])
+        x[5, 3] = math.nan  # nothing to the others
+        others = torch.arange(INT8_TOKENS) != 5
+        assert torch.equal(int8_linear(x, weight)[others], found[0][0][others])
+        assert torch.equal(int8_mlp(x, first, up, down, activation="relu")[others], found[0][1][others])
 
 
 @needs_compiler
@@ -195,6 +199,22 @@ def test_large_inputs_and_rows_are_summed_without_overflow() -> None:
         expected = exact(x, weight, None).to(torch.bfloat16).double()
         tiny = 127 * 20_000 * 1e-37  # smaller steps are no normal numbers
         assert ((y == expected) | ((y - expected).abs() <= expected.abs() / 100 + tiny)).all()
+
+
+@needs_compiler
+@pytest.mark.parametrize("size", [1.0, 30.0, 1e3, 1e6])
+def test_one_input_that_is_much_larger_than_the_others(size) -> None:
+    """Rows that do not look at it are as exact as without it, for one token and beside others."""
+    torch.manual_seed(0)
+    weight, x = rows(300, 1000), torch.randn(3, 1000, dtype=torch.bfloat16)
+    weight.rows[:, 7] = 0
+    with torch.inference_mode(), triton_ops.backend("cpp"):
+        x[1, 7] = size
+        y = int8_linear(x, weight)
+        assert torch.equal(int8_linear(x[1], weight), y[1])
+    expected = exact(x, weight, None)
+    error = (y.double() - expected).square().mean(1).sqrt() / expected.square().mean(1).sqrt()
+    assert (error <= 0.5 * torch.finfo(torch.bfloat16).eps).all()
 
 
 class TestWhereNoKernelRuns:

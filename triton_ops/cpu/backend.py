@@ -14,6 +14,7 @@ from torch import Tensor
 
 from triton_ops.activations import TABLE
 from triton_ops.cpu import build, products
+from triton_ops.layout import view_of
 from triton_ops.mlp import MLP, Int8Weight, Scales
 from triton_ops.protocol import Backend, Default
 
@@ -97,7 +98,13 @@ def int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
     """``x [..., F]`` to ``[..., D]``, any number of tokens, :data:`FEW` at a time."""
     outputs, inputs = weight.rows.shape
     y = x.new_empty((*x.shape[:-1], outputs))
-    x, rows, scale, bias = x.contiguous(), _rows(weight.rows), weight.scale.contiguous(), _contiguous(bias)
+    # Of a view, which has the strides of its memory, also while another thread changes the layout.
+    x, rows, scale, bias = (
+        x.contiguous(),
+        _rows(view_of(weight.rows)),
+        weight.scale.contiguous(),
+        _contiguous(bias),
+    )
     assert rows is not None
     tokens, run, size = x.numel() // inputs, _kernels().hfs_linear, x.itemsize
     for first in range(0, tokens, FEW):

@@ -145,11 +145,26 @@ Fused<W, Rows> fused(const Call& call) {
   return mlp;
 }
 
-// Whether inputs of int8 rows may be rounded to fixed point: results are bfloat16, and all are finite.
-template <class W>
-bool may_be_fixed(const void* x, int64_t n) {
-  constexpr uint16_t kInfinity = 0x7f80;
-  return std::is_same<W, BFloat16>::value && largest_magnitude<W>((const typename W::Type*)x, n) < kInfinity;
+// With int8 rows: fixed(call) or floating(call), as is right for each token of x [T, inputs], whatever the others are.
+template <class W, class Any, class Fixed, class Floating>
+int by_inputs(Any call, int64_t inputs, Fixed fixed, Floating floating) {
+  if constexpr (kFixed && std::is_same<W, BFloat16>::value) {
+    const auto* const x = (const uint16_t*)call.x;
+    auto* const y = (uint16_t*)call.y;
+    int64_t count = 0;
+    for (int64_t t = 0; t < call.T; ++t) count += may_be_fixed(x + t * inputs, inputs);
+    if (count == call.T) return fixed(call);
+    if (count) {
+      const int64_t T = call.T;
+      call.T = 1;
+      for (int64_t t = 0; t < T; ++t) {
+        call.x = x + t * inputs, call.y = y + t * call.D;
+        if (may_be_fixed(x + t * inputs, inputs) ? fixed(call) : floating(call)) return 1;
+      }
+      return 0;
+    }
+  }
+  return floating(call);
 }
 
 // A job that is one part.
@@ -166,13 +181,15 @@ template <class W>
 int run(const Call& call) {
   const int threads = sensible(call.threads);
   if (call.down_scales) {
-    if constexpr (kFixed)
-      if (call.gate && may_be_fixed<W>(call.x, call.T * call.D)) {
-        auto mlp = fused<W, Int8Fixed>(call);
-        return run_whole(mlp, threads);
-      }
-    auto mlp = fused<W, Int8>(call);
-    return run_whole(mlp, threads);
+    const auto floating = [&](const Call& one) {
+      auto mlp = fused<W, Int8>(one);
+      return run_whole(mlp, threads);
+    };
+    const auto fixed = [&](const Call& one) {
+      auto mlp = fused<W, Int8Fixed>(one);
+      return run_whole(mlp, threads);
+    };
+    return call.gate ? by_inputs<W>(call, call.D, fixed, floating) : floating(call);
   }
   const auto mlp = fused<W, W>(call);
   return with_scratch([&](char* scratch) { return run(mlp, threads, scratch); });
@@ -191,11 +208,7 @@ int run_rows(const LinearCall& call) {
 template <class W>
 int run(const LinearCall& call) {
   typedef typename W::Type Type;
-  if (call.scales) {
-    if constexpr (kFixed)
-      if (may_be_fixed<W>(call.x, call.T * call.F)) return run_rows<W, Int8Fixed>(call);
-    return run_rows<W, Int8>(call);
-  }
+  if (call.scales) return by_inputs<W>(call, call.F, run_rows<W, Int8Fixed>, run_rows<W, Int8>);
   if (call.columns) {
     Fused<W> linear = {};
     linear.x = (const Type*)call.x, linear.down = (const Type*)call.w, linear.down_bias = (const Type*)call.bias;
