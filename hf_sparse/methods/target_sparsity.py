@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,8 @@ _STEP = 1.0
 """In ln(coefficient) per evaluation: how fast it is searched for, and falls while a budget is overdrawn."""
 _MARGIN = 0.9
 """The share of a budget that is aimed at."""
+_MISSED = 0.01
+"""In sparsity, below the target: what is said to have missed it."""
 _LAST = 0.2
 """The share of the run in the end in which sparsity is raised less and less, so that a budget is kept."""
 
@@ -168,6 +171,18 @@ class _Acting(Acting):
     def after_evaluation(self, step: int, report: SparsityReport) -> None:
         if self._limit is not None:
             self._slack = self._limit - report.loss
+
+    def finish(self) -> None:
+        goal, density = self._method.sparsity, self._control.density
+        if goal is None or density is None:
+            return
+        if (found := 1 - math.exp(density)) < goal - _MISSED:
+            warnings.warn(
+                f"methods.target_sparsity.sparsity={goal:g} was not reached: it is {found:.3f} in the end, "
+                f"at a coefficient of {self._coefficient:.3g}. An update moves weights as far as its learning "
+                "rate lets it, however large the penalty; give more updates, or a larger learning rate.",
+                stacklevel=2,
+            )
 
     def values(self) -> dict[str, float]:
         wanted = {} if self._wanted is None else {"wanted_sparsity": 1 - math.exp(self._wanted)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -166,3 +167,23 @@ def test_fields_are_refused_by_name_value_and_mend(fields, message) -> None:
         TargetSparsity(**fields)
     with pytest.raises(ValueError, match="dense baseline"):
         TargetSparsity(sparsity=0.5).check(None)
+
+
+@pytest.mark.parametrize("goal", [0.9, 0.3])
+def test_a_target_that_was_missed_is_told(goal) -> None:
+    model, ids = patched(), torch.randint(0, 64, (3, 12))
+    acting = TargetSparsity(sparsity=goal).attach(Training(model.train(), steps=10))
+    acting.finish()  # nothing is known yet
+    for step in range(1, 11):
+        update(model, acting, step, {"input_ids": ids})
+    found = acting.values()["training_sparsity"]
+    assert 0.35 < found < 0.65
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        acting.finish()
+    said = [str(one.message) for one in told]
+    if goal == 0.9:
+        assert len(said) == 1
+        assert f"sparsity=0.9 was not reached: it is {found:.3f}" in said[0]
+    else:
+        assert not said
