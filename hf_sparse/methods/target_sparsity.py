@@ -179,8 +179,8 @@ class _Acting(Acting):
         if (found := 1 - math.exp(density)) < goal - _MISSED:
             warnings.warn(
                 f"methods.target_sparsity.sparsity={goal:g} was not reached: it is {found:.3f} in the end, "
-                f"at a coefficient of {self._coefficient:.3g}. An update moves weights as far as its learning "
-                "rate lets it, however large the penalty; give more updates, or a larger learning rate.",
+                f"at a coefficient of {self._coefficient:.3g}. An update moves weights as far as its "
+                "learning rate lets it, however large the penalty; give more updates, or a larger learning rate.",
                 stacklevel=2,
             )
 
