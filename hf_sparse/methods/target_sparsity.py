@@ -180,7 +180,7 @@ class _Acting(Acting):
             warnings.warn(
                 f"methods.target_sparsity.sparsity={goal:g} was not reached: it is {found:.3f} in the end, "
                 f"at a coefficient of {self._coefficient:.3g}. An update moves weights as far as its "
-                "learning rate lets it, however large the penalty; give more updates, or a larger learning rate.",
+                "learning rate lets it, however large the penalty; give more updates, or a larger rate.",
                 stacklevel=2,
             )
 
