@@ -156,14 +156,12 @@ def compare(
         calls[name] = lambda decode=decode: decode()[:, 1:]
     runs = {name: harness.Run([call], "cpu", graph=False) for name, call in calls.items()}
     given = {name: run.outputs()[0] for name, run in runs.items()}
-    patched, quantised = found["patched"], found.get(INT8)
-    silent = generate.silent_share(patched, torch.cat([first, given["patched"]], 1), 1)
-    sparse = {name: model for name, model in found.items() if name not in ("stock", INT8)}
     seen = torch.cat([first, given["patched"]], 1)
-    errors = generate.check_logits(patched, sparse, seen, 1, "auto")
-    if quantised is not None:
-        errors[INT8] = check_int8(quantised, seen, 4 * errors["patched, dense"] + 1e-4)
-    del patched, quantised
+    silent = generate.silent_share(found["patched"], seen, 1)
+    sparse = {name: model for name, model in found.items() if name not in ("stock", INT8)}
+    errors = generate.check_logits(found["patched"], sparse, seen, 1, "auto")
+    if INT8 in found:
+        errors[INT8] = check_int8(found[INT8], seen, 4 * errors["patched, dense"] + 1e-4)
     times, _ = harness.interleaved(runs | {"read": args.read.run}, args.repeats)
     limit = args.read.speed(times["read"])
     rival = times[f"{PEER}, {args.dtype}"].median_ms

@@ -20,7 +20,7 @@ from triton_ops.backends import AUTO, REGISTRY, automatic
 from triton_ops.layout import is_neuron_major
 from triton_ops.memo import remembered
 from triton_ops.mlp import MLP, Int8Weight
-from triton_ops.ops import check_input, check_tensor
+from triton_ops.ops import check_input, check_tensor, check_vectors
 from triton_ops.protocol import Backend
 from triton_ops.unobserved import unobserved
 
@@ -136,18 +136,15 @@ def int8_mlp(
     if up is not None:
         _check_weight("up", up, (neurons, hidden), x, "[F, D]")
     _check_weight("down", down, (hidden, neurons), x, "[D, F]")
-    check_tensor("first_bias", first_bias, (neurons,), x, "[F]")
-    check_tensor("up_bias", up_bias, (neurons,), x, "[F]")
-    check_tensor("down_bias", down_bias, (hidden,), x, "[D]")
-    if isinstance(threshold, Tensor):
-        check_tensor("threshold", threshold, (neurons,), x, "[F]")
     biases = first_bias, up_bias, down_bias
+    rows = first.rows, None if up is None else up.rows, down.rows
+    mlp = MLP(*rows, *biases, activation, threshold)
+    check_vectors(x, mlp, "first")
     backend = int8_kernels(x, *biases) if neurons and is_neuron_major(down.rows) else None
     if backend is None or backend.int8_mlp is None:
         return reference.int8_mlp(x, first, up, down, *biases, activation=activation, threshold=threshold)
-    rows = first.rows, None if up is None else up.rows, down.rows
     scales = first.scale, None if up is None else up.scale, down.scale
-    return backend.int8_mlp(x, MLP(*rows, *biases, activation, threshold), scales)
+    return backend.int8_mlp(x, mlp, scales)
 
 
 def _check_linear(name: str, x: Tensor, weight: Int8Weight, bias: Tensor | None) -> None:

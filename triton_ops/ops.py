@@ -198,15 +198,21 @@ def _check_mlp(x: Tensor, mlp: MLP) -> None:
     check_tensor(first, mlp.first, (neurons, x.shape[-1]), x, "[F, D]")
     check_tensor("up", mlp.up, (neurons, hidden), x, "[F, D]")
     check_tensor("down", mlp.down, (hidden, neurons), x, "[D, F]")
+    check_vectors(x, mlp, first)
+    if mlp.certificate is not None:
+        rows, bounds = mlp.certificate
+        check_tensor("certificate.rows", rows, (neurons, hidden), x, "[F, D]", torch.int8)
+        check_tensor("certificate.bounds", bounds, (neurons, 3), x, "[F, 3]", torch.float32)
+
+
+def check_vectors(x: Tensor, mlp: MLP, first: str) -> None:
+    """Refuse biases and thresholds that do not fit the weights; ``first`` is the name of the deciding one."""
+    neurons, hidden = mlp.first.shape
     check_tensor(f"{first}_bias", mlp.first_bias, (neurons,), x, "[F]")
     check_tensor("up_bias", mlp.up_bias, (neurons,), x, "[F]")
     check_tensor("down_bias", mlp.down_bias, (hidden,), x, "[D]")
     if isinstance(mlp.threshold, Tensor):
         check_tensor("threshold", mlp.threshold, (neurons,), x, "[F]")
-    if mlp.certificate is not None:
-        rows, bounds = mlp.certificate
-        check_tensor("certificate.rows", rows, (neurons, hidden), x, "[F, D]", torch.int8)
-        check_tensor("certificate.bounds", bounds, (neurons, 3), x, "[F, 3]", torch.float32)
 
 
 def _check_sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> None:

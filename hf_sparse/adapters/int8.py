@@ -34,12 +34,15 @@ def int8_of(weight: object) -> Int8Weight | None:
 
 def fits(weight: Int8Weight, bias: Tensor | None, x: Tensor) -> bool:
     """Whether a kernel, which asks nothing, can multiply ``x [..., F]`` with them."""
+    return x.shape[-1] == weight.rows.shape[1] and is_beside(weight, bias, x)
+
+
+def is_beside(weight: Int8Weight, bias: Tensor | None, x: Tensor) -> bool:
+    """Whether they are where ``x`` is, and the bias is one for each row, in the dtype of ``x``."""
     rows = weight.rows
-    if rows.device != x.device or x.shape[-1] != rows.shape[1]:
-        return False
-    return bias is None or (
-        bias.dtype == x.dtype and bias.shape == rows.shape[:1] and bias.device == x.device
-    )
+    if bias is None or rows.device != x.device:
+        return rows.device == x.device
+    return bias.dtype == x.dtype and bias.shape == rows.shape[:1] and bias.device == x.device
 
 
 def stored(weight: Tensor) -> Tensor:

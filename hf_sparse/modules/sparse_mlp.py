@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import triton_ops
-from hf_sparse.adapters.int8 import int8_of, stored
+from hf_sparse.adapters.int8 import int8_of, is_beside, stored
 from hf_sparse.adapters.roles import LayerRoles, Roles
 from hf_sparse.modules.certified import Certified
 from hf_sparse.modules.ownership import (
@@ -146,7 +146,7 @@ class SparseMLP(SparseBlock):
         if activation is None or triton_ops.int8_kernels(x) is None:
             return _STOCK
         held = [self._int8(name) for name in (*self.roles.before_down, self.roles.down)]
-        if any(one is None or not _alike(one, x) for one in held):
+        if any(one is None or not is_beside(*one, x) for one in held):
             return _STOCK
         *called, ((down, scale), bias) = cast("list[_Int8Layer]", held)
         rows = self.roles.split([(weight.rows, b) for weight, b in called])
@@ -400,12 +400,6 @@ class SparseGatedMLP(SparseMLP):
 
 class SparsePlainMLP(SparseMLP):
     """``down(act(up(x)))``; the up projection decides which rows of the down projection are read."""
-
-
-def _alike(layer: _Int8Layer, x: Tensor) -> bool:
-    """Whether the layer is where ``x`` is, and its bias of the same dtype."""
-    (rows, _), bias = layer
-    return rows.device == x.device and (bias is None or (bias.dtype == x.dtype and bias.device == x.device))
 
 
 def neuron_major(down: Tensor) -> Tensor | None:

@@ -19,6 +19,7 @@ from support.compiler import CPP, needs_compiler
 from triton_ops import Int8Weight, int8_kernels, int8_linear, int8_mlp, int8_sparse_linear, reference
 from triton_ops.activations import TABLE
 from triton_ops.backends import REGISTRY
+from triton_ops.cpu import backend
 from triton_ops.int8 import INT8_TOKENS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -97,17 +98,21 @@ def test_sparse_linear(backend, dtype, tokens, outputs, inputs, biased, density,
         assert_right(int8_sparse_linear(h, weight, bias), h, weight, bias, 0.0)  # no input is rounded
 
 
+MLPS = [
+    pytest.param(
+        name, each, up, id=f"{name}-{'one each' if each else 'one threshold'}-{'gated' if up else 'plain'}"
+    )
+    for name, row in TABLE.items()
+    for each in ((False, True) if row.parameter else (False,))
+    for up in ((True,) if row.relu_up else (True, False))
+]
+
+
 @needs_compiler
-@pytest.mark.parametrize("up", [True, False], ids=["gated", "plain"])
-@pytest.mark.parametrize("each", [False, True], ids=["one threshold", "one each"])
-@pytest.mark.parametrize("activation", TABLE)
+@pytest.mark.parametrize(("activation", "each", "up"), MLPS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_mlp(dtype, activation, each, up) -> None:
     """As the formula, which rounds where a dense computation does."""
-    if activation == "drelu" and not up:
-        pytest.skip("it is of gated blocks")
-    if each and TABLE[activation].parameter is None:
-        pytest.skip("it has no threshold")
     torch.manual_seed(0)
     hidden, neurons = 72, 333
     first, second, down = rows(neurons, hidden), rows(neurons, hidden), neuron_major(rows(hidden, neurons))
@@ -215,6 +220,23 @@ def test_one_input_that_is_much_larger_than_the_others(size) -> None:
     expected = exact(x, weight, None)
     error = (y.double() - expected).square().mean(1).sqrt() / expected.square().mean(1).sqrt()
     assert (error <= 0.5 * torch.finfo(torch.bfloat16).eps).all()
+
+
+@needs_compiler
+def test_another_thread_may_store_the_rows_in_another_way_meanwhile(monkeypatch) -> None:
+    torch.manual_seed(0)
+    weight, x = rows(16, 24), torch.randn(1, 24)
+    contiguous = backend._rows
+
+    def late(given: Tensor) -> Tensor:
+        found = contiguous(given)
+        triton_ops.neuron_major_(weight.rows)
+        return found
+
+    monkeypatch.setattr(backend, "_rows", late)
+    with torch.inference_mode(), triton_ops.backend("cpp"):
+        assert_right(int8_linear(x, weight), x, weight, None, 0.0)
+    assert triton_ops.is_neuron_major(weight.rows)
 
 
 class TestWhereNoKernelRuns:

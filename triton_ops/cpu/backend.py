@@ -74,24 +74,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     y = x.new_empty((*x.shape[:-1], outputs))
     x, bias = x.contiguous(), _contiguous(bias)  # named, so that a copy lives until the kernel is done
     storage = weight.untyped_storage()  # another thread may change the layout meanwhile
-    failed = _kernels().hfs_linear(
-        _pack_linear(
-            x.data_ptr(),
-            storage.data_ptr() + weight.storage_offset() * weight.itemsize,
-            _pointer(bias),
-            0,
-            y.data_ptr(),
-            tokens,
-            outputs,
-            inputs,
-            step if columns else between,
-            DTYPES[x.dtype],
-            columns,
-            1 if _forked else torch.get_num_threads(),
-            0,
-        )
+    _multiply(
+        x.data_ptr(),
+        storage.data_ptr() + weight.storage_offset() * weight.itemsize,
+        _pointer(bias),
+        0,
+        y.data_ptr(),
+        tokens,
+        outputs,
+        inputs,
+        step if columns else between,
+        DTYPES[x.dtype],
+        columns,
     )
-    return y if not failed else _no_memory(tokens)
+    return y
 
 
 def int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
@@ -99,36 +95,31 @@ def int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
     outputs, inputs = weight.rows.shape
     y = x.new_empty((*x.shape[:-1], outputs))
     # Of a view, which has the strides of its memory, also while another thread changes the layout.
-    x, rows, scale, bias = (
-        x.contiguous(),
-        _rows(view_of(weight.rows)),
-        weight.scale.contiguous(),
-        _contiguous(bias),
-    )
+    rows = _rows(view_of(weight.rows))
     assert rows is not None
-    tokens, run, size = x.numel() // inputs, _kernels().hfs_linear, x.itemsize
+    x, scale, bias = x.contiguous(), weight.scale.contiguous(), _contiguous(bias)
+    tokens, size = x.numel() // inputs, x.itemsize
     for first in range(0, tokens, FEW):
-        count = min(FEW, tokens - first)
-        failed = run(
-            _pack_linear(
-                x.data_ptr() + first * inputs * size,
-                rows.data_ptr(),
-                _pointer(bias),
-                scale.data_ptr(),
-                y.data_ptr() + first * outputs * size,
-                count,
-                outputs,
-                inputs,
-                rows.stride(0),
-                DTYPES[x.dtype],
-                0,
-                1 if _forked else torch.get_num_threads(),
-                0,
-            )
+        _multiply(
+            x.data_ptr() + first * inputs * size,
+            rows.data_ptr(),
+            _pointer(bias),
+            scale.data_ptr(),
+            y.data_ptr() + first * outputs * size,
+            min(FEW, tokens - first),
+            outputs,
+            inputs,
+            rows.stride(0),
+            DTYPES[x.dtype],
+            False,
         )
-        if failed:
-            _no_memory(count)
     return y
+
+
+def _multiply(*call: Any) -> None:
+    """Run ``hfs_linear`` with the fields of ``LinearCall`` from ``x`` to ``columns``."""
+    if _kernels().hfs_linear(_pack_linear(*call, 1 if _forked else torch.get_num_threads(), 0)):
+        _no_memory(call[5])
 
 
 def int8_mlp(x: Tensor, mlp: MLP, scales: Scales) -> Tensor:
