@@ -22,6 +22,8 @@ from typing import Any
 
 from training_runs import ROOT, Results, of_kind, train
 
+_L1 = {"methods.target_sparsity.lever": "l1"}
+
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("dense", {}),
     "ReLU": ("relu", {}),
@@ -33,6 +35,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "ProSparse": ("prosparse", {"methods.l1.scale": "scale"}),
     "target 80 %": ("target_sparsity", {"methods.target_sparsity.sparsity": 0.8}),
     "target 90 %": ("target_sparsity", {"methods.target_sparsity.sparsity": 0.9}),
+    "target 80 %, L1": ("target_sparsity", {**_L1, "methods.target_sparsity.sparsity": 0.8}),
+    "target 90 %, L1": ("target_sparsity", {**_L1, "methods.target_sparsity.sparsity": 0.9}),
     "flat minima": ("flat_minima", {}),
     "flat minima, LoRA": ("flat_minima_lora", {}),
     "weight noise": ("weight_noise", {}),

@@ -37,6 +37,10 @@ class CATS(nn.Module):
         a = self.own(p)
         return a.masked_fill(a.abs() < self.threshold, 0)
 
+    def compared(self, p: Tensor) -> Tensor:
+        """What is silent below the threshold, ``|own(p)|``."""
+        return self.own(p).abs()
+
     def extra_repr(self) -> str:
         return f"threshold={self.threshold}"
 

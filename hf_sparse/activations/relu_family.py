@@ -36,6 +36,10 @@ class FATReLU(nn.Module):
         # masked_fill and not where(p >= t): a NaN must come through, not turn into a silent neuron.
         return p.masked_fill(p < self.threshold, 0)
 
+    def compared(self, p: Tensor) -> Tensor:
+        """What is silent below the threshold, ``max(p, 0)``."""
+        return torch.relu(p)
+
     def extra_repr(self) -> str:
         return f"threshold={self.threshold}"
 

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from hf_sparse.control import DensityControl
+from hf_sparse.levers.control import DensityControl
 
 
 class Plant:

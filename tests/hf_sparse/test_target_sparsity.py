@@ -1,4 +1,4 @@
-"""What target_sparsity measures, wants and adds to the loss, update by update."""
+"""What target_sparsity with an L1 penalty measures, wants and adds to the loss, update by update."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def test_sparsity_and_penalty_are_measured_without_padding_however_an_update_is_
     ids[1, 7:] = 9
     expected = hf_sparse.measure(model, [{"input_ids": ids, "attention_mask": mask}])
     model.train()
-    whole = TargetSparsity(sparsity=0.9).attach(Training(model, steps=10))
+    whole = TargetSparsity(sparsity=0.9, lever="l1").attach(Training(model, steps=10))
     assert update(model, whole, 1, {"input_ids": ids, "attention_mask": mask}) == 0
     assert whole.values()["training_sparsity"] == pytest.approx(expected.sparsity, rel=1e-6)
-    cut = TargetSparsity(sparsity=0.9).attach(Training(model, steps=10))
+    cut = TargetSparsity(sparsity=0.9, lever="l1").attach(Training(model, steps=10))
     batches = [{"input_ids": ids[i : i + 1], "attention_mask": mask[i : i + 1]} for i in range(3)]
     update(model, cut, 1, *batches)
     assert cut.values()["training_sparsity"] == whole.values()["training_sparsity"]
@@ -79,11 +79,11 @@ def test_processes_agree_on_their_mean() -> None:
 
     update(
         model,
-        TargetSparsity(sparsity=0.9).attach(Training(model, 10, mean=other_has)),
+        TargetSparsity(sparsity=0.9, lever="l1").attach(Training(model, 10, mean=other_has)),
         1,
         {"input_ids": ids[:2]},
     )
-    second = TargetSparsity(sparsity=0.9).attach(Training(model, 10, mean=other_has))
+    second = TargetSparsity(sparsity=0.9, lever="l1").attach(Training(model, 10, mean=other_has))
     update(model, second, 1, {"input_ids": ids[2:]})
     expected = hf_sparse.measure(model, [{"input_ids": ids}]).sparsity
     assert second.values()["training_sparsity"] == pytest.approx(expected, rel=1e-6)
@@ -91,7 +91,7 @@ def test_processes_agree_on_their_mean() -> None:
 
 def test_it_waits_for_its_start_and_while_activations_are_mixed() -> None:
     model, batch = patched(), {"input_ids": torch.randint(0, 64, (2, 12))}
-    acting = TargetSparsity(sparsity=0.9, start=0.2).attach(Training(model, steps=10))
+    acting = TargetSparsity(sparsity=0.9, start=0.2, lever="l1").attach(Training(model, steps=10))
     weights = []
     for step in range(1, 8):
         hf_sparse.set_mix(model, min(step / 4, 1.0))
@@ -105,7 +105,7 @@ def test_an_update_that_was_skipped_is_forgotten() -> None:
     other = {"input_ids": torch.randint(0, 64, (2, 12))}
     found = []
     for skipped in (False, True):
-        acting = TargetSparsity(sparsity=0.9).attach(Training(model, steps=10))
+        acting = TargetSparsity(sparsity=0.9, lever="l1").attach(Training(model, steps=10))
         if skipped:
             acting.before_step(1)
             acting.loss(1, other, model(**other))
@@ -118,7 +118,7 @@ def test_an_update_that_was_skipped_is_forgotten() -> None:
 def test_a_budget_is_spent_only_while_there_is_some() -> None:
     model, batch = patched(), {"input_ids": torch.randint(0, 64, (2, 12))}
     training = Training(model, steps=100, dense_loss=math.log(20.0), eval_every=5)
-    acting = TargetSparsity(perplexity=10.0).attach(training)
+    acting = TargetSparsity(perplexity=10.0, lever="l1").attach(training)
     limit = math.log(22.0)
     acting.after_evaluation(0, reported(limit + 0.01))
     first = [update(model, acting, step, batch) for step in (1, 2, 3)]
@@ -160,6 +160,7 @@ def test_a_budget_needs_a_dense_model_and_evaluations(fields, training, message)
         ({"sparsity": 0.9, "dense_perplexity": 9.0}, r"dense_perplexity=9\.0.*only with perplexity"),
         ({"perplexity": -1.0}, "positive number of percent"),
         ({"sparsity": 0.9, "start": 0.5, "by": 0.4}, r"by=0\.4.*in \(start, 1\]"),
+        ({"sparsity": 0.9, "lever": "l2"}, r"lever=.l2.*one of threshold, l1"),
     ],
 )
 def test_fields_are_refused_by_name_value_and_mend(fields, message) -> None:
@@ -172,7 +173,7 @@ def test_fields_are_refused_by_name_value_and_mend(fields, message) -> None:
 @pytest.mark.parametrize("goal", [0.9, 0.3])
 def test_a_target_that_was_missed_is_told(goal) -> None:
     model, ids = patched(), torch.randint(0, 64, (3, 12))
-    acting = TargetSparsity(sparsity=goal).attach(Training(model.train(), steps=10))
+    acting = TargetSparsity(sparsity=goal, lever="l1").attach(Training(model.train(), steps=10))
     acting.finish()  # nothing is known yet
     for step in range(1, 11):
         update(model, acting, step, {"input_ids": ids})
