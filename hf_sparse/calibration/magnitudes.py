@@ -75,9 +75,16 @@ class Magnitudes:
         return self._summed
 
 
-def counted(values: Tensor) -> Tensor:
-    """Int64 counts of the magnitudes of ``values``, of any shape and floating dtype."""
-    return torch.bincount(_buckets(values).flatten(), minlength=BUCKETS)
+def counted(values: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Int64 counts of the magnitudes of ``values``, of any shape and floating dtype.
+
+    ``weights``, int64 of the same shape, say how often each counts.
+    """
+    found = torch.zeros(BUCKETS, dtype=torch.int64, device=values.device)
+    if weights is None:
+        weights = found.new_ones(1).expand(values.shape)
+    # Not bincount: how long its result is a compiler cannot know, and it takes longer.
+    return found.index_add_(0, _buckets(values).flatten(), weights.flatten())
 
 
 def _buckets(values: Tensor) -> Tensor:

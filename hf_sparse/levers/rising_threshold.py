@@ -15,8 +15,8 @@ from hf_sparse.forwards import Forwards
 if TYPE_CHECKING:
     from hf_sparse.adapters import Block
 
-_PIECE = 2**24
-"""Values that are counted at a time: 64 MiB of float32."""
+_MOST = 2**19
+"""Values of one sequence and block that are counted: of more, every so many tokens."""
 _SMOOTHING = 0.3
 _FRACTIONS = 2**10
 """Means over processes are counted in parts of one."""
@@ -26,7 +26,7 @@ class RisingThreshold:
     """The thresholds of a model with FATReLU or CATS, moved after each update.
 
     The threshold of a block is the quantile, at one level for all blocks, of the values that it is compared
-    with, among the tokens of the update that was; a block that has more zeros without one keeps 0. The level
+    with, among tokens of the update that was; a block that has more zeros without one keeps 0. The level
     is such that the share of silent neurons over all blocks is the wanted one. Smoothed over about three
     updates. That is what :func:`hf_sparse.calibrate` does once, with ``method="fatrelu"`` and ``"cats"``.
 
@@ -100,12 +100,15 @@ class RisingThreshold:
         counting = self._on and self._forwards.running and torch.is_grad_enabled()
         if not counting or index not in self._blocks:
             return
-        own, rows = _own(self._blocks[index]), p.detach().flatten(0, -2)
+        # Which tokens depends on their places alone, and not on how an update is cut into batches.
+        step = -(-p.shape[-2:].numel() // _MOST)
+        some = slice(step // 2, None, step)
+        weights = None
         if text is not None:
-            rows = rows[text]
-        for piece in rows.split(max(1, _PIECE // rows.shape[-1])):
-            counts = counted(own.compared(piece))
-            self._seen[index] = self._seen[index] + counts if index in self._seen else counts
+            rows = text.view(p.shape[:-1])[..., some, None]
+            weights = rows.long().expand(*rows.shape[:-1], p.shape[-1])
+        counts = counted(_own(self._blocks[index]).compared(p.detach()[..., some, :]), weights)
+        self._seen[index] = self._seen[index] + counts if index in self._seen else counts
 
 
 def plain(block: Block) -> nn.Module:

@@ -109,6 +109,11 @@ class Method(ABC):
     """Whether it needs the model as it was before the patch."""
 
     @property
+    def beside(self) -> dict[str, str]:
+        """Names of further methods that cannot act beside it as it is set, and what to do instead."""
+        return {}
+
+    @property
     def steered_by_evaluations(self) -> bool:
         """Whether what is learned depends on when evaluations are made."""
         return False

@@ -34,6 +34,9 @@ def read_methods(value: Any) -> list[Method]:
     for one in found:
         if both := [name for name in one.excludes if name in given]:
             raise ValueError(f"methods: {one.name} and {both[0]} cannot act together; leave one of them out.")
+        if both := [name for name in one.beside if name in given]:
+            mend = one.beside[both[0]]
+            raise ValueError(f"methods: {one.name} and {both[0]} cannot act together so; {mend}.")
     return found
 
 

@@ -75,6 +75,11 @@ class TargetSparsity(Method):
         require(ok, f"{prefix}lever", self.lever, f"it is one of {', '.join(LEVERS)}")
 
     @property
+    def beside(self) -> dict[str, str]:
+        mend = 'it would take back the thresholds that were found: leave it out, or set lever="l1"'
+        return {} if self.lever == "l1" else {"threshold_shift": mend}
+
+    @property
     def steered_by_evaluations(self) -> bool:
         return self.perplexity is not None
 

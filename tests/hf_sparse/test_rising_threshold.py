@@ -15,7 +15,7 @@ import hf_sparse
 from hf_sparse import SparsityConfig, SparsityReport
 from hf_sparse.activations import FATReLU
 from hf_sparse.adapters import require_blocks
-from hf_sparse.levers import ByPenalty, ByThreshold
+from hf_sparse.levers import ByPenalty, ByThreshold, rising_threshold
 from hf_sparse.methods import Acting, Training
 from hf_sparse.methods.target_sparsity import TargetSparsity
 from support.models import untrained_llama
@@ -47,11 +47,10 @@ def thresholds(model: PreTrainedModel) -> list[float]:
 
 
 def pre_activations(model: PreTrainedModel, batch: dict[str, Tensor]) -> list[Tensor]:
-    """Of each block, those of text."""
+    """Of each block: ``[batch, tokens, F]``."""
     found: list[Tensor] = []
     handles = [
-        block.watch("p", lambda p, _: found.append(p.detach()[batch["attention_mask"].bool()]))
-        for block in require_blocks(model)[0]
+        block.watch("p", lambda p, _: found.append(p.detach())) for block in require_blocks(model)[0]
     ]
     model(**batch)
     for handle in handles:
@@ -60,7 +59,7 @@ def pre_activations(model: PreTrainedModel, batch: dict[str, Tensor]) -> list[Te
 
 
 def test_a_first_update_goes_a_part_of_the_way_to_the_quantile_of_text_however_it_is_cut() -> None:
-    expected = [torch.relu(p).flatten() for p in pre_activations(patched(), PADDED)]
+    expected = [torch.relu(p[MASK.bool()]).flatten() for p in pre_activations(patched(), PADDED)]
     natural = sum(float((p == 0).float().mean()) for p in expected) / 2
     wanted = 1 - (1 - natural) * (0.1 / (1 - natural)) ** (
         1 / 4
@@ -99,6 +98,23 @@ def test_a_sparsity_is_reached_when_it_was_to_be_and_kept_in_the_model(patch, tm
     model.eval().save_pretrained(tmp_path)
     again = LlamaForCausalLM.from_pretrained(tmp_path).eval()
     assert torch.equal(again(**PADDED).logits, model(**PADDED).logits)
+
+
+def test_of_long_sequences_tokens_at_even_distances_are_counted_however_they_are_cut(monkeypatch) -> None:
+    monkeypatch.setattr(rising_threshold, "_MOST", 6 * 44)  # of 24 tokens every fourth, from the third on
+    rows = [{name: value[i : i + 1] for name, value in PADDED.items()} for i in range(4)]
+    found = []
+    for batches in ([PADDED], rows):
+        model = patched()
+        acting = TargetSparsity(sparsity=0.9).attach(Training(model, steps=10))
+        update(model, acting, 1, *batches)
+        found.append((acting.values()["training_sparsity"], *thresholds(model)))
+    assert found[0] == found[1]
+    mask = MASK.bool()[:, 2::4]
+    zeros = []
+    for p in pre_activations(patched(), PADDED):
+        zeros.append(float((p[:, 2::4][mask] <= 0).float().mean()))
+    assert found[0][0] == pytest.approx(sum(zeros) / 2, rel=1e-5)
 
 
 def test_what_a_block_has_by_itself_is_counted_and_left() -> None:

@@ -200,7 +200,7 @@ def test_evaluations_are_of_the_model_alone_and_tell_sparsity(tmp_path):
 
 
 def test_methods_finish_the_model_at_the_end_and_are_steered_by_evaluations(tmp_path):
-    budget = {"perplexity": 50.0, "dense_perplexity": 1000.0, "by": 1.0}
+    budget = {"perplexity": 50.0, "dense_perplexity": 1000.0, "by": 1.0, "lever": "l1"}
     methods = {"target_sparsity": budget, "threshold_shift": {"threshold": 0.2}}
     made = trainer(
         tmp_path, methods, lengths=PADDED, evaluate=True, eval_steps=1, max_steps=6, logging_steps=1

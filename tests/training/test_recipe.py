@@ -219,6 +219,10 @@ def test_shipped_recipes_hold_plain_yaml():
             {"methods": {"norm_uplift": {}, "blockwise": {}}},
             "blockwise and norm_uplift cannot act together",
         ),
+        (
+            {"methods": {"target_sparsity": {"sparsity": 0.5}, "threshold_shift": {}}},
+            r'threshold_shift cannot act together so; it would take back the .*set lever="l1"',
+        ),
         ({"methods": {"norm_clamp": {}}}, r"methods\.norm_clamp.*from_scratch.*norm_uplift"),
         (
             {"from_scratch": True, "methods": {"distillation": {}}},
