@@ -49,9 +49,7 @@ def thresholds(model: PreTrainedModel) -> list[float]:
 def pre_activations(model: PreTrainedModel, batch: dict[str, Tensor]) -> list[Tensor]:
     """Of each block: ``[batch, tokens, F]``."""
     found: list[Tensor] = []
-    handles = [
-        block.watch("p", lambda p, _: found.append(p.detach())) for block in require_blocks(model)[0]
-    ]
+    handles = [block.watch("p", lambda p, _: found.append(p.detach())) for block in require_blocks(model)[0]]
     model(**batch)
     for handle in handles:
         handle.remove()
@@ -101,7 +99,7 @@ def test_a_sparsity_is_reached_when_it_was_to_be_and_kept_in_the_model(patch, tm
 
 
 def test_of_long_sequences_tokens_at_even_distances_are_counted_however_they_are_cut(monkeypatch) -> None:
-    monkeypatch.setattr(rising_threshold, "_MOST", 6 * 44)  # of 24 tokens every fourth, from the third on
+    monkeypatch.setattr(rising_threshold, "_MOST", 6 * 88)  # of 24 tokens every fourth, from the third on
     rows = [{name: value[i : i + 1] for name, value in PADDED.items()} for i in range(4)]
     found = []
     for batches in ([PADDED], rows):

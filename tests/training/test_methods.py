@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from run_log import read_log
 from transformers import AutoModelForCausalLM
 
 import hf_sparse
+from support.many import free_port
 from support.runs import run
 
 STATEFUL = {
@@ -85,11 +85,19 @@ def test_a_finished_run_that_is_continued_is_saved_shifted(whole, command, in_pr
 
 
 @pytest.mark.slow
+def test_two_processes_raise_thresholds_as_one_does(command, in_process, tmp_path) -> None:
+    fields = {**STATEFUL, "methods": {"target_sparsity": {"sparsity": 0.9, "by": 0.7}}}
+    in_process(command(tmp_path / "one", **fields))
+    run(command(tmp_path / "two", processes=2, port=free_port(), **{**fields, "micro_batch": 2}))
+    for one, two in zip(*(records(tmp_path / name, "train") for name in ("one", "two")), strict=True):
+        for name in ("loss", "target_threshold", "training_sparsity", "sparsity"):
+            assert two[name] == pytest.approx(one[name], rel=2e-4, abs=1e-6), (name, one["step"])
+    assert one["sparsity"] == pytest.approx(0.9, abs=0.05)
+
+
+@pytest.mark.slow
 def test_two_processes_steer_as_one_does(whole, command, tmp_path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    run(command(tmp_path / "run", processes=2, port=port, **{**STATEFUL, "micro_batch": 2}))
+    run(command(tmp_path / "run", processes=2, port=free_port(), **{**STATEFUL, "micro_batch": 2}))
     for one, two in zip(records(whole, "train"), records(tmp_path / "run", "train"), strict=True):
         for name in ("loss", "target_l1", "target_coefficient", "training_sparsity", "dead_neurons"):
             assert two[name] == pytest.approx(one[name], rel=2e-4, abs=1e-6), (name, one["step"])
