@@ -8,7 +8,9 @@ Each competitor is a process of its own, with the same model, batches and optimi
 decay on matrices); they make one update after the other, so only one works at a time. The time of an update
 is from the end of the one before to its own, with batch, schedule and log. ``finetune.py`` is the whole
 program: it reads, shuffles and tokenises text meanwhile, and then gets the batch that all have; the Trainer
-has its tokens at hand. Memory is the peak of the process in RAM, or on a GPU what torch allocated there.
+has its tokens at hand. Memory is the peak of the process in RAM, or on a GPU what torch allocated there. That
+in RAM is of updates of its own, of each alone and after the times, with an allocator that gives large buffers
+back: else it is that of what was freed and not reused as well, and varies by several per cent.
 Before any timing, competitors that are to train alike have to have the same loss after the first update.
 """
 
@@ -88,14 +90,19 @@ def random_model(folder: Path) -> Path:
 class Competitor:
     """The process of one, as the comparison sees it."""
 
-    def __init__(self, name: str, args: argparse.Namespace) -> None:
+    def __init__(self, name: str, args: argparse.Namespace, **environment: str) -> None:
         options = {"model": args.model, "batch": args.batch, "micro-batch": args.micro_batch}
         options |= {"length": args.length, "device": args.device, "text": args.text}
         options["threads"] = torch.get_num_threads()
         command = [sys.executable, __file__, "--only", name]
         command += [text for key, value in options.items() for text in (f"--{key}", str(value))]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment},
         )
         self.mib = 0.0
         self.loss = 0.0
@@ -295,6 +302,8 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
     finally:
         for one in competitors.values():
             one.close()
+    if args.device == "cpu":
+        mib = {name: peak(name, args) for name in competitors}
     return [
         {
             "trainer": name,
@@ -311,6 +320,17 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
         }
         for name in competitors
     ]
+
+
+def peak(name: str, args: argparse.Namespace) -> float:
+    """MiB of RAM that a competitor has in use at most, of all but small buffers."""
+    one = Competitor(name, args, MALLOC_MMAP_THRESHOLD_="65536")
+    try:
+        for _ in range(3):  # the first makes the state of the optimizer
+            one.seconds()
+    finally:
+        one.close()
+    return one.mib
 
 
 def cells(row: dict[str, Any]) -> dict[str, str]:
