@@ -171,6 +171,7 @@ def update(run: Run, batch: Batch, step: int, stop: Stop) -> tuple[dict[str, flo
     run.acting.before_step(step)
     means = gradients(run, batch, step, stop)
     if run.perturbation is not None:
+        run.acting.before_perturbed(step)
         scale = 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()
         with run.perturbation.perturbed(scale):
             run.optimizer.zero_grad()

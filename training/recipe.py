@@ -318,12 +318,6 @@ class Recipe:
             {},
             "it is for from_scratch, and would change a pretrained model at once; use norm_uplift",
         )
-        require(
-            self.sharpness is None or "target_sparsity" not in named,
-            "sharpness",
-            self.sharpness,
-            "target_sparsity would measure half of its sparsity at perturbed weights; leave one of them out",
-        )
         lora, sparsity = self.adapters(), self.sparsity_config()
         if lora is not None:
             require(

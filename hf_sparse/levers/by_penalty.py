@@ -44,7 +44,7 @@ class ByPenalty(Acting):
         self._begin = (0.0, 0.0)  # of the ramp: step, and ln of the density
         self._slack: float | None = None  # nats below the limit, at the last evaluation
         self._coefficient = self._sparsity = 0.0
-        self._on = False
+        self._on = self._counting = False
         self._zeros: list[Tensor] = []
         self._values: list[Tensor] = []
         self._entries = 0
@@ -55,12 +55,17 @@ class ByPenalty(Acting):
         # While activations are mixed nothing is exactly zero, and nothing is to be learned from that.
         mixed = any(isinstance(block.activation, MixedActivation) for block in self._forwards.blocks)
         self._on = step > self._goal.start and not mixed
+        self._counting = self._on
         self._coefficient = self._control.coefficient if self._on else 0.0
+
+    def before_perturbed(self, step: int) -> None:
+        self._counting = False
 
     def loss(self, step: int, batch: Mapping[str, Tensor], output: Any) -> dict[str, Term]:
         penalty = self._penalty.value()
         rows = next(len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim() > 1)
-        self._penalties.append((penalty.detach(), rows))
+        if self._counting:
+            self._penalties.append((penalty.detach(), rows))
         return {"target_l1": Term(penalty, self._coefficient)}
 
     def after_step(self, step: int) -> None:
@@ -125,7 +130,7 @@ class ByPenalty(Acting):
         self._penalty.remove()
 
     def _count(self, _: int, h: Tensor, text: Tensor | None) -> None:
-        if not (self._on and self._forwards.running and torch.is_grad_enabled()):
+        if not (self._counting and self._forwards.running and torch.is_grad_enabled()):
             return
         if text is None:
             self._zeros.append(h.numel() - torch.count_nonzero(h))

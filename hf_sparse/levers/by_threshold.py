@@ -56,6 +56,9 @@ class ByThreshold(Acting):
     def before_step(self, step: int) -> None:
         self._thresholds.begin(step > self._goal.start)
 
+    def before_perturbed(self, step: int) -> None:
+        self._thresholds.pause()
+
     def after_step(self, step: int) -> None:
         def wanted(natural: float) -> float:
             return 1 - math.exp(self._want(step, math.log(max(1 - natural, _FLOOR))))

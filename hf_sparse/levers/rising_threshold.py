@@ -51,7 +51,12 @@ class RisingThreshold:
             self._forwards.remove()
             self._watch()
         self._on = on and not any(isinstance(one, MixedActivation) for one in now)
+        self._counting = self._on
         self._seen: dict[int, Tensor] = {}
+
+    def pause(self) -> None:
+        """Count no more, until the next :meth:`begin`."""
+        self._counting = False
 
     def move(self, wanted: Callable[[float], float]) -> bool:
         """Set thresholds for a sparsity; returns whether there was anything to count.
@@ -97,7 +102,7 @@ class RisingThreshold:
         self._watched = [block.activation for block in self._blocks.values()]
 
     def _count(self, index: int, p: Tensor, text: Tensor | None) -> None:
-        counting = self._on and self._forwards.running and torch.is_grad_enabled()
+        counting = self._counting and self._forwards.running and torch.is_grad_enabled()
         if not counting or index not in self._blocks:
             return
         # Which tokens depends on their places alone, and not on how an update is cut into batches.

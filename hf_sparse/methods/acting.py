@@ -35,6 +35,10 @@ class ActingTogether(Acting):
         for acting in self._acting.values():
             acting.before_step(step)
 
+    def before_perturbed(self, step: int) -> None:
+        for acting in self._acting.values():
+            acting.before_perturbed(step)
+
     def task_weight(self, step: int) -> float:
         return math.prod(acting.task_weight(step) for acting in self._acting.values())
 

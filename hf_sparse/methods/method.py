@@ -55,6 +55,12 @@ class Acting:
     def before_step(self, step: int) -> None:
         """Called before the first forward of update ``step``, which need not follow the one before it."""
 
+    def before_perturbed(self, step: int) -> None:
+        """Called when the forwards of update ``step`` at the model's own weights are over, with sharpness.
+
+        Those at perturbed weights come next, and their terms and gradients are those of the update.
+        """
+
     def task_weight(self, step: int) -> float:
         """Factor on the loss of the task itself."""
         return 1.0

@@ -287,3 +287,22 @@ def test_the_gradient_is_that_of_what_is_left() -> None:
     assert p.grad is not None
     assert p.grad.tolist() == [0, 0, 1, 1]
     assert act.compared(p).tolist() == F.relu(p).tolist()
+
+
+@pytest.mark.parametrize("lever", ["threshold", "l1"])
+def test_forwards_at_perturbed_weights_do_not_count(lever) -> None:
+    states = []
+    for more in (False, True):
+        model = patched()
+        acting = TargetSparsity(sparsity=0.9, lever=lever).attach(Training(model, steps=10))
+        acting.before_step(1)
+        acting.loss(1, PADDED, model(**PADDED))
+        if more:
+            acting.before_perturbed(1)
+            for block in require_blocks(model)[0]:
+                block.module.gate_proj.weight.data.neg_()
+            acting.loss(1, PADDED, model(**PADDED))
+        with torch.no_grad():
+            acting.after_step(1)
+        states.append(acting.state_dict())
+    assert states[0] == states[1]

@@ -232,7 +232,6 @@ def test_shipped_recipes_hold_plain_yaml():
             {"lora": {"biases": False}, "patch": {"activation": "relu", "zeroth_bias": {"positions": 8}}},
             r"lora\.biases=False.*stay zero",
         ),
-        ({"sharpness": "sam", "methods": {"target_sparsity": {"sparsity": 0.5}}}, "perturbed weights"),
         ({"lora": {"norms": False}, "methods": {"norm_uplift": {}}}, r"lora\.norms=False.*norm_uplift"),
         (
             {"methods": {"blockwise": {}}, "patch": {"zeroth_bias": {"positions": 8}}},

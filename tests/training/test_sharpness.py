@@ -42,6 +42,16 @@ def test_the_cut_into_micro_batches_changes_nothing_but_rounding(command, in_pro
     assert ends[0] == pytest.approx(ends[1], rel=1e-5)
 
 
+def test_a_target_is_of_the_model_at_its_own_weights(command, in_process, tmp_path):
+    fields = {"max_steps": 3, "log_every": 1, "methods": {"target_sparsity": {"sparsity": 0.9}}}
+    first = []
+    for name, sharpness in (("plain", {}), ("sam", {"sharpness": {"name": "sam", "rho": 100.0}})):
+        in_process(command(tmp_path / name, eval_every=0, **sharpness, **fields))
+        records = [r for r in read_log(tmp_path / name / "log.jsonl") if r["kind"] == "train"]
+        first.append(records[0]["training_sparsity"])
+    assert first[0] == first[1]
+
+
 def test_it_is_another_training_than_without(command, in_process, tmp_path):
     in_process(command(tmp_path / "plain", eval_every=0))
     in_process(command(tmp_path / "sam", eval_every=0, sharpness="sam"))
