@@ -23,6 +23,7 @@ from typing import Any
 from training_runs import ROOT, Results, of_kind, train
 
 _L1 = {"methods.target_sparsity.lever": "l1"}
+_CATS = {"patch": "cats_silu"}
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("dense", {}),
@@ -35,6 +36,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "ProSparse": ("prosparse", {"methods.l1.scale": "scale"}),
     "target 80 %": ("target_sparsity", {"methods.target_sparsity.sparsity": 0.8}),
     "target 90 %": ("target_sparsity", {"methods.target_sparsity.sparsity": 0.9}),
+    "target 80 %, CATS": ("target_sparsity", {**_CATS, "methods.target_sparsity.sparsity": 0.8}),
+    "target 90 %, CATS": ("target_sparsity", {**_CATS, "methods.target_sparsity.sparsity": 0.9}),
     "target 80 %, L1": ("target_sparsity", {**_L1, "methods.target_sparsity.sparsity": 0.8}),
     "target 90 %, L1": ("target_sparsity", {**_L1, "methods.target_sparsity.sparsity": 0.9}),
     "flat minima": ("flat_minima", {}),
