@@ -48,8 +48,7 @@ class Forwards:
         self.blocks, _ = require_blocks(model)
         self.running = False
         self._seen, self._begin_of = seen, begin
-        of_two = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-        self._in_decoder = [of_two and "decoder" in block.name.split(".") for block in self.blocks]
+        self._in_decoder = [in_decoder(model, block.name) for block in self.blocks]
         self._masks: tuple[Tensor | None, Tensor | None] = (None, None)
         self._handles = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
@@ -90,6 +89,12 @@ class Forwards:
             f"of {mask.numel()}, so padding cannot be told from text; give batches without padding, or "
             "a mask with one value for each token."
         )
+
+
+def in_decoder(model: nn.Module, name: str) -> bool:
+    """Whether the module ``name`` of ``model`` is in a decoder that has an encoder."""
+    of_two = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return bool(of_two) and "decoder" in name.split(".")
 
 
 def _masks(

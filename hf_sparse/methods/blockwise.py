@@ -90,10 +90,9 @@ class _Acting(Acting):
         return 0.0
 
     def loss(self, step: int, batch: Mapping[str, Any], output: Any) -> dict[str, Term]:
-        mask = batch.get("attention_mask")
-        return {
-            "blockwise": Term(self._matching.value(mask if mask is not None and mask.dim() == 2 else None))
-        }
+        masks = (batch.get(name) for name in ("attention_mask", "decoder_attention_mask"))
+        two = (mask if mask is not None and mask.dim() == 2 else None for mask in masks)
+        return {"blockwise": Term(self._matching.value(*two))}
 
     def detach(self) -> None:
         self._matching.remove()

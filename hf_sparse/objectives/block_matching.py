@@ -8,6 +8,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from hf_sparse.forwards import in_decoder
+
 _LEAST = 1e-12
 
 
@@ -37,24 +39,27 @@ class BlockMatching:
         follow: Literal["student", "teacher"],
     ) -> None:
         self._follow = follow
-        self._errors: list[Tensor] = []
+        self._errors: list[tuple[bool, Tensor]] = []  # of each block, and whether it is in a decoder
         self._in_forward = False
         self._handles = [
             # These two tell a forward from a recomputation, which reruns layers without the model around.
             model.register_forward_pre_hook(self._begin),
             model.register_forward_hook(self._end, always_call=True),
         ]
+        names = {module: name for name, module in model.named_modules()}
         for block, dense in pairs.items():
+            compare = self._compare(dense, in_decoder(model, names[block]))
             self._handles += [
                 block.register_forward_pre_hook(self._cut, with_kwargs=True),
-                block.register_forward_hook(self._compare(dense), with_kwargs=True),
+                block.register_forward_hook(compare, with_kwargs=True),
             ]
 
-    def value(self, mask: Tensor | None = None) -> Tensor:
+    def value(self, mask: Tensor | None = None, decoder_mask: Tensor | None = None) -> Tensor:
         """The mean over tokens and blocks of the last forward: a float32 scalar with gradient.
 
         Args:
             mask: ``[B, S]``, 0 at tokens that do not count.
+            decoder_mask: the same for the blocks of a decoder that has an encoder.
 
         Raises:
             RuntimeError: there was no training forward, or one whose layers carry no gradient.
@@ -66,7 +71,11 @@ class BlockMatching:
                 "no forward in training mode and with gradient has run since the blocks are matched. With "
                 "gradient checkpointing use activation_checkpointing_kwargs={'use_reentrant': False}."
             )
-        means = [error.mean() if mask is None else _masked_mean(error, mask) for error in self._errors]
+        masks = mask, decoder_mask
+        means = [
+            error.mean() if (own := masks[decoder]) is None else _masked_mean(error, own)
+            for decoder, error in self._errors
+        ]
         return torch.stack([mean.to(means[0].device) for mean in means]).mean()
 
     def remove(self) -> None:
@@ -88,7 +97,7 @@ class BlockMatching:
             return None
         return tuple(map(_detached, args)), {name: _detached(value) for name, value in kwargs.items()}
 
-    def _compare(self, dense: nn.Module) -> Any:
+    def _compare(self, dense: nn.Module, decoder: bool) -> Any:
         dtype = next(dense.parameters()).dtype
 
         def hook(block: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
@@ -101,7 +110,7 @@ class BlockMatching:
             distance = (output.float() - target).square().sum(-1)
             error = distance / target.square().sum(-1).clamp(min=_LEAST)
             if self._in_forward:
-                self._errors.append(error.flatten())
+                self._errors.append((decoder, error.flatten()))
             return output.detach() if self._follow == "student" else wanted.to(output.dtype)
 
         return hook

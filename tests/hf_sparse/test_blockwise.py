@@ -16,7 +16,7 @@ from hf_sparse.errors import PatchError
 from hf_sparse.methods import ActingTogether, Training, read_methods
 from hf_sparse.metrics import measure
 from support.embedded import documentation, embedded_model
-from support.models import tiny, untrained_llama
+from support.models import tiny, tiny_t5, untrained_llama
 
 
 def matching(student: nn.Module, dense: nn.Module, **fields: Any) -> ActingTogether:
@@ -141,6 +141,19 @@ def test_padding_does_not_count_and_micro_batches_add_up():
         term(acting, student, {"input_ids": ids[i : i + 1], "attention_mask": mask[:1]}) for i in range(4)
     ]
     torch.testing.assert_close(whole, torch.stack(pieces).mean())
+
+
+def test_encoder_and_decoder_have_padding_of_their_own():
+    dense = tiny_t5(feed_forward_proj="gated-gelu")
+    student = patched(dense)
+    acting = matching(student, dense)
+    ids, answer = torch.randint(3, 128, (2, 4, 8))
+    masks = torch.ones(2, 4, 8, dtype=torch.int64)
+    masks[0, :, 6:], masks[1, :, 5:] = 0, 0
+    padded = {"input_ids": ids, "attention_mask": masks[0]}
+    padded |= {"decoder_input_ids": answer, "decoder_attention_mask": masks[1]}
+    cut = {"input_ids": ids[:, :6], "decoder_input_ids": answer[:, :5]}
+    torch.testing.assert_close(term(acting, student, padded), term(acting, student, cut))
 
 
 def test_detach_leaves_the_model_as_it_was():
