@@ -413,7 +413,8 @@ def peers(*results: Result) -> str:
         "to transformers",
         "GB/s, of a read",
     ]
-    return "\n\n".join([*conditions, paragraph(about), table(head, lines), paragraph(reading)])
+    drawn = "![Tokens per second of llama.cpp, transformers and hf_sparse](figures/against_llama_cpp.svg)"
+    return "\n\n".join([*conditions, paragraph(about), drawn, table(head, lines), paragraph(reading)])
 
 
 def calibrated(*results: Result) -> str:

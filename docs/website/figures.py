@@ -1,4 +1,4 @@
-"""Draws the figures of docs/concepts.md, as SVG, from the formulas that the page gives.
+"""Draws the figures of docs/concepts.md, as SVG, from the formulas that the page gives, and that of a result.
 
     PYTHONPATH=docs python -m website.figures
 
@@ -7,6 +7,7 @@ A test holds the committed files to what this draws.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 
 from website.pages import ROOT
@@ -70,6 +71,30 @@ def bytes_and_tokens() -> str:
     return _svg(780, 350, parts)
 
 
+def against_llama_cpp() -> str:
+    """Tokens per second of every program, for the two models of benchmarks/peers.py."""
+    left, row, width = 170, 24, 300
+    parts: list[str] = []
+    y = 34.0
+    for name, title in (("peers", "Shape of Llama-3.2-1B"), ("peers_smollm2", "SmolLM2-135M")):
+        path = ROOT / "benchmarks" / "results" / f"{name}.json"
+        rows = json.loads(path.read_text(encoding="utf-8"))["results"]
+        most = max(one["tokens_per_s"] for one in rows)
+        parts.append(_text(24, y, f"{title}, tokens per second", INK, "start"))
+        for one in rows:
+            y += row
+            program, long = one["model"].replace("bfloat16", "bf16"), width * one["tokens_per_s"] / most
+            color = SECOND if program.startswith("llama.cpp") else FAINT if program == "stock" else READ
+            told = f"{one['tokens_per_s']:.1f}   {one['to_llama_cpp']:.2f}x"
+            parts.append(_text(left - 10, y, "transformers" if program == "stock" else program, INK, "end"))
+            parts.append(_box(left, y - 13, round(long, 1), row - 7, color))
+            parts.append(_text(left + round(long, 1) + 8, y, told, INK, "start"))
+        y += 2 * row
+    foot = "The factor is to llama.cpp in bf16; about nine tenths of neurons are silent in the blue rows."
+    parts.append(_text(24, y - 12, foot, FAINT, "start"))
+    return _svg(600, y + 4, parts)
+
+
 class _Axes:
     """A square from 0 to 1 in both directions, at a place of the picture."""
 
@@ -129,6 +154,7 @@ def _svg(width: float, height: float, parts: Iterable[str]) -> str:
 FIGURES: dict[str, Callable[[], str]] = {
     "silent_neurons.svg": silent_neurons,
     "bytes_and_tokens.svg": bytes_and_tokens,
+    "against_llama_cpp.svg": against_llama_cpp,
 }
 
 
