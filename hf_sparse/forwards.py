@@ -31,9 +31,11 @@ class Forwards:
         site: see :meth:`hf_sparse.adapters.Block.watch`.
         seen: what to call.
         begin: called before each forward.
+        only: which blocks; others are not watched.
 
     Raises:
         PatchError: no MLP block of a known shape is found in ``model``.
+        ValueError: the site of a block cannot be watched. No hook is left.
 
     """
 
@@ -41,20 +43,36 @@ class Forwards:
     running: bool
     """Whether a forward runs. If not, ``seen`` is called by gradient checkpointing, which recomputes a layer
     during backward, and gets what it has got before."""
+    length: int | None
+    """Tokens in a sequence of the forward; None where that is not known, and of an encoder-decoder."""
+    rows: Tensor | None
+    """Of which token each row is that is seen, int64, over all sequences; None: they are in order."""
 
     def __init__(
-        self, model: nn.Module, site: Site, seen: Seen, *, begin: Callable[[], None] = lambda: None
+        self,
+        model: nn.Module,
+        site: Site,
+        seen: Seen,
+        *,
+        begin: Callable[[], None] = lambda: None,
+        only: Callable[[Block], bool] = lambda block: True,
     ) -> None:
-        self.blocks, _ = require_blocks(model)
+        self.blocks = [block for block in require_blocks(model)[0] if only(block)]
         self.running = False
+        self.length = self.rows = None
         self._seen, self._begin_of = seen, begin
         self._in_decoder = [in_decoder(model, block.name) for block in self.blocks]
         self._masks: tuple[Tensor | None, Tensor | None] = (None, None)
         self._handles = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
             model.register_forward_hook(self._end, always_call=True),
-            *(block.watch(site, partial(self._pass, i)) for i, block in enumerate(self.blocks)),
         ]
+        try:
+            for i, block in enumerate(self.blocks):
+                self._handles.append(block.watch(site, partial(self._pass, i)))
+        except BaseException:
+            self.remove()
+            raise
 
     def remove(self) -> None:
         """Take the hooks off the model."""
@@ -63,7 +81,9 @@ class Forwards:
         self._handles = []
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self._masks = _masks(module, args, kwargs)
+        given = _given(module, args, kwargs)
+        self._masks = _masks(given)
+        self.length = _length(given)
         self.running = True
         self._begin_of()
 
@@ -71,6 +91,7 @@ class Forwards:
         self.running = False
 
     def _pass(self, index: int, values: Tensor, tokens: Tensor | None) -> None:
+        self.rows = tokens
         self._seen(index, values, self._text(index, values, tokens))
 
     def _text(self, index: int, values: Tensor, tokens: Tensor | None) -> Tensor | None:
@@ -97,15 +118,25 @@ def in_decoder(model: nn.Module, name: str) -> bool:
     return bool(of_two) and "decoder" in name.split(".")
 
 
-def _masks(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[Tensor | None, Tensor | None]:
-    """That of padding in the only or first stack of blocks, and in a decoder after it."""
+def _given(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward by their names."""
     given = dict(kwargs)
-    if len(args) > 1:
+    if args:
         given |= inspect.signature(module.forward).bind_partial(*args).arguments
+    return given
+
+
+def _masks(given: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+    """That of padding in the only or first stack of blocks, and in a decoder after it."""
     first, second = (given.get(name) for name in ("attention_mask", "decoder_attention_mask"))
     return _of_padding(first), _of_padding(second)
+
+
+def _length(given: Mapping[str, Any]) -> int | None:
+    if any(name.startswith("decoder_") for name in given):
+        return None
+    found = (given.get(name) for name in ("input_ids", "inputs_embeds"))
+    return next((one.shape[1] for one in found if isinstance(one, Tensor) and one.dim() > 1), None)
 
 
 def _of_padding(mask: object) -> Tensor | None:

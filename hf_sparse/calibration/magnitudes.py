@@ -7,7 +7,8 @@ from torch import Tensor
 
 _SHIFT = 15
 BUCKETS = 2 ** (31 - _SHIFT)
-_INFINITE = 0x7F800000 >> _SHIFT
+INFINITE = 0x7F800000 >> _SHIFT
+"""The first bucket of what is no finite number."""
 
 
 class Magnitudes:
@@ -98,7 +99,7 @@ def require_finite(counts: Tensor, where: str) -> Tensor:
         ValueError: an infinite value or NaN was counted; ``where`` says where it is.
 
     """
-    if counts[..., _INFINITE:].any():
+    if counts[..., INFINITE:].any():
         raise ValueError(
             f"{where} has values that are infinite or no number on this text; no threshold can be chosen; "
             "run the model in float32 or bfloat16, or leave out the text that leads there."

@@ -6,11 +6,12 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers.trainer_callback import ExportableState, TrainerCallback
+from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerState
 
 import hf_sparse
 from hf_sparse.integrations.added_loss import AddedLoss
@@ -18,6 +19,7 @@ from hf_sparse.integrations.evaluated import EvaluatedSparsity
 from hf_sparse.methods import ActingTogether, Method, Training, read_methods
 
 _NAME = "SparsityCallback"
+_STATE = "trainer_state.json"
 
 
 class SparsityCallback(TrainerCallback, ExportableState):
@@ -153,6 +155,8 @@ class SparsityCallback(TrainerCallback, ExportableState):
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Let methods finish the model, and take everything off it and the trainer."""
         if self._acting is not None:
+            if args.load_best_model_at_end and state.best_model_checkpoint:
+                self._go_back(Path(state.best_model_checkpoint))
             self._acting.finish()
         self._detach()
 
@@ -166,6 +170,13 @@ class SparsityCallback(TrainerCallback, ExportableState):
         dense = self._dense
         assert dense is not None
         return (dense if isinstance(dense, nn.Module) else dense()).to(device)
+
+    def _go_back(self, checkpoint: Path) -> None:
+        """Let methods give the model what it had when ``checkpoint`` was saved, whose weights it has now."""
+        assert self._acting is not None
+        state = TrainerState.load_from_json(str(checkpoint / _STATE))
+        self._acting.load_state_dict(self._saved(state))
+        self._acting.before_step(state.global_step)
 
     def _saved(self, state: Any) -> dict[str, Any]:
         """What the checkpoint that a training goes on from has of the methods.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from hf_sparse.activations import MixedActivation
 from hf_sparse.forwards import Forwards
 from hf_sparse.levers.control import DensityControl
+from hf_sparse.levers.goal import require_lever
 from hf_sparse.methods.method import Acting, Term, Training
 from hf_sparse.objectives import L1Penalty
 
@@ -26,8 +26,6 @@ _LEAD = 0.2
 """In ln(density), to the density that there is."""
 _STEP = 1.0
 """In ln(coefficient) per evaluation: how fast it is searched for, and falls while a budget is overdrawn."""
-_MISSED = 0.01
-"""In sparsity, below the target: what is said to have missed it."""
 
 
 class ByPenalty(Acting):
@@ -91,18 +89,12 @@ class ByPenalty(Acting):
             self._slack = self._goal.limit - report.loss
 
     def finish(self) -> None:
-        wanted, density = self._goal.density, self._control.density
-        if wanted is None or density is None:
-            return
-        goal = 1 - math.exp(wanted)
-        if (found := 1 - math.exp(density)) < goal - _MISSED:
-            warnings.warn(
-                f"methods.target_sparsity.sparsity={goal:g} was not reached: it is {found:.3f} in the end, "
-                f"at a coefficient of {self._coefficient:.3g}. An update moves weights as far as its "
-                "learning rate lets it, however large the penalty; give more updates, a larger rate, or "
-                'lever="threshold".',
-                stacklevel=2,
-            )
+        density = self._control.density
+        self._goal.tell_if_missed(
+            None if density is None else 1 - math.exp(density),
+            f"the coefficient was {self._coefficient:.3g}. An update moves weights as far as its learning "
+            'rate lets it, however large the penalty; give more updates, a larger rate, or lever="threshold"',
+        )
 
     def values(self) -> dict[str, float]:
         wanted = {} if self._wanted is None else {"wanted_sparsity": 1 - math.exp(self._wanted)}
@@ -110,6 +102,7 @@ class ByPenalty(Acting):
 
     def state_dict(self) -> dict[str, Any]:
         return {
+            "lever": "l1",
             "control": self._control.state_dict(),
             "wanted": self._wanted,
             "begin": list(self._begin),
@@ -119,6 +112,8 @@ class ByPenalty(Acting):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if "control" not in state or "lever" in state:  # that of an older version has no name
+            require_lever(state, "l1")
         self._control.load_state_dict(state["control"])
         step, density = state["begin"]
         self._begin = step, density

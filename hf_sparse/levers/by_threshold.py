@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from hf_sparse.activations import CATS, ActivationConfig, FATReLU, MixedActivation
 from hf_sparse.activations.cats import CLASSES
-from hf_sparse.adapters import require_blocks
-from hf_sparse.levers.rising_threshold import RisingThreshold, plain
+from hf_sparse.levers.goal import FLOOR, require_lever
+from hf_sparse.levers.rising_threshold import RisingThreshold
 from hf_sparse.methods.method import Acting, Training
 
 if TYPE_CHECKING:
@@ -19,11 +18,11 @@ if TYPE_CHECKING:
     from hf_sparse.levers.goal import Goal
     from hf_sparse.metrics import SparsityReport
 
-_FLOOR = 1e-6
-
 
 _HAVE = ("relu", "fatrelu", *CLASSES)
-_SELECTIONS = ("topk", "statistical_topk")
+"""Activations that have a threshold, or get one."""
+_DECIDE = ("topk", "statistical_topk", "inputs")
+"""Parts of a config that make zeros of their own."""
 
 
 def why_not(sparsity: SparsityConfig) -> str:
@@ -31,7 +30,7 @@ def why_not(sparsity: SparsityConfig) -> str:
     found = sparsity.activation.name
     if found not in _HAVE:
         return f"patch={found}"
-    return next((f"there is {name}" for name in _SELECTIONS if name in sparsity.parts), "")
+    return next((f"there is {name}" for name in _DECIDE if name in sparsity.parts), "")
 
 
 def has_thresholds(model: nn.Module) -> bool:
@@ -44,83 +43,86 @@ def has_thresholds(model: nn.Module) -> bool:
 
 
 class ByThreshold(Acting):
-    """The thresholds of the activation rise; ReLU becomes FATReLU. Of models that :func:`has_thresholds`."""
+    """The thresholds of the activation rise; ReLU becomes FATReLU with the first update.
+
+    Raises:
+        ValueError: thresholds alone cannot; see :func:`has_thresholds`.
+
+    """
 
     def __init__(self, training: Training, goal: Goal) -> None:
-        self._training, self._goal = training, goal
-        self._made: RisingThreshold | None = None  # by the first update: until then the model is as it was
-        self._first: float | None = None  # ln of the density that the ramp begins with
+        if not has_thresholds(training.model):
+            raise ValueError(
+                'methods.target_sparsity.lever="threshold" is for models that are patched with relu, fatrelu '
+                'or cats and nothing else that makes zeros, in all of their parts; use lever="l1".'
+            )
+        self._goal = goal
+        self._rising = RisingThreshold(training.model, training.mean)
+        self._begin: tuple[float, float] | None = None  # of the ramp: updates, and ln of the density
         self._wanted: float | None = None  # ln of the density
         self._slack: float | None = None  # nats below the limit, at the last evaluation
 
     def before_step(self, step: int) -> None:
-        self._thresholds.begin(step > self._goal.start)
+        self._rising.begin(step > self._goal.start)
 
     def before_perturbed(self, step: int) -> None:
-        self._thresholds.pause()
+        self._rising.pause()
 
     def after_step(self, step: int) -> None:
-        def wanted(natural: float) -> float:
-            return 1 - math.exp(self._want(step, math.log(max(1 - natural, _FLOOR))))
+        def wanted(*sparsities: float) -> float:
+            return 1 - math.exp(self._want(step, *(math.log(max(1 - one, FLOOR)) for one in sparsities)))
 
-        self._thresholds.move(wanted)
+        self._rising.move(wanted)
 
     def after_evaluation(self, step: int, report: SparsityReport) -> None:
         if self._goal.limit is not None:
             self._slack = self._goal.limit - report.loss
 
+    def finish(self) -> None:
+        self._goal.tell_if_missed(self._rising.sparsity, "it needs more updates after it began to rise")
+
     def values(self) -> dict[str, float]:
-        if self._made is None:
-            return {}
-        thresholds, sparsity = self._made.thresholds, self._made.sparsity
+        thresholds, sparsity = self._rising.thresholds, self._rising.sparsity
         wanted = {} if self._wanted is None else {"wanted_sparsity": 1 - math.exp(self._wanted)}
-        mean = sum(thresholds) / len(thresholds)
-        return {"target_threshold": mean, "training_sparsity": sparsity, **wanted}
+        found = {} if sparsity is None else {"training_sparsity": sparsity}
+        return {"target_threshold": sum(thresholds) / len(thresholds), **found, **wanted}
 
     def state_dict(self) -> dict[str, Any]:
-        if self._made is None:
-            return {}
         return {
-            "thresholds": list(self._made.thresholds),
-            "sparsity": self._made.sparsity,
-            "first": self._first,
+            "lever": "threshold",
+            "thresholds": list(self._rising.thresholds),
+            "sparsity": self._rising.sparsity,
+            "begin": None if self._begin is None else list(self._begin),
             "wanted": self._wanted,
             "slack": self._slack,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._first, self._wanted, self._slack = state["first"], state["wanted"], state["slack"]
-        self._thresholds.thresholds = list(state["thresholds"])
-        self._thresholds.sparsity = state["sparsity"]
-        self._thresholds.apply()
+        require_lever(state, "threshold")
+        thresholds = list(state["thresholds"])
+        if len(thresholds) != len(self._rising.thresholds):
+            raise ValueError(
+                f"the state of target_sparsity has {len(thresholds)} thresholds, and the model "
+                f"{len(self._rising.thresholds)} patched blocks; patch it as it was, or begin anew."
+            )
+        self._begin = None if state["begin"] is None else tuple(state["begin"])
+        self._wanted, self._slack = state["wanted"], state["slack"]
+        self._rising.thresholds, self._rising.sparsity = thresholds, state["sparsity"]
+        self._rising.apply()
 
     def detach(self) -> None:
-        if self._made is not None:
-            self._made.remove()
+        self._rising.remove()
 
-    @property
-    def _thresholds(self) -> RisingThreshold:
-        if self._made is None:
-            from hf_sparse.patching import set_activation
-
-            model = self._training.model
-            patched = [block for block in require_blocks(model)[0] if block.is_patched]
-            act = patched[0].activation
-            if not isinstance(plain(patched[0]), FATReLU | CATS):
-                mix = act.k if isinstance(act, MixedActivation) else 1.0
-                set_activation(model, ActivationConfig(name="fatrelu", mix=mix))
-            self._made = RisingThreshold(model, self._training.mean)
-        return self._made
-
-    def _want(self, step: int, natural: float) -> float:
-        """What is wanted now, as ln of the density, which is at most that without thresholds."""
+    def _want(self, step: int, natural: float, now: float) -> float:
+        """What is wanted now, as ln of the density, from those without thresholds and with these."""
         if self._goal.limit is None:
-            self._first = natural if self._first is None else self._first
-            self._wanted = self._goal.ramp(step, self._goal.start, self._first)
+            if self._begin is None:
+                self._begin = max(self._goal.start, step - 1.0), now
+            self._wanted = self._goal.ramp(step, *self._begin)
         elif self._slack is not None:
-            wanted = natural if self._wanted is None else self._wanted
+            wanted = now if self._wanted is None else self._wanted
             self._wanted = wanted + self._goal.change(step, self._slack)
         else:
-            return natural
+            return now
         self._wanted = min(self._wanted, natural)
         return self._wanted

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+FLOOR = 1e-6
+"""The least density of which a logarithm is taken."""
+_MISSED = 0.01
+"""In sparsity, below the target: what is said to have missed it."""
 _RANGE = 3.0
 """In ln(density), from a half to a fortieth: what a budget is offered in the time that there is."""
 _FASTEST = 0.004
@@ -34,8 +42,21 @@ class Goal:
     def ramp(self, step: int, begin: float, first: float) -> float:
         """What is wanted now, as ln of the density, if it was ``first`` after ``begin`` updates."""
         assert self.density is not None
-        passed = (step - begin) / (self.by - begin) if self.by > begin else 1.0
+        # Whoever begins too late (activations were mixed) has the rest of the run.
+        end = self.by if self.by > begin else self.steps
+        passed = (step - begin) / (end - begin) if end > begin else 1.0
         return first + (self.density - first) * min(max(passed, 0.0), 1.0)
+
+    def tell_if_missed(self, sparsity: float | None, why: str) -> None:
+        """Warn if a sparsity was to be reached and the one in the end is below it; ``why`` that may be."""
+        if self.density is None:
+            return
+        wanted = 1 - math.exp(self.density)
+        if sparsity is None or sparsity < wanted - _MISSED:
+            found = "none was counted" if sparsity is None else f"it is {sparsity:.3f} in the end"
+            warnings.warn(
+                f"methods.target_sparsity.sparsity={wanted:g} was not reached: {found}; {why}.", stacklevel=3
+            )
 
     def left(self, step: int) -> float:
         """1, and in the last part of the run less, down to 0 in the end."""
@@ -48,3 +69,17 @@ class Goal:
         """
         share = min(slack / self.budget, 1.0) * self.left(step) if slack > 0 else _OVERDRAWN
         return -min(_RANGE / (self.by - self.start), _FASTEST) * share
+
+
+def require_lever(state: Mapping[str, Any], lever: str) -> None:
+    """Refuse the state of another lever.
+
+    Raises:
+        ValueError: it is one.
+
+    """
+    if (other := state.get("lever")) != lever:
+        raise ValueError(
+            f"the checkpoint was made with methods.target_sparsity.lever={other or 'l1'}, and now it is "
+            f"{lever}: give the one that it was, or begin anew."
+        )

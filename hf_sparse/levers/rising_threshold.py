@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from hf_sparse.activations import CATS, FATReLU, MixedActivation
-from hf_sparse.calibration.magnitudes import BUCKETS, Magnitudes, counted
+from hf_sparse.activations import CATS, ActivationConfig, FATReLU, MixedActivation
+from hf_sparse.calibration.magnitudes import BUCKETS, INFINITE, Magnitudes, counted
 from hf_sparse.forwards import Forwards
 
 if TYPE_CHECKING:
@@ -34,60 +34,75 @@ class RisingThreshold:
     """
 
     thresholds: list[float]
-    """One for each block, in the unit of the activation's own."""
-    sparsity: float = 0.0
-    """The share of silent neurons, in the update last seen."""
+    """One for each patched block, in the unit of the activation's own."""
+    sparsity: float | None = None
+    """The share of silent neurons in the update last seen, over patched blocks; None before the first."""
 
     def __init__(self, model: nn.Module, mean: Callable[[Tensor], Tensor]) -> None:
         self._model, self._mean = model, mean
+        self._device = next(model.parameters()).device
         self._watch()
-        self.thresholds = [_own(block).threshold for block in self._blocks.values()]
-        self.begin(False)
+        self.thresholds = [float(getattr(plain(block), "threshold", 0.0)) for block in self._blocks]
+        self._on = self._counting = False
 
     def begin(self, on: bool) -> None:
         """Forget what was counted; count in the forwards that come, if ``on`` and nothing is mixed."""
-        now = [block.activation for block in self._blocks.values()]
+        self._require_thresholds()
+        now = [block.activation for block in self._blocks]
         if any(one is not watched for one, watched in zip(now, self._watched, strict=True)):
             self._forwards.remove()
             self._watch()
         self._on = on and not any(isinstance(one, MixedActivation) for one in now)
         self._counting = self._on
         self._seen: dict[int, Tensor] = {}
+        self._there: dict[int, Tensor] = {}
 
     def pause(self) -> None:
         """Count no more, until the next :meth:`begin`."""
         self._counting = False
 
-    def move(self, wanted: Callable[[float], float]) -> bool:
-        """Set thresholds for a sparsity; returns whether there was anything to count.
+    def move(self, wanted: Callable[[float, float], float]) -> None:
+        """Set thresholds for a sparsity, unless counting is off.
 
         Args:
-            wanted: gets the sparsity that there would be without thresholds, and returns what is to be.
+            wanted: gets the sparsity that there would be without thresholds, and that which there is, and
+                returns what is to be.
+
+        Raises:
+            RuntimeError: there was nothing to count.
 
         """
         if not self._on:
-            return False
+            return
         # Each process asks, also one whose experts got no token.
-        device = next((one.device for one in self._seen.values()), torch.device("cpu"))
-        none = torch.zeros(BUCKETS)
-        counts = torch.stack([self._seen.get(i, none).to(device).float() for i in self._blocks])
-        seen = [_magnitudes(one) for one in self._mean(counts)]
-        totals = [one.total for one in seen]
-        if not any(totals):
-            return False
+        device = next((one.device for one in self._seen.values()), self._device)
+        none = torch.zeros(BUCKETS), torch.zeros(())
+        found = [
+            torch.cat([own.to(device).float().reshape(-1) for own in self._found(i, none)])
+            for i in range(len(self._blocks))
+        ]
+        *counts, there = self._mean(torch.stack(found)).T.split([BUCKETS, 1])
+        seen = [_magnitudes(one) for one in counts[0].T]
+        there = [float(n) if one.total else 0.0 for n, one in zip(there[0], seen, strict=True)]
+        if not any(there):
+            raise RuntimeError(
+                "target_sparsity saw no forward of the model with gradient in this update, so it knows no "
+                "sparsity. With gradient checkpointing use "
+                "activation_checkpointing_kwargs={'use_reentrant': False}."
+            )
         at = [one.at_most(0.0) if one.total else 0.0 for one in seen]
         now = [one.at_most(t) if one.total else 0.0 for one, t in zip(seen, self.thresholds, strict=True)]
-        self.sparsity = _mean_of(now, totals)
-        level = _level(wanted(_mean_of(at, totals)), at, totals)
+        self.sparsity = _mean_of(now, there)
+        level = _level(wanted(_mean_of(at, there), self.sparsity), at, there)
         for i, one in enumerate(seen):
             if one.total:
                 self.thresholds[i] += _SMOOTHING * (one.quantile(level) - self.thresholds[i])
         self.apply()
-        return True
 
     def apply(self) -> None:
         """Give the blocks of the model their thresholds."""
-        for block, threshold in zip(self._blocks.values(), self.thresholds, strict=True):
+        self._require_thresholds()
+        for block, threshold in zip(self._blocks, self.thresholds, strict=True):
             for copy in (block, *block.spares):
                 _own(copy).threshold = threshold
 
@@ -95,25 +110,50 @@ class RisingThreshold:
         """Take the hooks off the model; thresholds stay."""
         self._forwards.remove()
 
+    def _require_thresholds(self) -> None:
+        """Make FATReLU with a threshold of 0, which is the same function, of ReLU."""
+        if all(isinstance(plain(block), FATReLU | CATS) for block in self._blocks):
+            return
+        from hf_sparse.patching import inspect, set_activation
+
+        first = inspect(self._model)
+        for one in (first, *first.others):
+            if one.config is not None and (old := one.config.activation).name == "relu":
+                set_activation(self._model, ActivationConfig(name="fatrelu", mix=old.mix), part=one.part)
+
     def _watch(self) -> None:
-        self._forwards = Forwards(self._model, "p", self._count)
-        found = enumerate(self._forwards.blocks)
-        self._blocks = {i: block for i, block in found if block.is_patched}
-        self._watched = [block.activation for block in self._blocks.values()]
+        self._forwards = Forwards(self._model, "p", self._count, only=lambda block: block.is_patched)
+        self._blocks = self._forwards.blocks
+        self._watched = [block.activation for block in self._blocks]
+
+    def _found(self, index: int, none: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return (self._seen[index], self._there[index]) if index in self._seen else none
 
     def _count(self, index: int, p: Tensor, text: Tensor | None) -> None:
-        counting = self._counting and self._forwards.running and torch.is_grad_enabled()
-        if not counting or index not in self._blocks:
+        if not (self._counting and self._forwards.running and torch.is_grad_enabled()):
             return
-        # Which tokens depends on their places alone, and not on how an update is cut into batches.
-        step = -(-p.shape[-2:].numel() // _MOST)
-        some = slice(step // 2, None, step)
-        weights = None
+        p, width = p.detach(), p.shape[-1]
+        some, which = self._some(p), text
         if text is not None:
-            rows = text.view(p.shape[:-1])[..., some, None]
-            weights = rows.long().expand(*rows.shape[:-1], p.shape[-1])
-        counts = counted(_own(self._blocks[index]).compared(p.detach()[..., some, :]), weights)
-        self._seen[index] = self._seen[index] + counts if index in self._seen else counts
+            which = text[some] if p.dim() < 3 else text.view(p.shape[:-1])[..., some]
+        weights = None if which is None else which.long()[..., None].expand(*which.shape, width)
+        counts = counted(_own(self._blocks[index]).compared(p[..., some, :]), weights)
+        # Infinite values and NaN have no place among quantiles.
+        counts[INFINITE:] = 0
+        there = counts.new_tensor(p.numel()) if text is None else text.sum() * width
+        if index in self._seen:
+            counts, there = self._seen[index] + counts, self._there[index] + there
+        self._seen[index], self._there[index] = counts, there
+
+    def _some(self, p: Tensor) -> slice | Tensor:
+        """The tokens that are counted: by their places in a sequence, not by how an update is cut."""
+        forwards, rows = self._forwards, p.shape[-2]
+        length = rows if p.dim() > 2 else forwards.length or 1
+        step = max(1, -(-length * p.shape[-1] // _MOST))
+        if p.dim() > 2 or step == 1:
+            return slice(step // 2, None, step)
+        tokens = torch.arange(rows, device=p.device) if forwards.rows is None else forwards.rows
+        return tokens % length % step == step // 2
 
 
 def plain(block: Block) -> nn.Module:
@@ -134,11 +174,11 @@ def _magnitudes(counts: Tensor) -> Magnitudes:
     return found
 
 
-def _mean_of(shares: Sequence[float], totals: Sequence[int]) -> float:
+def _mean_of(shares: Sequence[float], totals: Sequence[float]) -> float:
     return sum(share * n for share, n in zip(shares, totals, strict=True)) / sum(totals)
 
 
-def _level(wanted: float, natural: Sequence[float], totals: Sequence[int]) -> float:
+def _level(wanted: float, natural: Sequence[float], totals: Sequence[float]) -> float:
     """The level at which blocks that have at least ``natural`` zeros have ``wanted`` of them together."""
     low, high = 0.0, 1.0
     while high - low > 1e-6:

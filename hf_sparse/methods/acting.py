@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,18 +14,36 @@ from hf_sparse.methods.method import Acting, Method, Term, Training
 from hf_sparse.metrics import SparsityReport
 
 
-class ActingTogether(Acting):
-    """What the methods of one training do, in their order.
+def require_together(methods: Sequence[Method]) -> None:
+    """Refuse methods that cannot act on one model.
 
     Raises:
-        ValueError, PatchError: one of them cannot be attached; then none is.
+        ValueError: names two of them, and the mend.
+
+    """
+    given = {method.name for method in methods}
+    for one in methods:
+        if both := [name for name in one.excludes if name in given]:
+            raise ValueError(f"methods: {one.name} and {both[0]} cannot act together; leave one of them out.")
+        if both := [name for name in one.beside if name in given]:
+            mend = one.beside[both[0]]
+            raise ValueError(f"methods: {one.name} and {both[0]} cannot act together so; {mend}.")
+
+
+class ActingTogether(Acting):
+    """What the methods of one training do, in their order, but for those that act first.
+
+    Raises:
+        ValueError, PatchError: one of them cannot be attached, or not beside another; then none is.
 
     """
 
     def __init__(self, methods: Iterable[Method], training: Training) -> None:
         self._acting: dict[str, Acting] = {}
+        ordered = sorted(methods, key=lambda method: not method.acts_first)
+        require_together(ordered)
         with ExitStack() as undo:
-            for method in methods:
+            for method in ordered:
                 acting = method.attach(training)
                 undo.callback(acting.detach)
                 self._acting[method.name] = acting

@@ -111,6 +111,8 @@ class Method(ABC):
     name: ClassVar[str]
     excludes: ClassVar[tuple[str, ...]] = ()
     """Names of methods that cannot act beside it."""
+    acts_first: ClassVar[bool] = False
+    """Whether it comes before others in each update: it sets what they look at."""
     has_teacher: ClassVar[bool] = False
     """Whether it needs the model as it was before the patch."""
 

@@ -18,6 +18,7 @@ class Mixing(Method):
     """Activation mixing (arXiv 2605.25612, finetuning): ``(1 - k) * original(p) + k * new(p)``."""
 
     name = "mixing"
+    acts_first = True
 
     until: float = 0.3
     """Fraction of the run over which k grows linearly to 1 (published: 3,000 of 10,000 updates)."""

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Any
 
 from hf_sparse.checks import known, mapping
+from hf_sparse.methods.acting import require_together
 from hf_sparse.methods.method import Method
 
 
@@ -31,12 +32,7 @@ def read_methods(value: Any) -> list[Method]:
     given: Mapping[str, Any] = mapping("methods", {} if value is None else value)
     known("methods", list(given), list(methods()))
     found = [methods()[name].read(own) for name, own in given.items()]
-    for one in found:
-        if both := [name for name in one.excludes if name in given]:
-            raise ValueError(f"methods: {one.name} and {both[0]} cannot act together; leave one of them out.")
-        if both := [name for name in one.beside if name in given]:
-            mend = one.beside[both[0]]
-            raise ValueError(f"methods: {one.name} and {both[0]} cannot act together so; {mend}.")
+    require_together(found)
     return found
 
 

@@ -16,9 +16,11 @@ from hf_sparse import SparsityConfig, SparsityReport
 from hf_sparse.activations import FATReLU
 from hf_sparse.adapters import require_blocks
 from hf_sparse.levers import ByPenalty, ByThreshold, rising_threshold
-from hf_sparse.methods import Acting, Training
+from hf_sparse.methods import Acting, ActingTogether, Training, read_methods
 from hf_sparse.methods.target_sparsity import TargetSparsity
-from support.models import untrained_llama
+from hf_sparse.methods.threshold_shift import ThresholdShift
+from support.composites import composite
+from support.models import tiny, untrained_llama
 
 IDS = torch.randint(0, 64, (4, 24), generator=torch.Generator().manual_seed(1))
 MASK = torch.ones_like(IDS).index_fill_(1, torch.arange(17, 24), 0)
@@ -141,7 +143,7 @@ def test_blocks_that_are_not_patched_stay_dense_and_do_not_count() -> None:
     assert isinstance(second.activation, FATReLU)
 
 
-def test_experts_have_one_threshold_for_those_of_a_layer() -> None:
+def mixtral() -> MixtralForCausalLM:
     torch.manual_seed(0)
     config = MixtralConfig(
         vocab_size=64,
@@ -155,6 +157,11 @@ def test_experts_have_one_threshold_for_those_of_a_layer() -> None:
     )
     model = MixtralForCausalLM(config).train()
     hf_sparse.patch(model, "relu")
+    return model
+
+
+def test_experts_have_one_threshold_for_those_of_a_layer() -> None:
+    model = mixtral()
     acting = TargetSparsity(sparsity=0.85).attach(Training(model, steps=40))
     for step in range(1, 41):
         update(model, acting, step, {"input_ids": IDS})
@@ -258,6 +265,7 @@ def test_thresholds_rise_with_what_is_left_of_a_budget_and_fall_if_it_is_overdra
         ("jsrelu", ByPenalty),
         ({"activation": "relu", "topk": {"share": 0.5}}, ByPenalty),
         ({"activation": "relu", "statistical_topk": {"sparsity": 0.5}}, ByPenalty),
+        ({"activation": "relu", "inputs": {"mlp.down_proj": 0.01}}, ByPenalty),
     ],
 )
 def test_models_without_thresholds_get_a_penalty(patch, lever) -> None:
@@ -306,3 +314,150 @@ def test_forwards_at_perturbed_weights_do_not_count(lever) -> None:
             acting.after_step(1)
         states.append(acting.state_dict())
     assert states[0] == states[1]
+
+
+def test_a_ramp_begins_where_counting_does_and_thresholds_that_there_are_stay() -> None:
+    model = patched()
+    both = {"target_sparsity": {"sparsity": 0.9, "by": 0.5}, "mixing": {"until": 0.25}}
+    acting = ActingTogether(read_methods(both), Training(model, steps=40))
+    wanted = []
+    for step in range(1, 25):
+        update(model, acting, step, PADDED)
+        wanted.append(acting.values().get("wanted_sparsity"))
+    assert wanted[:9] == [None] * 9  # mixed
+    natural = acting.state_dict()["target_sparsity"]["begin"]
+    assert natural[0] == 9
+    steps = [math.log((1 - a) / (1 - b)) for a, b in pairwise(wanted[9:20])]
+    assert steps == pytest.approx([steps[0]] * 10, rel=1e-4)
+    assert wanted[19] == pytest.approx(0.9)
+    acting.detach()
+    again = TargetSparsity(sparsity=0.9).attach(Training(model, steps=40))
+    found = []
+    for step in range(1, 20):
+        update(model, again, step, PADDED)
+        found.append(again.values()["training_sparsity"])
+    assert found == pytest.approx([0.9] * 19, abs=0.02)
+
+
+@pytest.mark.parametrize("lever", ["threshold", "l1"])
+@pytest.mark.parametrize("order", [1, -1])
+def test_with_mixing_a_resumed_run_is_the_same_in_any_order_of_methods(lever, order) -> None:
+    given = {"target_sparsity": {"sparsity": 0.9, "lever": lever}, "mixing": {"until": 0.4}}
+    methods = read_methods(dict(list(given.items())[::order]))
+    model, other = patched(), patched()
+    acting = ActingTogether(methods, Training(model, steps=20))
+    running = [(model, acting)]
+    for step in range(1, 13):
+        if step == 5:
+            resumed = ActingTogether(methods, Training(other, steps=20))
+            resumed.load_state_dict(acting.state_dict())
+            running.append((other, resumed))
+        for one, its in running:
+            its.before_step(step)
+            its.loss(step, PADDED, one(**PADDED))
+            with torch.no_grad():
+                its.after_step(step)
+        if step < 8:
+            assert acting.values().get("target_threshold", 0.0) == 0
+    assert resumed.state_dict() == acting.state_dict()
+
+
+def test_each_part_of_a_model_gets_thresholds_for_the_activation_that_it_has() -> None:
+    model = composite("llava").train()
+    hf_sparse.patch(model, "cats_silu", threshold=0.2, part="text")
+    hf_sparse.patch(model, "relu", part="vision")
+    acting = TargetSparsity(sparsity=0.9).attach(Training(model, steps=10))
+    acting.before_step(1)
+    text = hf_sparse.inspect(model)
+    assert text.config == SparsityConfig.read("cats_silu", threshold=0.2)
+    assert text.others[0].config == SparsityConfig.read("fatrelu", threshold=0.0)
+    acting.detach()
+    hf_sparse.patch(model, "jsrelu", part="vision")
+    with pytest.raises(ValueError, match='in all of their parts; use lever="l1"'):
+        TargetSparsity(sparsity=0.9, lever="threshold").attach(Training(model, steps=10))
+    assert type(TargetSparsity(sparsity=0.9).attach(Training(model, steps=10))) is ByPenalty
+
+
+def test_blocks_that_cannot_be_watched_do_not_matter_if_they_are_not_patched() -> None:
+    model = tiny("lfm2").train()  # its stock MLPs have the activation written in
+    hf_sparse.patch(model, "relu", include="*.0.*")
+    acting = TargetSparsity(sparsity=0.9).attach(Training(model, steps=40))
+    for step in range(1, 31):
+        update(model, acting, step, {"input_ids": IDS})
+    acting.detach()
+    assert acting.values()["training_sparsity"] == pytest.approx(0.9, abs=0.01)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+def test_a_model_is_as_it_was_until_the_first_update() -> None:
+    model = patched()
+    TargetSparsity(sparsity=0.9).attach(Training(model, steps=10)).detach()
+    assert hf_sparse.inspect(model).config == SparsityConfig.read("relu")
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+def test_of_experts_the_same_tokens_are_counted_however_they_are_cut(monkeypatch) -> None:
+    monkeypatch.setattr(rising_threshold, "_MOST", 6 * 48)
+    rows = [{"input_ids": IDS[i : i + 1]} for i in range(4)]
+    found = []
+    for batches in ([{"input_ids": IDS}], rows):
+        model = mixtral()
+        acting = TargetSparsity(sparsity=0.9).attach(Training(model, steps=10))
+        update(model, acting, 1, *batches)
+        found.append((acting.values()["training_sparsity"], *thresholds(model)))
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+def test_what_is_never_counted_or_missed_is_told() -> None:
+    model = patched()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    acting = TargetSparsity(sparsity=0.9).attach(Training(model, steps=10))
+    with pytest.raises(RuntimeError, match="use_reentrant"):
+        update(model, acting, 1, PADDED)
+    model = patched()
+    acting = TargetSparsity(sparsity=0.9).attach(Training(model, steps=10))
+    with pytest.warns(UserWarning, match=r"sparsity=0\.9 was not reached: none was counted"):
+        acting.finish()
+    update(model, acting, 1, PADDED)
+    with pytest.warns(UserWarning, match=r"sparsity=0\.9 was not reached: it is 0\.\d+ in the end"):
+        acting.finish()
+
+
+def test_another_lever_or_model_does_not_go_on_with_a_state() -> None:
+    one, other = (
+        TargetSparsity(sparsity=0.9, lever=lever).attach(Training(patched(), steps=10))
+        for lever in ("threshold", "l1")
+    )
+    with pytest.raises(ValueError, match="lever=threshold, and now it is l1"):
+        other.load_state_dict(one.state_dict())
+    with pytest.raises(ValueError, match="lever=l1, and now it is threshold"):
+        one.load_state_dict(other.state_dict())
+    small = patched(include="model.layers.1.mlp")
+    with pytest.raises(ValueError, match="2 thresholds, and the model 1 patched"):
+        TargetSparsity(sparsity=0.9).attach(Training(small, steps=10)).load_state_dict(one.state_dict())
+    assert hf_sparse.inspect(small).config.activation.name == "relu"
+
+
+def test_values_that_are_no_numbers_and_blocks_without_tokens_leave_thresholds_finite() -> None:
+    model = patched()
+    acting = TargetSparsity(sparsity=0.9).attach(Training(model, steps=10))
+    acting.before_step(1)
+    with torch.no_grad():
+        model.model.layers[0].mlp.gate_proj.weight[0, 0] = math.nan
+    first, second = (layer.mlp for layer in model.model.layers)
+
+    def no_tokens(*_: object) -> None:
+        second(torch.zeros(1, 0, 32))
+
+    handle = first.register_forward_hook(no_tokens)
+    model(input_ids=IDS)
+    handle.remove()
+    with torch.no_grad():
+        acting.after_step(1)
+    assert all(math.isfinite(one) for one in thresholds(model))
+
+
+def test_methods_that_exclude_each_other_do_so_however_they_are_given() -> None:
+    both = [TargetSparsity(sparsity=0.9), ThresholdShift(threshold=0.01)]
+    with pytest.raises(ValueError, match="cannot act together so"):
+        ActingTogether(both, Training(patched(), steps=10))

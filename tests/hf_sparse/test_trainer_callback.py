@@ -5,10 +5,18 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.trainer_callback import TrainerCallback
 
 import hf_sparse
@@ -377,3 +385,51 @@ def test_trl_trains_with_it(tmp_path):
     assert log[0]["loss"] == pytest.approx(log[0]["task_loss"] + 2 * log[0]["l1"], rel=1e-4)
     with pytest.raises(ValueError, match=r"no logits.*SFTTrainer"):
         trained(METHODS, per_device_train_batch_size=8)
+
+
+def test_the_best_model_has_the_thresholds_and_the_mix_that_it_was_saved_with(tmp_path):
+    methods = {"target_sparsity": {"sparsity": 0.9, "by": 0.6, "start": 0.3}, "mixing": {"until": 0.3}}
+    made = trainer(
+        tmp_path,
+        methods,
+        evaluate=True,
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        max_steps=10,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_sparsity",
+        greater_is_better=False,
+    )
+    with pytest.warns(UserWarning, match="was not reached"):
+        made.train()
+    best = Path(made.state.best_model_checkpoint)
+    saved = json.loads((best / "config.json").read_text())["hf_sparse"]["activation"]
+    assert best.name == "checkpoint-2"
+    activation = hf_sparse.inspect(made.model).config.activation
+    assert 0 < activation.mix == saved["mix"] < 1
+    assert set(activation.threshold) == {0.0}
+    found = made.evaluate()
+    evaluations = [record for record in made.state.log_history if "eval_loss" in record]
+    assert found["eval_loss"] == pytest.approx(evaluations[0]["eval_loss"], rel=1e-6)
+
+
+def test_the_best_model_of_a_rising_threshold(tmp_path):
+    methods = {"target_sparsity": {"sparsity": 0.9, "by": 0.6}}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_sparsity"}
+    made = trainer(
+        tmp_path,
+        methods,
+        evaluate=True,
+        save_strategy="steps",
+        save_steps=2,
+        max_steps=8,
+        greater_is_better=False,
+        **best,
+    )
+    with pytest.warns(UserWarning, match="was not reached"):
+        made.train()
+    loaded = AutoModelForCausalLM.from_pretrained(made.state.best_model_checkpoint)
+    config = hf_sparse.inspect(made.model).config
+    assert config == hf_sparse.inspect(loaded).config
+    assert max(config.activation.threshold) < 0.1
