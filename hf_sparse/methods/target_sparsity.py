@@ -25,9 +25,10 @@ LEVERS = ("threshold", "l1")
 class TargetSparsity(Method):
     """What makes neurons silent is controlled: by a sparsity to be reached, or by a budget in perplexity.
 
-    Ours; see :class:`~hf_sparse.rising_threshold.RisingThreshold` and
-    :class:`~hf_sparse.control.DensityControl`. Sparsity is the share of exact zeros in training forwards,
-    over tokens, neurons and layers: of those that reach the down projections, or that a threshold makes.
+    Ours; see :class:`~hf_sparse.levers.rising_threshold.RisingThreshold` and
+    :class:`~hf_sparse.levers.control.DensityControl`. Sparsity is the share of exact zeros in training
+    forwards, over tokens, neurons and layers: by thresholds of what they silence in patched blocks, by L1 of
+    what reaches the down projections of all blocks.
     """
 
     name = "target_sparsity"
@@ -50,7 +51,7 @@ class TargetSparsity(Method):
     was finetuned on the same tokens is the fairer one."""
 
     start: float = 0.0
-    """Fraction of the run trained without a penalty at first."""
+    """Fraction of the run in which nothing is done at first."""
 
     by: float = 0.4
     """Fraction of the run in which the sparsity is reached, rising evenly in ln(density); then it is held.

@@ -77,6 +77,7 @@ def curves(output: Path) -> dict[str, torch.Tensor]:
     found = {}
     for kind, names in SEEN.items():
         records = [record for record in read_log(output / "log.jsonl") if record["kind"] == kind]
+        assert {"loss", "sparsity"} <= records[0].keys(), kind
         for name in records[0].keys() & names:
             values = [record[name] for record in records]
             found[f"{kind} {name}"] = torch.tensor(values, dtype=torch.float64)
