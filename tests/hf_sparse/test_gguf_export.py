@@ -48,6 +48,9 @@ WRITTEN = {
     ),
 }
 
+# What transformers reads of these files, too: not biases, scaled rotary frequencies, arcee or smallthinker.
+READ_BACK = ("llama", "llama, patched", "llama, tied and wide heads", "mistral", "nemotron")
+
 
 def made(family: str, activation: str | None, changes: dict[str, object], **fields: object):
     model = tiny(family, **changes)
@@ -92,6 +95,15 @@ def test_llama_cpp_computes_the_same_logits(name, tmp_path, input_ids) -> None:
         expected = model(input_ids[:1]).logits[0]
     path = hf_sparse.export(model, tmp_path / "model.gguf", format="gguf")
     torch.testing.assert_close(LlamaCpp(path).logits(input_ids[0].tolist()), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", READ_BACK)
+def test_transformers_reads_the_same_model_back(name, tmp_path, input_ids) -> None:
+    pytest.importorskip("gguf")
+    model = made(*WRITTEN[name])
+    hf_sparse.export(model, tmp_path / "model.gguf", format="gguf")
+    other = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf")
+    torch.testing.assert_close(other(input_ids).logits, model(input_ids).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.usefixtures("needs_llama_cpp")
