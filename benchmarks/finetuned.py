@@ -1,9 +1,10 @@
 """Greedy ``generate()`` of finetuned sparse checkpoints on real prompts: skipping against dense, end to end.
 
-    python benchmarks/finetuned.py --dense DENSE --sparse CHECKPOINT CHECKPOINT --dataset TEXT
+    python benchmarks/finetuned.py --dense DENSE --sparse NAME=CHECKPOINT NAME=CHECKPOINT --dataset TEXT
 
 DENSE is the checkpoint that was finetuned without a patch; each CHECKPOINT is one with. Competitors, by
-turns: DENSE as transformers runs it; each CHECKPOINT run dense; and as the package runs it, skipping.
+turns: DENSE as transformers runs it; each CHECKPOINT run dense; as the package runs it, skipping; and, with
+--compile, skipping in a compiled step.
 Speed-ups are against DENSE. Prompts are the beginnings of documents of the validation split of TEXT. Before
 any timing the logits are compared with those of the same checkpoint in float32: skipping must not be clearly
 further off than dense.
@@ -29,7 +30,14 @@ from hf_sparse.texts import evaluation_texts
 def main() -> None:
     parser = harness.parser(__doc__, repeats=5)
     parser.add_argument("--dense", type=Path, required=True, help="folder of the baseline")
-    parser.add_argument("--sparse", type=Path, nargs="+", required=True, help="folders of patched models")
+    parser.add_argument(
+        "--sparse",
+        nargs="+",
+        required=True,
+        metavar="NAME=FOLDER",
+        help="patched models, and what to call them",
+    )
+    parser.add_argument("--compile", action="store_true", help="one competitor more of each: a compiled step")
     parser.add_argument("--dataset", required=True, help="folder of documents, or a Hub id")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--new-tokens", type=int, default=64)
@@ -44,19 +52,28 @@ def main() -> None:
 
     found: dict[str, tuple[Any, str]] = {"dense": (load(args.dense, args), "dense")}
     errors, silent = {}, {}
-    for folder in args.sparse:
-        name = named(folder)
+    for one in args.sparse:
+        name, _, place = one.rpartition("=")
+        folder = Path(place)
+        name = name or named(folder)
         model = load(folder, args)
         if not hf_sparse.inspect(model).patched:
             raise SystemExit(f"{folder} is not patched; give it as --dense.")
         own = copy.deepcopy(model)
         found[f"{name}, run dense"] = (own, "dense")
-        found[f"{name}, skipping"] = (model, "auto")
+        skipping = {f"{name}, skipping": model}
+        if args.compile:
+            compiled = copy.deepcopy(own)
+            hf_sparse.prepare(compiled, compile=True)
+            skipping[f"{name}, compiled"] = compiled
+        found |= {label: (form, "auto") for label, form in skipping.items()}
         tokens = generate.generation(model, prompts[0], "auto", args)()
-        checked = generate.check_logits(own, {"skipping": model}, tokens, args.prompt_tokens, "auto")
-        errors[f"{name}, skipping"] = checked["skipping"]
+        checked = generate.check_logits(own, skipping, tokens, args.prompt_tokens, "auto")
+        errors |= {label: checked[label] for label in skipping}
         errors[f"{name}, run dense"] = checked["patched, dense"]
-        silent[name] = generate.silent_share(own, tokens, args.prompt_tokens)
+        silent |= dict.fromkeys(
+            (*skipping, f"{name}, run dense"), generate.silent_share(own, tokens, args.prompt_tokens)
+        )
     runs = {
         name: harness.Run(
             [generate.generation(model, prompt, backend, args) for prompt in prompts],
@@ -71,7 +88,7 @@ def main() -> None:
     rows = [
         {
             **generate.speed(name, timing, ratios[name], args.new_tokens),
-            "sparsity": round(silent.get(name.partition(",")[0], 0.0), 4),
+            "sparsity": round(silent.get(name, 0.0), 4),
             "prompts": len(prompts),
             "prompt_tokens": args.prompt_tokens,
             "new_tokens": args.new_tokens,

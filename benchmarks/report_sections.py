@@ -134,8 +134,8 @@ which decodes without Python between the layers and quantises: [against llama.cp
 measure what sparsity is worth inside PyTorch, not how fast a CPU can decode.
 
 **Machines.** All of it is from two-core virtual machines, whose memory is shared with others: its speed changed by more than
-a factor of two between runs, so compare within a table and not between them. They have AVX512-BF16 but where the line under
-a heading says AVX2; there bfloat16 is widened by instructions that take longer. No number here is from a GPU. The
+a factor of two between runs, so compare within a table and not between them. Where the line under a
+heading names AVX2, bfloat16 is widened by instructions that take longer; where it names none, they were not recorded. No number here is from a GPU. The
 Triton kernels are tested in Triton's interpreter and compile for sm_90; on GPUs `auto` stays dense until `hf_sparse.tune`
 has measured that skipping is faster.
 
@@ -158,6 +158,11 @@ Each writes JSON with its conditions to `benchmarks/results/`; `--out FILE` keep
 each competitor is one CUDA graph. Use an idle machine for all but the last: torch's own parallel regions, of stock and
 patched models alike, wait for every thread, and with a busy neighbour each turns microseconds into ticks of the scheduler.
 `--threads 1` is then the steadier measurement."""
+
+
+_OPT = """\
+The shape of OPT stands for plain MLPs that are modules of their own. In transformers' OPT itself only the down projection
+skips, without a certificate."""
 
 
 def decode(result: Result) -> str:
@@ -185,6 +190,8 @@ Dense → skipping at 90 %:
 
 {pivot(at_90, {"shape": shape}, dtype, from_to)}
 
+{_OPT}
+
 {paragraph(reading)}"""
 
 
@@ -201,7 +208,7 @@ def certified(result: Result) -> str:
 {result.conditions} [All rows](../benchmarks/results/mlp_certified.json), [plot](../benchmarks/results/mlp_certified.png).
 
 One token, uncertified → certified with bit-identical results, and the share of gate rows that the certificate leaves to
-read (of a plain MLP, rows of the up projection). [kernels.md](kernels.md#certified-skip) says what a certificate is.
+read (of a plain MLP, rows of the up projection). [kernels.md](kernels.md#certified-skip) says what a certificate is. {_OPT}
 
 {pivot(pairs, MLP, sparsity, cell)}"""
 
@@ -392,10 +399,11 @@ def peers(*results: Result) -> str:
     first = results[0].rows[0]
     about = f"""
         Greedy decoding of one sequence, {DTYPES[first["dtype"]]} but for Q8_0 and int8, after a single token, the same weights in
-        all programs. FATReLU with thresholds that silence the wanted share; *prepared* is `hf_sparse.prepare(model)`,
+        all programs. FATReLU with thresholds that silence the wanted share; *patched* is
+        `hf_sparse.prepare(model, linears=False)`, *prepared* `hf_sparse.prepare(model)`,
         *certified* with `certify=True`, *compiled* with `compile=True`, *int8* after torchao's
         `quantize_(model, Int8WeightOnlyConfig())`. The last column is what must be read for a
-        token over the time it took, and that against a streaming read in the same turns. Ratios are of medians."""
+        token (with a certificate, too, the whole gate is counted) over the time it took, and that against a streaming read in the same turns. Ratios are of medians."""
     large, small = ({row["model"]: row["to_llama_cpp"] for row in result.rows} for result in results)
     ratio = large["prepared, int8"] / large["llama.cpp, Q8_0"]
     reading = f"""
@@ -438,11 +446,19 @@ def calibrated(*results: Result) -> str:
     first = results[0].rows[0]
     about = f"""
         {DTYPES[first["dtype"]]}, one sequence, {first["new_tokens"]} new tokens. The last column is against the same
-        model on the same kernels with nothing skipped. `teal` and `wina` count the weights of attention and MLPs that
-        meet a zero, `scap` those of MLPs, `cats` neurons; the output matrix (a fifth of the weights of both models) is
-        always read. Where it says *compiled*, the dense and the calibrated step are, and the stock one is not. The run of
-        SmolLM2-135M was stopped before `cats`, which its command names."""
-    head = ["`generate()`", "method", "stock", "same kernels, dense", "calibrated", "to stock", "to dense"]
+        model on the same kernels with nothing skipped. `teal` counts the weights of attention and MLPs that meet a
+        zero; the output matrix (a fifth of the weights of both models) is always read. Where it says *compiled*, the
+        dense and the calibrated step are, and the stock one is not. Both runs were stopped after `teal`; their commands
+        name more."""
+    head = [
+        "`generate()`, tokens/s",
+        "method",
+        "stock",
+        "same kernels, dense",
+        "calibrated",
+        "to stock",
+        "to dense",
+    ]
     return "\n\n".join([*conditions, paragraph(about), table(head, lines)])
 
 
@@ -476,7 +492,7 @@ def finetuned_decode(result: Result) -> str:
     about = f"""
         Finetuned checkpoints of [results/smollm2.md](results/smollm2.md), {DTYPES[first["dtype"]]}, one sequence,
         {first["prompts"]} prompts of {first["prompt_tokens"]} tokens, {first["new_tokens"]} new ones each. Ratios are
-        against the checkpoint that was finetuned dense, as transformers runs it."""
+        against the checkpoint that was finetuned dense, as transformers runs it, within a turn."""
     rows = []
     for row in result.rows:
         low, high = row["speedup_quartiles"]

@@ -28,6 +28,9 @@ METHODS = tuple(sorted(f.stem for f in (Path(__file__).parent / "methods").glob(
 
 _HIGHEST = 0.99
 _ROUNDS = 10
+_CORRECTIONS = 5
+_NEAR = 0.005
+"""How far from the target a sparsity may be that is not corrected."""
 
 
 def calibrate(
@@ -50,7 +53,7 @@ def calibrate(
 
     ==============  =========================================================================================
     ``"teal"``      small inputs of every linear layer of attention and MLP are taken for zero (TEAL,
-                    arXiv 2408.14690); for any model
+                    arXiv 2408.14690); where all layers have the same `nn.Linear`s
     ``"wina"``      the same of inputs times the norms of the columns that they meet (WINA, arXiv 2505.19427)
     ``"scap"``      inputs of the MLP's linear layers near a constant, their mode, are taken for it (SCAP,
                     arXiv 2412.07174)
@@ -68,7 +71,8 @@ def calibrate(
         allocation: how the sparsity is spread; ``"uniform"``, or, of ``"teal"`` and ``"wina"``, ``"greedy"``:
             in each layer more where it changes the output of the layer less, found in some hundred forwards
             of each layer.
-        target_sparsity: reach this sparsity, 0 to 1, of what the method prunes.
+        target_sparsity: reach this sparsity, 0 to 1, of what the method prunes, on ``data``. What is pruned
+            changes what the next layer gets, so it is measured, and corrected in some passes more.
         max_perplexity_increase: or be as sparse as possible, with a perplexity on ``data`` that is at most
             this many percent above that of the model without thresholds of this method.
         tokenizer: for texts; None loads the one of ``model.name_or_path``.
@@ -121,32 +125,37 @@ def calibrate(
             f"{' or '.join(one.allocations)}."
         )
     one.allocation = allocation
+
+    def loss(level: float) -> float:
+        _set(base, one.config(level))
+        return run([]).loss
+
+    def sparsity(level: float) -> tuple[float, Pass]:
+        _set(base, one.config(level))
+        counters = one.counters(inspect(base, part=LANGUAGE).blocks)
+        found = run(counters)
+        return one.counted(counters), found
+
     with _undone_on_failure(base, before):
         _set(base, one.base)
         dense = run(one.observers(inspect(base, part=LANGUAGE).blocks))
         one.finish(_HIGHEST if target_sparsity is None else target_sparsity)
         if target_sparsity is not None:
-            level = _level_of(one, target_sparsity)
+            level, reached, after = _corrected(one, sparsity, target_sparsity)
         else:
             assert max_perplexity_increase is not None
-
-            def loss(level: float) -> float:
-                _set(base, one.config(level))
-                return run([]).loss
-
             level = _level_within(loss, dense.loss + math.log1p(max_perplexity_increase / 100))
+            reached, after = sparsity(level)
         _set(base, one.config(level))
         one.blocks = inspect(base, part=LANGUAGE).blocks
         one.settle(level)
-        counters = one.counters(one.blocks)
-        after = run(counters)
         config = inspect(base, part=LANGUAGE).config
         assert config is not None
     return CalibrationReport(
         method=method,
         counts=one.counts,
         config=config,
-        sparsity=one.counted(counters),
+        sparsity=reached,
         perplexity_before=perplexity(dense.loss),
         perplexity=perplexity(after.loss),
         tokens=after.tokens,
@@ -170,6 +179,21 @@ def _level_of(one: Calibration, sparsity: float) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if one.expected(middle) <= sparsity else (low, middle)
     return low
+
+
+def _corrected(
+    one: Calibration, measured: Callable[[float], tuple[float, Pass]], target: float
+) -> tuple[float, float, Pass]:
+    """The level of the measured sparsity nearest to ``target``, that sparsity, and the pass that found it."""
+    wanted, found = target, []
+    for _ in range(_CORRECTIONS):
+        level = _level_of(one, wanted)
+        found.append((level, *measured(level)))
+        missed = target - found[-1][1]
+        if abs(missed) <= _NEAR:
+            break
+        wanted = min(max(wanted + missed, one.expected(0.0)), one.expected(1.0))
+    return min(found, key=lambda tried: abs(target - tried[1]))
 
 
 def _level_within(loss: Callable[[float], float], allowed: float) -> float:
