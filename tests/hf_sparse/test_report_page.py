@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import hf_sparse
 from hf_sparse import report_page
 from hf_sparse.cli import main
-from hf_sparse.cli_measure import names_of
+from hf_sparse.cli.measure import names_of
 from hf_sparse.metrics import LayerSparsity
 from hf_sparse.metrics.cett_report import CETTReport, LayerTail
 from hf_sparse.metrics.registry import metrics

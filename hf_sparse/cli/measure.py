@@ -6,10 +6,12 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_sparse.cli.command import Command
+from hf_sparse.cli.options import add_model, add_text, load, passing, texts
 from hf_sparse.texts import EMBEDDED
 
 _WRITTEN = ("json", "plot", "html", "markdown")
@@ -18,7 +20,10 @@ _TIMED_TOKENS = 4096
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of the command, beside the model and those of the text."""
+    """The options of the command."""
+    add_model(parser)
+    add_text(parser, "default: held-out documentation of the running Python", 32_768)
+    parser.set_defaults(dataset=EMBEDDED)
     also = "what else to count, such as density and union: see docs/measuring.md"
     parser.add_argument("--metrics", metavar="NAME", nargs="+", default=(), help=also)
     cett = "also find how many neurons can be left out until perplexity is P %% higher (CETT-PPL-P %%)"
@@ -37,13 +42,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--speed", action="store_true", help=speed)
 
 
-def run(
-    arguments: argparse.Namespace,
-    load: Callable[[str], tuple[Any, Any]],
-    texts: Callable[[], Any],
-    passing: Mapping[str, Any],
-) -> int:
-    """Measure what ``load`` gives for the model on ``texts``, and write what is asked for."""
+def run(arguments: argparse.Namespace) -> int:
+    """Measure the model, and write what is asked for."""
     import hf_sparse
 
     _check(arguments)
@@ -57,14 +57,14 @@ def run(
         raise ValueError(
             "--speed is for a patched model, and MODEL is not patched: leave it out, or patch first."
         )
-    options = {**passing, "tokenizer": tokenizer, "progress": sys.stderr.isatty()}
-    report = hf_sparse.measure(model, texts(), metrics=arguments.metrics, **options)
+    options = {**passing(arguments), "tokenizer": tokenizer, "progress": sys.stderr.isatty()}
+    report = hf_sparse.measure(model, texts(arguments), metrics=arguments.metrics, **options)
     print(report)
     if arguments.json:
         report.to_json(arguments.json)  # before the search, which may fail on this text
     cett = None
     if arguments.cett_ppl is not None:
-        cett = hf_sparse.cett_sparsity(model, texts(), arguments.cett_ppl, **options)
+        cett = hf_sparse.cett_sparsity(model, texts(arguments), arguments.cett_ppl, **options)
         print(f"\n{cett}")
         if arguments.json:
             told = {**report.to_dict(), "cett_ppl": cett.to_dict()}
@@ -81,7 +81,7 @@ def run(
     }
     if arguments.speed:
         options["max_tokens"] = min(_TIMED_TOKENS, options["max_tokens"])
-        page["speed"] = hf_sparse.tune(model, texts(), force=True, **options)
+        page["speed"] = hf_sparse.tune(model, texts(arguments), force=True, **options)
         print(f"\n{page['speed']}")
     if arguments.html:
         report.to_html(arguments.html, **page)
@@ -139,3 +139,11 @@ def _data(arguments: argparse.Namespace) -> str:
     local = Path(arguments.dataset).expanduser().exists()
     name = Path(arguments.dataset).name if local else arguments.dataset
     return name + (f", {arguments.dataset_config}" if arguments.dataset_config else "")
+
+
+COMMAND = Command(
+    text="Measure activation sparsity by layer, and perplexity, on text.",
+    example="hf-sparse measure ./llama-relu --dataset allenai/c4 --max-tokens 100000 --html report.html",
+    add_options=add_options,
+    run=run,
+)

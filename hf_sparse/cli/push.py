@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hf_sparse.cli.command import Command
+from hf_sparse.cli.options import MODEL_HELP, add_model, load
 
-def add_options(parser: argparse.ArgumentParser, model_help: str) -> None:
+
+def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("model", metavar="MODEL", help=f"a patched model: {model_help}")
+    add_model(parser, f"a patched model: {MODEL_HELP}")
     parser.add_argument("repo_id", metavar="REPO", help="where to, such as me/llama-relu; made if need be")
     report = "what `hf-sparse measure MODEL --json FILE` wrote, for the card"
     parser.add_argument("--report", metavar="FILE", type=Path, help=report)
@@ -24,8 +26,8 @@ def add_options(parser: argparse.ArgumentParser, model_help: str) -> None:
     parser.add_argument("--private", action="store_true", help="for a repository that is made now")
 
 
-def run(arguments: argparse.Namespace, load: Callable[[str], tuple[Any, Any]]) -> int:
-    """Push what ``load`` gives for the model, with its tokenizer."""
+def run(arguments: argparse.Namespace) -> int:
+    """Push the model, with its tokenizer."""
     import hf_sparse
 
     reports: dict[str, Any] = {
@@ -42,3 +44,11 @@ def run(arguments: argparse.Namespace, load: Callable[[str], tuple[Any, Any]]) -
     )
     print(f"pushed: {url}")
     return 0
+
+
+COMMAND = Command(
+    text="Push a patched model to the Hub, with a model card of what it is and what was measured.",
+    example="hf-sparse push ./llama-relu me/llama-relu --report after.json --before dense.json",
+    add_options=add_options,
+    run=run,
+)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from hf_sparse.cli.command import Command
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
@@ -51,3 +53,11 @@ def _condition(text: str) -> tuple[str, str | int]:
     if not name or not equals:
         raise ValueError(f"--where {text!r} is no FIELD=VALUE.")
     return name, int(value) if value.isdecimal() else value
+
+
+COMMAND = Command(
+    text="Fit how sparsity changes with training tokens, and predict it for longer runs.",
+    example="hf-sparse law runs/llama-relu --tokens 1e10 --plot law.svg",
+    add_options=add_options,
+    run=run,
+)

@@ -9,14 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from hf_sparse.calibration.calibrate import METHODS
+from hf_sparse.cli.command import Command
+from hf_sparse.cli.options import add_model, add_text, load, passing, require_empty, texts
+from hf_sparse.texts import EMBEDDED, training_texts
 
 _CHARACTERS = 8
 """Of text for a token, which is plenty."""
 
 
-def add_options(parser: argparse.ArgumentParser, model_help: str) -> None:
-    """The options of the command, beside those of the text."""
-    parser.add_argument("model", metavar="MODEL", help=model_help)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    add_model(parser)
+    add_text(parser, "default: documentation of the running Python", 65_536, split="training")
+    parser.set_defaults(dataset=EMBEDDED)
     parser.add_argument("--method", choices=METHODS, default="teal", help="default: teal")
     parser.add_argument(
         "--allocation", choices=("uniform", "greedy"), default="uniform", help="of teal and wina"
@@ -32,21 +37,22 @@ def add_options(parser: argparse.ArgumentParser, model_help: str) -> None:
     )
 
 
-def run(arguments: argparse.Namespace, model: Any, tokenizer: Any, texts: Iterable[Any]) -> int:
-    """Calibrate ``model`` and save it with its ``tokenizer``."""
+def run(arguments: argparse.Namespace) -> int:
+    """Calibrate the model and save it."""
     import hf_sparse
 
+    if arguments.output is not None:
+        require_empty(arguments.output)
+    model, tokenizer = load(arguments.model)
     report = hf_sparse.calibrate(
         model,
-        _enough(texts, arguments.max_tokens),
+        _enough(texts(arguments, of=training_texts), arguments.max_tokens),
         method=arguments.method,
         allocation=arguments.allocation,
         target_sparsity=arguments.target_sparsity,
         max_perplexity_increase=arguments.max_perplexity_increase,
         tokenizer=tokenizer,
-        sequence_length=arguments.sequence_length,
-        batch_size=arguments.batch_size,
-        max_tokens=arguments.max_tokens,
+        **passing(arguments),
     )
     print(report)
     if arguments.json is not None:
@@ -60,13 +66,22 @@ def run(arguments: argparse.Namespace, model: Any, tokenizer: Any, texts: Iterab
     return 0
 
 
-def _enough(texts: Iterable[Any], tokens: int) -> list[Any]:
-    """As many of ``texts`` as ``tokens`` can be made of: a data set may be streamed, and has no end."""
+def _enough(found: Iterable[Any], tokens: int) -> list[Any]:
+    """As many of the texts as ``tokens`` can be made of: a data set may be streamed, and has no end."""
     kept: list[Any] = []
     size = 0
-    for text in texts:
+    for text in found:
         kept.append(text)
         size += len((text.get("text") if isinstance(text, dict) else text) or "")
         if size >= _CHARACTERS * tokens:
             break
     return kept
+
+
+COMMAND = Command(
+    text="Make a model sparse without training: thresholds on its activations, chosen on a text.",
+    example="hf-sparse calibrate meta-llama/Llama-3.2-1B --target-sparsity 0.5 --dataset allenai/c4 "
+    "--dataset-config en --output ./llama-teal",
+    add_options=add_options,
+    run=run,
+)
