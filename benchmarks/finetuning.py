@@ -24,6 +24,7 @@ from training_runs import ROOT, Results, of_kind, train
 
 _L1 = {"methods.target_sparsity.lever": "l1"}
 _CATS = {"patch": "cats_silu"}
+_AS_PUBLISHED = {"mixing": {"until": 0.3}, "norm_uplift": {"until": 0.3}, "zeroth_clip": {"share": 0.1}}
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("dense", {}),
@@ -41,6 +42,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "target 80 %, L1": ("target_sparsity", {**_L1, "methods.target_sparsity.sparsity": 0.8}),
     "target 90 %, L1": ("target_sparsity", {**_L1, "methods.target_sparsity.sparsity": 0.9}),
     "flat minima": ("flat_minima", {}),
+    "flat minima, uplift alone": ("flat_minima", {"methods": _AS_PUBLISHED}),
     "flat minima, LoRA": ("flat_minima_lora", {}),
     "weight noise": ("weight_noise", {}),
     "SAM": ("sam", {}),

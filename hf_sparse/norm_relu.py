@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -14,7 +14,7 @@ from hf_sparse.adapters.bottleneck import layer_of
 from hf_sparse.adapters.copies import copies
 from hf_sparse.adapters.probe_norms import UnclearError, feeding_norms
 from hf_sparse.adapters.walk import modules_of
-from hf_sparse.checks import known, mapping
+from hf_sparse.checks import known, mapping, shown
 from hf_sparse.errors import PatchError
 from hf_sparse.parts import Part
 
@@ -40,6 +40,8 @@ class NormReLUConfig(Part):
     def read(cls, value: Any) -> NormReLUConfig:
         if value is True or isinstance(value, cls):
             return cls()
+        if not isinstance(value, Mapping):
+            raise ValueError(f"norm_relu={shown(value)} is not known: true is all that it can be.")
         known("norm_relu", mapping("norm_relu", value), [])
         return cls()
 
@@ -92,7 +94,7 @@ def _norms(model: nn.Module, chosen: Sequence[Block], blocks: Sequence[Block]) -
                 f"norm_relu needs norms that feed attention and MLP and nothing else, but {error}; leave "
                 "norm_relu out."
             ) from error
-        places = [place for norm in norms for place in copies(*norm)]
+        places = [place for norm in norms for place in copies(norm.owner, norm.name)]
         found += [cast(nn.Module, owner._modules[norm]) for owner, norm in places]
     return found
 

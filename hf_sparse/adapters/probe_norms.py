@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +29,22 @@ _TRIALS = 256
 """Ways in which the children of a module may give back what they do, that are tried."""
 
 
+class Feed(NamedTuple):
+    """A norm that feeds projections and nothing else."""
+
+    owner: nn.Module
+    name: str
+    """Of the norm in ``owner``."""
+    children: tuple[str, ...]
+    """Qualified names of the children of ``owner`` that it feeds."""
+
+
 class UnclearError(Exception):
     """It cannot be told which norms feed the projections of a layer; says why."""
 
 
-def feeding_norms(layer: nn.Module, blocks: Sequence[Block], name: str) -> list[tuple[nn.Module, str]]:
-    """The norms in ``layer`` that feed projections and nothing else: their owners, and names there.
+def feeding_norms(layer: nn.Module, blocks: Sequence[Block], name: str) -> list[Feed]:
+    """The norms in ``layer`` that feed projections and nothing else.
 
     Those inside of an attention, beside its projections (as of queries and keys), and in front of the down
     projection of an MLP are none.
@@ -51,7 +61,7 @@ def feeding_norms(layer: nn.Module, blocks: Sequence[Block], name: str) -> list[
     hidden = blocks[0].hidden_size
     inside = tuple(f"{block.name}." for block in blocks if not block.stays)
     downs = {f"{block.name}.{block.roles.down}" for block in blocks}
-    found: list[tuple[nn.Module, str]] = []
+    found: list[Feed] = []
     fed, unfed = set(downs), set()
     for place, module in in_use(layer, name):
         if f"{place}.".startswith(inside) or active(module) is not module:
@@ -66,10 +76,10 @@ def feeding_norms(layer: nn.Module, blocks: Sequence[Block], name: str) -> list[
         if feeds is None:
             raise UnclearError(f"the forward of {place} ({type(module).__name__}) cannot be followed")
         for norm, children in feeds.items():
-            names = {f"{place}.{child}" for child in children}
-            if not names & downs:
-                found.append((module, norm))
-                fed |= names
+            names = tuple(f"{place}.{child}" for child in children)
+            if not downs.intersection(names):
+                found.append(Feed(module, norm, names))
+                fed.update(names)
         if module is layer:
             unfed = {f"{place}.{k}" for k in probe.others if _has_linears(module._modules[k])}
     for child in sorted(unfed):

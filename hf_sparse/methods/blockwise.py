@@ -29,7 +29,7 @@ class Blockwise(Method):
 
     name = "blockwise"
     # It trains nothing but MLPs, and no gradient comes from the logits.
-    excludes = ("distillation", "norm_clamp", "norm_uplift")
+    excludes = ("distillation", "norm_clamp", "norm_rescale", "norm_uplift")
     has_teacher = True
 
     input: Literal["student", "teacher"] = "student"

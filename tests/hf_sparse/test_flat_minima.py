@@ -13,7 +13,7 @@ import hf_sparse
 from hf_sparse.adapters import find_blocks
 from hf_sparse.methods import ActingTogether, Training, read_methods
 from hf_sparse.norms import Norm, preceding_norms
-from support.flat_minima import BOUNDS, IDS, patched, trained
+from support.flat_minima import BOUNDS, IDS, PATCH, RESCALED, patched, trained
 from support.models import tiny
 from support.peek import zeroth_biases
 from support.runs import run_on_two
@@ -60,6 +60,44 @@ def test_uplift_is_the_published_formula(kind) -> None:
         for norm in norms:
             assert gain_of(norm, 10) == pytest.approx(expected, abs=1e-6)
     assert all(torch.equal(model.get_parameter(name), value) for name, value in other.items())
+
+
+@pytest.mark.parametrize("kind", [*FAMILIES, "opt", "phi3", "gemma3_text"])
+def test_rescaled_gains_leave_the_function_as_it_is(kind) -> None:
+    model = patched(kind, "relu" if kind == "opt" else PATCH)
+    norms = norms_of(model)
+    for norm in norms:
+        set_gain(norm, [0.0, 0.1, -0.1, 0.3, -0.5, 0.9, 1.0, 1.5, -2.0])
+    for table in zeroth_biases(model):
+        nn.init.normal_(table)
+    before = model.eval()(input_ids=IDS).logits
+    at_work = acting(model, {"norm_rescale": {}})
+    at_work.before_step(2)  # of a run that goes on
+    assert gain_of(norms[0], 2) == pytest.approx([0.0, 0.1])
+    at_work.before_step(1)
+    for norm in norms:
+        assert gain_of(norm, 9) == pytest.approx([0.0, 1.6, -1.6, 1.2, -1.0, 1.8, 1.0, 1.5, -2.0])
+    after = model(input_ids=IDS).logits
+    assert torch.equal(after, before) if norms[0].offset == 0 else torch.allclose(after, before, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "why"),
+    [
+        ("phi", {}, r"self_attn reads model\.layers\.0\.input_layernorm"),
+        ("mixtral", {}, r"layers\.0\.mlp reads model\.layers\.0\.post_attention_layernorm"),
+        ("olmo2", {}, r"gets its input from no norm of its layer alone"),
+        ("bloom", {}, r"h\.0\.mlp reads transformer\.h\.0\.post_attention_layernorm"),
+        ("llama", {"inputs": {"mlp.up_proj": 0.1}}, r"up_proj \(SparseLinear\) is no plain linear layer"),
+    ],
+)
+def test_norms_that_cannot_be_rescaled_alone_are_refused(kind, config, why) -> None:
+    model = tiny(kind)
+    hf_sparse.patch(model, {"activation": "relu", **config})
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(hf_sparse.PatchError, match=f"methods.norm_rescale .*{why}.*leave the method out"):
+        acting(model, {"norm_rescale": {}})
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -230,7 +268,7 @@ def test_under_lora_what_is_not_trained_is_refused() -> None:
     config = {"r": 2, "target_modules": ["up_proj", "down_proj"]}
     model = get_peft_model(patched("llama"), LoraConfig(**config))
     before = copy.deepcopy(model.state_dict())
-    for method in ("norm_uplift", "norm_clamp", "zeroth_clip"):
+    for method in ("norm_uplift", "norm_clamp", "norm_rescale", "zeroth_clip"):
         with pytest.raises(ValueError, match=rf"methods.{method} changes .* not trained .* modules_to_save"):
             acting(model, {method: {}}).before_step(1)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -256,11 +294,14 @@ def test_two_processes_train_as_one_does(tmp_path) -> None:
     run_on_two("support.flat_minima", tmp_path / "found.pt")
     reference = trained(patched(), IDS).state_dict()
     found = torch.load(tmp_path / "found.pt")
-    assert set(found) == {"ddp", "fsdp2"}
-    for state in found.values():
-        assert state.keys() == reference.keys()
+    assert set(found) == {"ddp", "fsdp2", "fsdp2, rescaled"}
+    rescaled = trained(patched(), IDS, RESCALED).state_dict()
+    for wrapped, state in found.items():
+        expected = rescaled if "rescaled" in wrapped else reference
+        assert state.keys() == expected.keys()
         for name, value in state.items():
-            assert_close(value, reference[name], tolerance=1e-5)
+            assert_close(value, expected[name], tolerance=1e-5)
+    assert any(not torch.equal(rescaled[name], value) for name, value in reference.items())
 
 
 # ---- what they refuse
@@ -281,7 +322,9 @@ def test_models_for_which_they_mean_nothing(kind, method, why) -> None:
         acting(model, {method: {}})
 
 
-@pytest.mark.parametrize("method", ["norm_uplift", "norm_clamp", "zeroth_clip", "weight_noise"])
+@pytest.mark.parametrize(
+    "method", ["norm_uplift", "norm_clamp", "norm_rescale", "zeroth_clip", "weight_noise"]
+)
 def test_dense_baselines_have_none(method) -> None:
     (one,) = read_methods({method: {}})
     with pytest.raises(ValueError, match=f"methods.{method}"):

@@ -238,7 +238,7 @@ def test_a_norm_without_it_is_not_saved_as_if_it_had_one(tmp_path) -> None:
 
 
 def test_errors_name_the_field_and_the_value() -> None:
-    with pytest.raises(ValueError, match="norm_relu is a mapping, not bool: False"):
+    with pytest.raises(ValueError, match="norm_relu=False is not known: true is all"):
         SparsityConfig(norm_relu=False)
     with pytest.raises(ValueError, match="unknown fields in norm_relu: at"):
         SparsityConfig(norm_relu={"at": "attention"})

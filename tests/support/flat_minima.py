@@ -19,10 +19,11 @@ from support.sharded import IDS, ddp, fsdp2
 
 PATCH = {"activation": "jsrelu", "zeroth_bias": {"positions": 20}}
 BOUNDS: Mapping[str, Any] = {"norm_uplift": {"until": 1.0}, "zeroth_clip": {}}
+RESCALED: Mapping[str, Any] = {"norm_rescale": {}, **BOUNDS}
 STEPS = 3
 
 
-def patched(kind: str = "gpt_neox") -> nn.Module:
+def patched(kind: str = "gpt_neox", patch: Any = PATCH) -> nn.Module:
     """A tiny model in training mode, whose norms have gains of both signs around 0 and biases."""
     torch.manual_seed(0)
     changes = {"attention_dropout": 0.0, "hidden_dropout": 0.0} if kind == "gpt_neox" else {}
@@ -30,7 +31,7 @@ def patched(kind: str = "gpt_neox") -> nn.Module:
     for name, parameter in model.named_parameters():
         if "norm" in name:
             nn.init.normal_(parameter, std=0.5)
-    hf_sparse.patch(model, PATCH)
+    hf_sparse.patch(model, patch)
     return model.train()
 
 
@@ -42,7 +43,6 @@ def trained(
 ) -> nn.Module:
     """``model`` after three updates with ``methods`` on ``own [B, S]``, this process's text."""
     acting = ActingTogether(read_methods(methods), Training(model, STEPS))
-    acting.before_step(1)
     wrapped = wrap(model)
     groups: dict[float, list[nn.Parameter]] = {0.5: [], 20.0: []}
     for name, parameter in wrapped.named_parameters():
@@ -63,8 +63,12 @@ def main() -> None:
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
     found = {}
-    for name, wrap in (("ddp", ddp), ("fsdp2", fsdp2)):
-        model = trained(patched(), IDS[2 * rank : 2 * rank + 2], wrap=wrap)
+    for name, methods, wrap in (
+        ("ddp", BOUNDS, ddp),
+        ("fsdp2", BOUNDS, fsdp2),
+        ("fsdp2, rescaled", RESCALED, fsdp2),
+    ):
+        model = trained(patched(), IDS[2 * rank : 2 * rank + 2], methods, wrap)
         state = {k.removeprefix("module."): v for k, v in model.state_dict().items()}
         found[name] = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in state.items()}
     if rank == 0:
