@@ -154,6 +154,11 @@ class SparsityConfig:
         """
         if isinstance(value, str):
             own = {k: v for k, v in fields.items() if k != "layers" and k not in PARTS}
+            if unknown := sorted(own.keys() - {*ACTIVATION_FIELDS, "name", "activation"}):
+                raise ValueError(
+                    f"unknown fields: {', '.join(unknown)}; known: those of the activation "
+                    f"({', '.join(sorted(ACTIVATION_FIELDS))}), layers, {', '.join(PARTS)}."
+                )
             rest = {k: v for k, v in fields.items() if k not in own}
             if "name" in own or "activation" in rest:
                 raise ValueError(f"the activation is named twice: {shown(value)}, and in {shown(fields)}.")

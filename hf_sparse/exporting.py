@@ -21,7 +21,7 @@ from hf_sparse.described import in_line
 from hf_sparse.errors import PatchError
 from hf_sparse.gguf_export import write_gguf
 from hf_sparse.model_card import write_model_card
-from hf_sparse.patch_report import PatchReport, in_words
+from hf_sparse.patch_report import PatchReport, in_words, parts_in_words
 from hf_sparse.patching import inspect, transformers_model
 
 FORMATS = ("dense", "gguf")
@@ -74,6 +74,7 @@ def export(
         for part in report.patched:
             if part.stock_name is None:
                 raise PatchError(_reason(part))
+        _refuse_quantised(base)
         with _aside(target) as place:
             base.save_pretrained(place, **sizes)
             write_model_card(base, place, plain=True)
@@ -123,14 +124,29 @@ def _adapter_layers(base: PreTrainedModel) -> list[Any]:
     return [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
 
 
+def _refuse_quantised(base: PreTrainedModel) -> None:
+    """Refuse weights that were quantised in memory; transformers saves those that it quantised itself."""
+    if getattr(base, "hf_quantizer", None) is not None:
+        return
+    for name, weight in base.named_parameters():
+        if type(weight) is not nn.Parameter:
+            raise PatchError(
+                f"{name} is a {type(weight).__name__}, quantised or split in memory, and cannot be written "
+                "for transformers; export the model before that is done."
+            )
+
+
 def _reason(part: PatchReport) -> str:
     """Why transformers alone cannot compute the part."""
     assert part.config is not None
-    words, activation = in_words(part.config), part.config.activation
+    words = " and ".join([in_words(part.config), *parts_in_words(part.config)])
+    activation = part.config.activation
     if part.config.layers is not None:
         why = f"only {len(part.blocks)} of its MLP blocks have it, and a config names one for all"
     elif activation.mix != 1:
         why = "transformers mixes no activations; finish with set_mix(model, 1)"
+    elif part.config.others:
+        why = f"transformers has no {', '.join(name for name, _ in part.config.others)}"
     elif activation.name in ("relu", "relu2", "original"):
         why = "its config has no field that sets it in these blocks and nowhere else"
     else:

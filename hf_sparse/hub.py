@@ -109,7 +109,7 @@ def push_to_hub(
         "base_model": base_model,
         "datasets": datasets,
     }
-    facts = Facts.read(base, patched, **with_facts(base, given))
+    facts = Facts.read(base, **with_facts(base, given))
     api = HfApi(token=token, library_name="hf_sparse", library_version=__version__)
     with _explained(repo_id):  # before anything large is written
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from hf_sparse.card_marks import MARK
 from hf_sparse.checks import shown
+from hf_sparse.composite import parts_of
 from hf_sparse.metrics import SparsityReport
-from hf_sparse.patch_report import PatchReport
 from hf_sparse.tuning import TuneReport
 from triton_ops.processor import processor_name
 
@@ -42,7 +42,6 @@ class Facts:
     def read(
         cls,
         model: PreTrainedModel,
-        patched: PatchReport,
         *,
         report: SparsityReport | None,
         before: SparsityReport | None,
@@ -59,10 +58,9 @@ class Facts:
             OSError: the recipe cannot be read.
 
         """
+        # Unpatched ones are measured, too.
         sizes = {
-            block.name: block.intermediate_size
-            for part in (patched, *patched.others)
-            for block in part.blocks
+            block.place: block.intermediate_size for part in parts_of(model) for block in part.all_blocks
         }
         for name, measured in (("report", report), ("before", before)):
             _require_of_model(name, measured, model, sizes)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_sparse import checkpoint_block
 from hf_sparse.activations import ActivationConfig, row_of
 from hf_sparse.activations.mixed import mixed
 from hf_sparse.adapters import Block, Skipped, require_blocks
@@ -17,6 +18,7 @@ from hf_sparse.checkpoint_block import Record
 from hf_sparse.compiled_step import compile_step, stock_step
 from hf_sparse.composite import LANGUAGE, Part, find_part, listed, parts_of, pass_on_refusal
 from hf_sparse.config import SparsityConfig
+from hf_sparse.described import described_part
 from hf_sparse.errors import PatchError
 from hf_sparse.exchange import choose, exchange, new_activation, new_modules, outside, places
 from hf_sparse.gguf import forget_gguf
@@ -227,6 +229,21 @@ def set_activation(model: nn.Module, activation: ActivationConfig, *, part: str 
         for sparse, own in new:
             sparse.set_activation(own)
         _write(base, one, record)
+    pass_on_refusal(base.config)
+
+
+def update_config(model: nn.Module) -> None:
+    """Let the config of a patched model say what its modules compute now, as saving it does.
+
+    Raises:
+        PatchError: no config can say it.
+
+    """
+    base = transformers_model(model)
+    for part in parts_of(base):
+        now, said = described_part(part), checkpoint_block.read(part.config)
+        if now is not None and now != said:
+            _write(base, part, now)
     pass_on_refusal(base.config)
 
 

@@ -50,8 +50,10 @@ def write_final_card(
     }
     if not is_local(recipe.dataset):
         given["evaluated_on"] = recipe.dataset
+    elif recipe.precision != "fp32":
+        given["evaluated_on"] += f", computed in {recipe.precision}"
     write_facts(folder, state, **given)
-    facts = Facts.read(model, patched, speed=None, base_model=None, **given)
+    facts = Facts.read(model, speed=None, base_model=None, **given)
     path = folder / "README.md"
     card = full_card(
         path.read_text(encoding="utf-8"),

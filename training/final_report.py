@@ -15,9 +15,16 @@ from hf_sparse.metrics import DEFINITION
 
 Record = dict[str, Any]
 
+_PRECISION = {
+    name: f", computed in {name}; the weights that are saved are float32" for name in ("bf16", "fp16")
+}
 
-def write_report(folder: Path, recipe: Record) -> Path:
-    """Write ``report.md`` of the run of ``recipe`` in ``folder``, and plots if matplotlib is installed."""
+
+def write_report(folder: Path, recipe: Record, became: str | None = None) -> Path:
+    """Write ``report.md`` of the run of ``recipe`` in ``folder``, and plots if matplotlib is installed.
+
+    ``became`` is what the activation is in the end, in words.
+    """
     records = read_log(folder / "log.jsonl")
     about = next(record for record in records if record["kind"] == "run")
     original = next((record for record in records if record["kind"] == "original"), None)
@@ -31,10 +38,10 @@ def write_report(folder: Path, recipe: Record) -> Path:
     about["recipe"] = recipe  # some of it may be another one than when the run began
     parts = [
         f"# {folder.resolve().name}: {recipe['model']}, trained for activation sparsity",
-        _told(about, trained, evaluated),
+        _told(about, trained, evaluated, became),
         _states(original, evaluated, random=recipe.get("from_scratch", False)),
         f"{DEFINITION[0].upper()}{DEFINITION[1:]}; on held-out text, {evaluated[-1]['tokens']:,} tokens in "
-        f"windows of {recipe['sequence_length']:,}.",
+        f"windows of {recipe['sequence_length']:,}{_PRECISION.get(recipe['precision'], '')}.",
         *(f"![{name.partition('.')[0].replace('-', ' ')}]({name})" for name in plots),
         "## By layer",
         _layers(original, evaluated),
@@ -53,7 +60,7 @@ def write_report(folder: Path, recipe: Record) -> Path:
     return path
 
 
-def _told(about: Record, trained: Sequence[Record], evaluated: Sequence[Record]) -> str:
+def _told(about: Record, trained: Sequence[Record], evaluated: Sequence[Record], became: str | None) -> str:
     recipe = about["recipe"]
     said = [
         f"{about['architecture']} of {about['parameters']:,} parameters, patched with `{recipe['patch']}`, "
@@ -75,6 +82,8 @@ def _told(about: Record, trained: Sequence[Record], evaluated: Sequence[Record])
             )
         if bad := last.get("bad_documents"):
             said.append(f". {bad:,} documents could not be used")
+    if became is not None:
+        said.append(f". In the end the activation is {became}")
     return "".join(said) + "."
 
 

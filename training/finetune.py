@@ -39,6 +39,7 @@ from transformers.utils.logging import disable_progress_bar
 import hf_sparse
 from hf_sparse.methods import ActingTogether, Training
 from hf_sparse.metrics import SparsityReport
+from hf_sparse.patch_report import in_words
 from hf_sparse.surroundings import machine, versions
 from hf_sparse.windows import context_length
 from triton_ops.table import table
@@ -115,6 +116,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # The change: another activation, in place. The dense baseline stays as it is.
     if (config := recipe.sparsity_config()) is not None:
+        if (old := hf_sparse.inspect(model).config) is not None:
+            say(f"{recipe.model} is patched already, with {in_words(old)}; patch= replaces that")
         say(hf_sparse.patch(model, config))
     elif hf_sparse.inspect(model).patched:
         raise ValueError(
@@ -183,11 +186,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The result.
     sparsity.detach()
     acting.detach()
+    patched = hf_sparse.inspect(accelerator.unwrap_model(model, keep_torch_compile=False)).config
+    became = None if patched is None else in_words(patched)
     save_final(accelerator, model, tokenizer, recipe, output)
     log.close()
     if accelerator.is_main_process:
         say(summary(output))
-        say(f"the report is {write_report(output, recipe.to_dict())}")
+        say(f"the report is {write_report(output, recipe.to_dict(), became)}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

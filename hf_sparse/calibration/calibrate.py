@@ -13,7 +13,7 @@ from torch import nn
 
 from hf_sparse.calibration.method import Calibration
 from hf_sparse.calibration.report import CalibrationReport
-from hf_sparse.checks import shown
+from hf_sparse.checks import number, shown
 from hf_sparse.composite import LANGUAGE
 from hf_sparse.config import SparsityConfig
 from hf_sparse.errors import PatchError
@@ -90,12 +90,11 @@ def calibrate(
         raise ValueError(f"method={shown(method)} is not known; choose one of {', '.join(METHODS)}.")
     if (target_sparsity is None) == (max_perplexity_increase is None):
         raise ValueError("give target_sparsity or max_perplexity_increase: one of them is the aim.")
-    if target_sparsity is not None and not 0 < target_sparsity < 1:
+    if target_sparsity is not None and not 0 < number("target_sparsity", target_sparsity) < 1:
         raise ValueError(f"target_sparsity={target_sparsity} is out of range; it is a share, as 0.5.")
-    if max_perplexity_increase is not None and not 0 < max_perplexity_increase < math.inf:
-        raise ValueError(
-            f"max_perplexity_increase={max_perplexity_increase} is out of range; it is in percent, as 1.0."
-        )
+    most = max_perplexity_increase
+    if most is not None and number("max_perplexity_increase", most) <= 0:
+        raise ValueError(f"max_perplexity_increase={most} is out of range; it is in percent, as 1.0.")
     if isinstance(data, Iterator):
         raise ValueError("data is an iterator, and calibrate goes through it several times; give a list.")
     base = transformers_model(model)

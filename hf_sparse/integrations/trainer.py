@@ -14,6 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerState
 
 import hf_sparse
+from hf_sparse.checks import shown
+from hf_sparse.config import SparsityConfig
 from hf_sparse.integrations.added_loss import AddedLoss
 from hf_sparse.integrations.evaluated import EvaluatedSparsity
 from hf_sparse.methods import ActingTogether, Method, Training, read_methods
@@ -56,13 +58,25 @@ class SparsityCallback(TrainerCallback, ExportableState):
         dense: nn.Module | Callable[[], nn.Module] | None = None,
         dense_loss: float | None = None,
     ) -> None:
-        self.methods = read_methods(methods) if isinstance(methods, Mapping) else list(methods)
+        given = read_methods(methods) if isinstance(methods, Mapping) else methods
+        self.methods = list(given) if isinstance(given, Iterable) else []
+        if not isinstance(given, Iterable) or not all(isinstance(one, Method) for one in self.methods):
+            raise ValueError(
+                f"methods={shown(methods)} is neither a mapping of methods to their fields, such as "
+                '{"l1": {"coefficient": 0.1}}, nor a list of methods.'
+            )
+        if not (dense is None or isinstance(dense, nn.Module) or callable(dense)):
+            raise ValueError(
+                f"dense={shown(dense)} is neither a model nor a function that loads one, such as "
+                "lambda: AutoModelForCausalLM.from_pretrained(name)."
+            )
         self._dense, self._dense_loss = dense, dense_loss
         self._acting: ActingTogether | None = None
         self._added: AddedLoss | None = None
         self._evaluated: EvaluatedSparsity | None = None
         self._trainer: Any = None
         self._told: int | None = None
+        self._began_as: SparsityConfig | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Attach to the model.
@@ -78,8 +92,13 @@ class SparsityCallback(TrainerCallback, ExportableState):
                 f"SparsityCallback cannot act in {args.n_gpu} threads of one process (DataParallel): start "
                 "one process for each GPU with accelerate launch or torchrun, or set CUDA_VISIBLE_DEVICES."
             )
+        if sum(isinstance(one, SparsityCallback) for one in trainer.callback_handler.callbacks) > 1:
+            raise ValueError(
+                "there are several SparsityCallbacks in this trainer, and methods would act twice or against "
+                "each other: give all methods to one."
+            )
         model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-        sparsity = hf_sparse.inspect(model).config
+        sparsity = self._began_as = hf_sparse.inspect(model).config
         for method in self.methods:
             method.check(sparsity)
         training = Training(
@@ -158,7 +177,19 @@ class SparsityCallback(TrainerCallback, ExportableState):
             if args.load_best_model_at_end and state.best_model_checkpoint:
                 self._go_back(Path(state.best_model_checkpoint))
             self._acting.finish()
+            self._tell_of_adapters()
         self._detach()
+
+    def _tell_of_adapters(self) -> None:
+        model = self._trainer.accelerator.unwrap_model(self._trainer.model, keep_torch_compile=False)
+        now = hf_sparse.inspect(model).config
+        if hasattr(model, "get_base_model") and now != self._began_as:
+            warnings.warn(
+                "methods changed the patch of the model under the adapter (inspect(model).config), and an "
+                "adapter that is saved alone does not have it: save the model merged, or keep that config "
+                "and patch the base with it before the adapter is loaded.",
+                stacklevel=2,
+            )
 
     def state(self) -> dict[str, Any]:
         """For ``trainer_state.json``: the methods, and what they need to go on."""

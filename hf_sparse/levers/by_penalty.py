@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_sparse.activations import MixedActivation
 from hf_sparse.forwards import Forwards
+from hf_sparse.levers.by_threshold import has_thresholds
 from hf_sparse.levers.control import DensityControl
 from hf_sparse.levers.goal import require_lever
 from hf_sparse.methods.method import Acting, Term, Training
@@ -90,10 +91,11 @@ class ByPenalty(Acting):
 
     def finish(self) -> None:
         density = self._control.density
+        other = ', or lever="threshold"' if has_thresholds(self._training.model) else ""
         self._goal.tell_if_missed(
             None if density is None else 1 - math.exp(density),
             f"the coefficient was {self._coefficient:.3g}. An update moves weights as far as its learning "
-            'rate lets it, however large the penalty; give more updates, a larger rate, or lever="threshold"',
+            f"rate lets it, however large the penalty; give more updates or a larger rate{other}",
         )
 
     def values(self) -> dict[str, float]:

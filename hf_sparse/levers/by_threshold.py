@@ -75,11 +75,15 @@ class ByThreshold(Acting):
         self._rising.move(wanted)
 
     def after_evaluation(self, step: int, report: SparsityReport) -> None:
+        self._rising.tell()
         if self._goal.limit is not None:
             self._slack = self._goal.limit - report.loss
 
     def finish(self) -> None:
+        self._rising.tell()
         self._goal.tell_if_missed(self._rising.sparsity, "it needs more updates after it began to rise")
+        if not any(self._rising.thresholds):
+            self._goal.tell_if_more(self._rising.sparsity)
 
     def values(self) -> dict[str, float]:
         thresholds, sparsity = self._rising.thresholds, self._rising.sparsity
@@ -88,6 +92,7 @@ class ByThreshold(Acting):
         return {"target_threshold": sum(thresholds) / len(thresholds), **found, **wanted}
 
     def state_dict(self) -> dict[str, Any]:
+        self._rising.tell()  # whoever keeps the state keeps the model, perhaps without save_pretrained
         return {
             "lever": "threshold",
             "thresholds": list(self._rising.thresholds),
@@ -109,6 +114,7 @@ class ByThreshold(Acting):
         self._wanted, self._slack = state["wanted"], state["slack"]
         self._rising.thresholds, self._rising.sparsity = thresholds, state["sparsity"]
         self._rising.apply()
+        self._rising.tell()
 
     def detach(self) -> None:
         self._rising.remove()

@@ -58,6 +58,18 @@ class Goal:
                 f"methods.target_sparsity.sparsity={wanted:g} was not reached: {found}; {why}.", stacklevel=3
             )
 
+    def tell_if_more(self, sparsity: float | None) -> None:
+        """Warn if less was wanted than the activation gives by itself, which is ``sparsity``."""
+        if self.density is None or sparsity is None:
+            return
+        wanted = 1 - math.exp(self.density)
+        if sparsity > wanted + _MISSED:
+            warnings.warn(
+                f"methods.target_sparsity.sparsity={wanted:g} is less than the {sparsity:.3f} that the "
+                "activation gives without thresholds; they stayed 0.",
+                stacklevel=3,
+            )
+
     def left(self, step: int) -> float:
         """1, and in the last part of the run less, down to 0 in the end."""
         return min(max((self.steps - step) / (_LAST * self.steps), 0.0), 1.0)

@@ -106,6 +106,12 @@ class RisingThreshold:
             for copy in (block, *block.spares):
                 _own(copy).threshold = threshold
 
+    def tell(self) -> None:
+        """Let the config of the model say what the thresholds are now."""
+        from hf_sparse.patching import update_config
+
+        update_config(self._model)
+
     def remove(self) -> None:
         """Take the hooks off the model; thresholds stay."""
         self._forwards.remove()

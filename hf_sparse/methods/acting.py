@@ -86,6 +86,11 @@ class ActingTogether(Acting):
         return {name: state for name, acting in self._acting.items() if (state := acting.state_dict())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if unknown := sorted(state.keys() - self._acting.keys()):
+            raise ValueError(
+                f"the state is of methods that are not at work: {', '.join(unknown)}; attach those that it "
+                "was saved with."
+            )
         for name, own in state.items():
             self._acting[name].load_state_dict(own)
 

@@ -87,8 +87,8 @@ class TargetSparsity(Method):
     def check(self, sparsity: SparsityConfig | None) -> None:
         if sparsity is None:
             raise ValueError(
-                "methods.target_sparsity has no meaning with patch=none, the dense baseline: its activations "
-                "are never exactly zero. Leave it out, or choose an activation."
+                "methods.target_sparsity is for patched models, and this is none (patch=none, the dense "
+                "baseline; or not patched). Leave it out, or patch with relu or another activation."
             )
         if self.lever == "threshold" and (why := why_not(sparsity)):
             raise ValueError(
@@ -111,7 +111,8 @@ class TargetSparsity(Method):
         if loss is None:
             raise ValueError(
                 f"methods.target_sparsity.perplexity={self.perplexity} is relative to the dense model, which "
-                "was not measured (sharded models are not); give its perplexity as dense_perplexity."
+                "was not measured (sharded models are not, nor is one known that is patched already, or was "
+                "given no dense_loss); give its perplexity as dense_perplexity."
             )
         if not 0 < training.eval_every <= (by - start) / _EVALUATIONS:
             raise ValueError(

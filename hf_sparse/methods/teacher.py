@@ -30,8 +30,8 @@ def load_teacher(training: Training, method: str, dtype: Precision) -> nn.Module
     teacher = training.dense()
     if any(block.is_patched for block in require_blocks(teacher)[0]):
         raise ValueError(
-            f"methods.{method}: the model that `dense` gives is patched itself, so it is no dense teacher; "
-            "load the one that the training began from."
+            f"methods.{method}: the model to learn from is patched itself, so it is no dense teacher; begin "
+            "with the dense model, or give it as `dense`."
         )
     for parameter in teacher.parameters():
         if parameter.is_floating_point():

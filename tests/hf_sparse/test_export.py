@@ -120,6 +120,10 @@ REFUSED = {
     "drelu": (lambda: patched("llama", "drelu"), "no activation of that kind"),
     "mixed": (lambda: patched("llama", "relu", mix=0.5), "set_mix"),
     "layers": (lambda: patched("llama", "relu", layers=(0, 2)), "only 2 of its MLP blocks"),
+    "topk": (
+        lambda: patched("llama", "relu", topk={"share": 0.5}),
+        "relu and topk .*: transformers has no topk",
+    ),
     "no field": (lambda: patched("bloom", "relu"), "no field that sets it"),
 }
 
@@ -138,6 +142,18 @@ def test_a_change_by_hand_since_the_patch_counts(tmp_path) -> None:
     with pytest.raises(hf_sparse.PatchError, match="only 2 of its MLP blocks"):
         hf_sparse.export(model, tmp_path / "out")
     assert left(tmp_path) == []
+
+
+def test_weights_that_were_quantised_in_memory_are_refused(tmp_path) -> None:
+    torchao = pytest.importorskip("torchao.quantization")
+    model = tiny("llama")
+    hf_sparse.patch(model, "relu")
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    with pytest.raises(
+        hf_sparse.PatchError, match=r"q_proj\.weight is a .*quantised .* export the model before"
+    ):
+        hf_sparse.export(model, tmp_path / "plain")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_export_that_fails_leaves_nothing(tmp_path) -> None:

@@ -34,7 +34,7 @@ def report(model) -> hf_sparse.SparsityReport:
 def card(model, readme: str = "# m\n", **given: Any) -> str:
     names = ("report", "before", "evaluated_on", "speed", "recipe", "base_model", "datasets")
     found = hf_sparse.inspect(model)
-    facts = Facts.read(model, found, **{**dict.fromkeys(names), **given})
+    facts = Facts.read(model, **{**dict.fromkeys(names), **given})
     return full_card(readme, model, found, facts, repo_id="me/m", revision=None, tokenizer=None)
 
 
@@ -94,6 +94,13 @@ def test_a_report_on_another_model_is_refused(patched, tiny_model) -> None:
         card(patched, report=own, before=other)
     with pytest.raises(ValueError, match="sequence_length=None and before 32"):
         card(patched, report=own, before=replace(own, sequence_length=32))
+
+
+def test_a_report_on_a_model_of_which_a_part_is_patched(tiny_model) -> None:
+    model = tiny_model("llama")
+    hf_sparse.patch(model, "relu", layers=[1])
+    text = card(model, report=report(model), before=report(tiny_model("llama")))
+    assert all(f"model.layers.{i}.mlp" in text for i in range(3))
 
 
 def test_texts_that_differ_are_said_to(patched) -> None:

@@ -461,3 +461,29 @@ def test_methods_that_exclude_each_other_do_so_however_they_are_given() -> None:
     both = [TargetSparsity(sparsity=0.9), ThresholdShift(threshold=0.01)]
     with pytest.raises(ValueError, match="cannot act together so"):
         ActingTogether(both, Training(patched(), steps=10))
+
+
+def test_the_config_says_the_thresholds_whenever_the_state_is_taken() -> None:
+    model = patched()
+    acting = ActingTogether(read_methods({"target_sparsity": {"sparsity": 0.9}}), Training(model, steps=20))
+    for step in range(1, 21):
+        update(model, acting, step, PADDED)
+        if step == 10:
+            acting.state_dict()
+            assert model.config.hf_sparse["activation"]["threshold"] == thresholds(model)
+    acting.finish()
+    acting.detach()
+    assert model.config.hf_sparse["activation"] == {"name": "fatrelu", "threshold": thresholds(model)}
+    other = LlamaForCausalLM(model.config)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(**PADDED).logits, model(**PADDED).logits)
+
+
+def test_less_than_the_activation_gives_by_itself_is_told() -> None:
+    model = patched()
+    acting = TargetSparsity(sparsity=0.2).attach(Training(model, steps=4))
+    for step in range(1, 5):
+        update(model, acting, step, PADDED)
+    with pytest.warns(UserWarning, match=r"sparsity=0\.2 is less than the 0\.\d+ that the activation gives"):
+        acting.finish()
+    assert thresholds(model) == [0.0, 0.0]

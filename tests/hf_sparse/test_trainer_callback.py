@@ -305,7 +305,36 @@ def test_restored_callbacks_continue(tmp_path):
     assert all(torch.equal(weights[name], whole[name]) for name in whole)
 
 
+def test_several_callbacks_are_refused(tmp_path):
+    made = trainer(tmp_path, METHODS)
+    made.add_callback(hf_sparse.SparsityCallback({"weight_noise": {}}))
+    with pytest.raises(ValueError, match=r"several SparsityCallbacks .* give all methods to one"):
+        made.train()
+
+
+def test_thresholds_that_an_adapter_does_not_have_are_told(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(models()[0], LoraConfig(r=2, target_modules=["up_proj"]))
+    arguments = TrainingArguments(
+        tmp_path, max_steps=2, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True
+    )
+    callback = hf_sparse.SparsityCallback({"target_sparsity": {"sparsity": 0.9}})
+    made = Trainer(model, arguments, train_dataset=sequences(8, (12,)), callbacks=[callback])
+    with pytest.warns(UserWarning, match="an adapter that is saved alone does not have it"):
+        made.train()
+    assert hf_sparse.inspect(model).config.activation.name == "fatrelu"
+
+
+@pytest.mark.parametrize("methods", ["l1", ["l1"], None, 3])
+def test_what_is_no_method_is_refused(methods):
+    with pytest.raises(ValueError, match="neither a mapping of methods to their fields"):
+        hf_sparse.SparsityCallback(methods)
+
+
 def test_mistakes_are_named(tmp_path):
+    with pytest.raises(ValueError, match="dense='model' is neither a model nor a function"):
+        hf_sparse.SparsityCallback({"distillation": {}}, dense="model")
     with pytest.raises(ValueError, match="unknown fields in methods: l2"):
         hf_sparse.SparsityCallback({"l2": {}})
     made = trainer(tmp_path, {"distillation": {}})

@@ -46,6 +46,25 @@ def test_train_save_reload(command, in_process, tmp_path, tokenizer):
     assert AutoTokenizer.from_pretrained(output / "final")("cat").input_ids == tokenizer("cat").input_ids
 
 
+def test_a_part_of_the_blocks_is_patched_trained_and_told(command, in_process, tmp_path):
+    output = tmp_path / "run"
+    fields = {"patch": {"activation": "relu", "layers": [0]}, "max_steps": 4, "eval_every": 2}
+    in_process(command(output, methods={"target_sparsity": {"sparsity": 0.8}}, **fields))
+    layers = records(output, "eval")[-1]["layers"]
+    assert [share > 0.3 for share in layers.values()] == [True] + [False] * (len(layers) - 1)
+    model = AutoModelForCausalLM.from_pretrained(output / "final")
+    assert hf_sparse.inspect(model).config.layers == (0,)
+    assert "model.layers.1.mlp" in (output / "final" / "README.md").read_text()
+    assert "In the end the activation is fatrelu (threshold" in (output / "report.md").read_text()
+
+
+def test_a_patch_that_the_model_has_already_is_told(command, in_process, tmp_path, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    in_process(command(first, max_steps=2, patch={"activation": {"name": "fatrelu", "threshold": 0.1}}))
+    in_process(command(second, max_steps=2, model=str(first / "final"), patch="relu"))
+    assert "is patched already, with fatrelu (threshold 0.1); patch= replaces that" in capsys.readouterr().out
+
+
 def test_the_log_has_every_step_and_setting(command, in_process, tmp_path):
     output = tmp_path / "run"
     in_process(command(output, max_steps=10, log_every=4, warmup=0.2, methods={"mixing": {"until": 0.4}}))
