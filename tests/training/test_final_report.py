@@ -171,7 +171,7 @@ def test_what_is_trained_from_scratch_has_no_base_model(command, in_process, tmp
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/final")
     for scratch, base in ((True, None), (False, "someone/llama")):
         given = {**NOTHING, "recipe": {"model": "someone/llama", "from_scratch": scratch}}
-        assert Facts.read(model, hf_sparse.inspect(model), **given).base_model == base
+        assert Facts.read(model, **given).base_model == base
 
 
 def test_adapters_are_merged_and_told_of_by_the_names_of_the_model(command, in_process, tmp_path):
