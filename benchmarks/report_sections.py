@@ -469,22 +469,39 @@ def calibration(result: Result) -> str:
     lines = [
         [
             f"`{method}`",
-            *(f"{at[method, t]['perplexity']:.1f}" if (method, t) in at else "" for t in targets),
+            *(_reached(at[method, t]) if (method, t) in at else "" for t in targets),
         ]
         for method in dict.fromkeys(row["method"] for row in rows)
     ]
     about = f"""
         {dense["model"]}, float32, without any training: perplexity on {dense["tokens"]:,} tokens of C4's validation
         split in windows of {dense["window"]}; dense {dense["perplexity"]:.1f}. Thresholds are from
-        {dense["calibration_tokens"]:,} tokens of its training split. A column is what each method prunes: `teal` and
+        {dense["calibration_tokens"]:,} tokens of its training split. A column is a target, and in brackets is what was
+        reached on these tokens, of what each method prunes: `teal` and
         `wina` of the weights of attention and MLPs, `scap` of those of the MLPs, `cats` of the neurons' values
-        (which leaves the gate projection out). So columns compare methods with the same count only."""
+        (which leaves the gate projection out). So columns compare methods with the same count only. Where more
+        than half a point is between the two, the row is from before `calibrate` corrected for what pruning changes;
+        `teal-greedy` was run at one target only."""
     return f"""\
 {result.conditions} [All rows](../benchmarks/results/calibration.json).
 
 {paragraph(about)}
 
-{table(["perplexity at sparsity", *(percent(t) for t in targets)], lines)}"""
+{table(["perplexity at", *(percent(t) for t in targets)], lines)}
+
+The rows are from {_commands(rows)}."""
+
+
+def _reached(row: Row) -> str:
+    return f"{row['perplexity']:.1f} ({row['sparsity'] * 100:.1f})"
+
+
+def _commands(rows: Sequence[Row]) -> str:
+    return " and ".join(dict.fromkeys(f"`{row['command']}`" for row in rows))
+
+
+_RUNS = {"relu--0": "ReLU", "prosparse-5.0-0": "ProSparse"}
+"""What folders of runs were called before the script took names."""
 
 
 def finetuned_decode(result: Result) -> str:
@@ -492,12 +509,15 @@ def finetuned_decode(result: Result) -> str:
     about = f"""
         Finetuned checkpoints of [results/smollm2.md](results/smollm2.md), {DTYPES[first["dtype"]]}, one sequence,
         {first["prompts"]} prompts of {first["prompt_tokens"]} tokens, {first["new_tokens"]} new ones each. Ratios are
-        against the checkpoint that was finetuned dense, as transformers runs it, within a turn."""
+        against the checkpoint that was finetuned dense, as transformers runs it, within a turn, of which there are
+        {first["generate"]["repeats"]}: differences below a tenth are noise."""
     rows = []
     for row in result.rows:
         low, high = row["speedup_quartiles"]
         ratio = f"{times(row['speedup'])} ({low:.2f} to {high:.2f})"
-        rows.append([row["model"], percent(row["sparsity"]), f"{row['tokens_per_s']:.1f}", ratio])
+        name, *way = row["model"].split(", ")
+        label = ", ".join([_RUNS.get(name, name), *way])
+        rows.append([label, percent(row["sparsity"]), f"{row['tokens_per_s']:.1f}", ratio])
     return f"""\
 {result.conditions} [All rows](../benchmarks/results/finetuned.json).
 
@@ -511,8 +531,9 @@ def training_step(result: Result) -> str:
     about = f"""
         An update of a Llama of the shape of SmolLM2-135M: {first["batch"]} × {first["length"]} tokens in pieces of
         {first["micro_batch"]}, float32, by turns, {first["update"]["repeats"]} of each; the same loss after the first.
-        Time and memory are shares of those of transformers.Trainer without sparsity. Peak memory varies by some per
-        cent between runs of one command, with what the allocator does."""
+        Time and memory are shares of those of transformers.Trainer without sparsity. Peak memory is as the script took
+        it before 2026-11-28, while other trainers were in memory, and varies by some per cent with what the allocator
+        does; now it takes that of each alone."""
     rows = []
     for row in result.rows:
         low, high = row["share_quartiles"]
