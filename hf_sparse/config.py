@@ -156,7 +156,7 @@ class SparsityConfig:
             own = {k: v for k, v in fields.items() if k != "layers" and k not in PARTS}
             if unknown := sorted(own.keys() - {*ACTIVATION_FIELDS, "name", "activation"}):
                 raise ValueError(
-                    f"unknown fields: {', '.join(unknown)}; known: those of the activation "
+                    f"unknown fields of the patch: {', '.join(unknown)}; known: those of the activation "
                     f"({', '.join(sorted(ACTIVATION_FIELDS))}), layers, {', '.join(PARTS)}."
                 )
             rest = {k: v for k, v in fields.items() if k not in own}
