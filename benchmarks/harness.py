@@ -230,14 +230,13 @@ class StreamingRead:
 
 
 def _without_folder(argument: str) -> str:
-    """Where files lie on a machine is nobody's business; also of ``NAME=/folder/file``."""
+    """Where a user keeps files is nobody's business, and repeats no run; also of ``NAME=/folder/file``."""
     name, equals, place = argument.rpartition("=")
     return f"{name}{equals}{Path(place).name}" if os.path.isabs(place) else argument
 
 
 def provenance(device: str) -> dict[str, Any]:
     """Under what conditions numbers were measured; everything a reader needs to judge or repeat them."""
-    # Where a user keeps files is nobody's business, and does not repeat the run elsewhere.
     command = [_without_folder(a) for a in sys.argv]
     return {
         "command": f"python benchmarks/{shlex.join([Path(command[0]).name, *command[1:]])}",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from hf_sparse.adapters.bottleneck import layer_of
+from hf_sparse.adapters.bottleneck import by_layer, layer_of
 from hf_sparse.adapters.copies import copies
 from hf_sparse.adapters.probe_norms import UnclearError, feeding_norms
 from hf_sparse.adapters.walk import modules_of
@@ -74,12 +74,9 @@ def rectified(_: nn.Module, __: Any, output: Tensor) -> Tensor:
 
 def _norms(model: nn.Module, chosen: Sequence[Block], blocks: Sequence[Block]) -> list[nn.Module]:
     """The norms that feed projections in the layers of ``chosen``, all copies of each."""
-    layers: dict[str, list[Block]] = {}
-    for block in blocks:
-        layers.setdefault(layer_of(block.name), []).append(block)
     names = {block.name for block in chosen}
     found: list[nn.Module] = []
-    for name, own in layers.items():
+    for name, own in by_layer(blocks).items():
         if not names & {block.name for block in own}:
             continue
         if left := [block.name for block in own if block.name not in names]:

@@ -46,3 +46,11 @@ def layer_of(name: str) -> str:
     parts = place(name).split(".")
     number = next((index for index, part in enumerate(parts) if part.isdigit()), len(parts))
     return ".".join(parts[: number + 1])
+
+
+def by_layer(blocks: Sequence[Block]) -> dict[str, list[Block]]:
+    """``blocks`` by the layers that they are in, as :func:`layer_of` names these."""
+    layers: dict[str, list[Block]] = {}
+    for block in blocks:
+        layers.setdefault(layer_of(block.name), []).append(block)
+    return layers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -12,6 +12,9 @@ from hf_sparse.composite import parts_of
 from hf_sparse.errors import PatchError
 from hf_sparse.norms import Norm, preceding_norms
 from hf_sparse.patching import transformers_model
+
+if TYPE_CHECKING:
+    from hf_sparse.config import SparsityConfig
 
 
 def patched_blocks(model: nn.Module) -> list[Block]:
@@ -25,6 +28,20 @@ def patched_blocks(model: nn.Module) -> list[Block]:
     if not blocks:
         raise PatchError(f"no MLP block of this {type(model).__name__} is patched; patch the model first.")
     return blocks
+
+
+def require_patched(sparsity: SparsityConfig | None, method: str) -> None:
+    """Refuse a dense baseline, for a ``method`` that changes the norms before patched blocks.
+
+    Raises:
+        ValueError: it is one.
+
+    """
+    if sparsity is None:
+        raise ValueError(
+            f"methods.{method} is for the norms before patched blocks, and patch=none patches none; "
+            "leave it out."
+        )
 
 
 def restricted_norms(model: nn.Module, method: str) -> list[Norm]:

@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hf_sparse.methods.constrained import FrozenBiases, require_changeable, restricted_norms
+from hf_sparse.methods.constrained import (
+    FrozenBiases,
+    require_changeable,
+    require_patched,
+    restricted_norms,
+)
 from hf_sparse.methods.method import Acting, Method, Training
 from hf_sparse.norms import Norm
 
@@ -28,11 +33,7 @@ class NormClamp(Method):
     excludes = ("norm_uplift",)
 
     def check(self, sparsity: SparsityConfig | None) -> None:
-        if sparsity is None:
-            raise ValueError(
-                "methods.norm_clamp is for the norms before patched blocks, and patch=none patches none; "
-                "leave it out."
-            )
+        require_patched(sparsity, self.name)
 
     def attach(self, training: Training) -> Acting:
         return _Acting(restricted_norms(training.model, self.name))

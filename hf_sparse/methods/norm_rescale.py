@@ -12,13 +12,18 @@ from torch.distributed.tensor import DTensor, Replicate
 from transformers.pytorch_utils import Conv1D
 
 from hf_sparse.adapters import Block
-from hf_sparse.adapters.bottleneck import layer_of
+from hf_sparse.adapters.bottleneck import by_layer
 from hf_sparse.adapters.copies import active
 from hf_sparse.adapters.kept import Kept
 from hf_sparse.adapters.probe_norms import Feed, UnclearError, feeding_norms
 from hf_sparse.adapters.roles import LayerRoles, input_pruning
 from hf_sparse.errors import PatchError
-from hf_sparse.methods.constrained import patched_blocks, require_changeable, require_trained
+from hf_sparse.methods.constrained import (
+    patched_blocks,
+    require_changeable,
+    require_patched,
+    require_trained,
+)
 from hf_sparse.methods.method import Acting, Method, Training
 from hf_sparse.modules.decoding_linear import is_linear
 from hf_sparse.modules.zeroth_bias import NAME as ZEROTH_BIAS
@@ -47,11 +52,7 @@ class NormRescale(Method):
     name = "norm_rescale"
 
     def check(self, sparsity: SparsityConfig | None) -> None:
-        if sparsity is None:
-            raise ValueError(
-                "methods.norm_rescale is for the norms before patched blocks, and patch=none patches none; "
-                "leave it out."
-            )
+        require_patched(sparsity, self.name)
 
     def attach(self, training: Training) -> Acting:
         return _Acting(_found(training.model))
@@ -155,11 +156,9 @@ _MEND = "leave the method out, or such blocks unpatched (layers=)"
 
 
 def _feeds(base: nn.Module, blocks: Sequence[Block]) -> list[Feed]:
-    layers: dict[str, list[Block]] = {}
-    for block in blocks:
-        layers.setdefault(layer_of(block.name), []).append(block)
+    layers = by_layer(blocks).items()
     try:
-        return [feed for n, own in layers.items() for feed in feeding_norms(base.get_submodule(n), own, n)]
+        return [feed for n, own in layers for feed in feeding_norms(base.get_submodule(n), own, n)]
     except UnclearError as error:
         raise PatchError(f"{_RESCALES}, but {error}; {_MEND}.") from error
 

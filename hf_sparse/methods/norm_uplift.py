@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from hf_sparse.fields import require
-from hf_sparse.methods.constrained import FrozenBiases, require_changeable, restricted_norms
+from hf_sparse.methods.constrained import (
+    FrozenBiases,
+    require_changeable,
+    require_patched,
+    restricted_norms,
+)
 from hf_sparse.methods.method import Acting, Method, Training
 from hf_sparse.norms import Norm
 from hf_sparse.schedules import linear_mix
@@ -38,11 +43,7 @@ class NormUplift(Method):
         )
 
     def check(self, sparsity: SparsityConfig | None) -> None:
-        if sparsity is None:
-            raise ValueError(
-                "methods.norm_uplift is for the norms before patched blocks, and patch=none patches none; "
-                "leave it out."
-            )
+        require_patched(sparsity, self.name)
 
     def attach(self, training: Training) -> Acting:
         return _Acting(restricted_norms(training.model, self.name), self.until * training.steps)
