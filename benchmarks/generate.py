@@ -184,6 +184,7 @@ def generation(
 ) -> Callable[[], Tensor]:
     """The call that is timed."""
     options = {"cache_implementation": "static"} if args.static_cache else {}
+    model.generation_config.eos_token_id = None  # each time so many new tokens
 
     def call() -> Tensor:
         with torch.inference_mode(), hf_sparse.backend(backend):
@@ -191,7 +192,6 @@ def generation(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
                 max_new_tokens=args.new_tokens,
-                min_new_tokens=args.new_tokens,
                 do_sample=False,
                 **options,
             )

@@ -6,9 +6,9 @@
 
 Competitors, by turns in one run: llama.cpp on a GGUF file of the stock model, in its dtype and as Q8_0; stock
 transformers; the model patched (FATReLU, thresholds that silence the wanted share of every layer's neurons on
-random tokens), as it comes and prepared, with and without certificates, and with linear layers in int8
-(``Int8WeightOnlyConfig`` of torchao). What a step costs depends on shapes and sparsity, not on what weights
-say.
+random tokens), as it comes and prepared, with and without certificates, of MLPs alone and of the output layer
+as well, and with linear layers in int8 (``Int8WeightOnlyConfig`` of torchao). What a step costs depends on
+shapes and sparsity, not on what weights say.
 
 All start from one token, so that every step is one of decoding. "GB/s" is what must be read for a token over
 the time of a step: all matrices, of the patched model the up and down projections of active neurons alone (a
@@ -205,6 +205,7 @@ def variants(stock: Any, tokens: Tensor, args: argparse.Namespace) -> dict[str, 
         "patched": {"linears": False},
         "prepared": {},
         "prepared, certified": {"certify": True},
+        "prepared, output certified, too": {"certify": True, "greedy_output": True},
     }
     if args.compile:
         forms["prepared, compiled"] = {"compile": True}

@@ -22,6 +22,7 @@ from hf_sparse.described import described_part
 from hf_sparse.errors import PatchError
 from hf_sparse.exchange import choose, exchange, new_activation, new_modules, outside, places
 from hf_sparse.gguf import forget_gguf
+from hf_sparse.greedy_decoding import decode_greedily, require_output_layer, stock_decoding
 from hf_sparse.inputs import pruned, thresholded
 from hf_sparse.modules import (
     KeptBlock,
@@ -129,6 +130,7 @@ def unpatch(model: nn.Module, *, part: str | None = None) -> PatchReport:
         reports.append(report(base, one, None, blocks, skipped, record))
     pass_on_refusal(base.config)
     if not sparse_parts(base):
+        stock_decoding(base)
         stock_linears(base)
         stock_step(base)
     return replace(reports[0], others=reports[1:])
@@ -253,7 +255,14 @@ def _write(base: PreTrainedModel, part: Part, record: Record) -> None:
     record.write(part.config, stock_name=stock_name(base, record, parts, part.path))
 
 
-def prepare(model: nn.Module, *, certify: bool = False, linears: bool = True, compile: bool = False) -> None:
+def prepare(
+    model: nn.Module,
+    *,
+    certify: bool = False,
+    linears: bool = True,
+    greedy_output: bool = False,
+    compile: bool = False,
+) -> None:
     """Get a patched model ready for inference.
 
     Down projections, and linear layers with thresholds on their inputs, are stored neuron-major: same values
@@ -277,6 +286,14 @@ def prepare(model: nn.Module, *, certify: bool = False, linears: bool = True, co
             slower than torch's, and those that torchao has rounded to int8. Only on the CPU, and without
             gradient; the result is summed in another order. Their layers, as objects and with all that is in
             them, become of a subclass of ``nn.Linear`` until :func:`unpatch`. False undoes it.
+        greedy_output: have ``model.generate`` read half of the output layer where it decodes greedily:
+            without sampling, beams, an assistant, logits processors or scores to return, and for 32 new
+            tokens or more. An int8 copy of that layer, made anew by each ``generate``, proves which logits
+            are not the largest of their token, and these are not computed. The tokens are the very same. It
+            costs a byte for each weight of the layer, and is for models whose logits are its products as
+            they are; others compute all, and so does whatever is not such a ``generate``. Only on the CPU,
+            with ``linears`` and without ``compile``. Not noticed is a change of that weight through ``.data``
+            while ``generate`` runs. False ends it.
         compile: let ``model.generate`` compile its decode step, as one graph, when it first takes one (which
             takes a minute or more, and again where sizes change), with a static cache. It pays for small
             models, whose steps are mostly Python. transformers does all of it, by fields of
@@ -302,6 +319,13 @@ def prepare(model: nn.Module, *, certify: bool = False, linears: bool = True, co
             f"{type(base).__name__} have {type(sparse[0].activation).__name__}. Patch with another one "
             'first, such as "relu".'
         )
+    if greedy_output and (compile or not linears):
+        raise PatchError(
+            f"greedy_output=True and {'compile=True' if compile else 'linears=False'} exclude each other: a "
+            "compiled step computes all logits, and the products are those of linears=True. Leave one out."
+        )
+    if greedy_output:
+        require_output_layer(base)
     if certify and compile:
         raise PatchError(
             "certify=True and compile=True exclude each other: torch's compiler keeps references to weights, "
@@ -316,9 +340,12 @@ def prepare(model: nn.Module, *, certify: bool = False, linears: bool = True, co
     if not linears:
         require_stock_linears(base)
     (compile_step if compile else stock_step)(base)
+    stock_decoding(base)
     for part in sparse:
         part.prepare(certify=certify)
     (decode_linears if linears else stock_linears)(base)
+    if greedy_output:
+        decode_greedily(base)
     for owner, name in thresholded(base):
         pruned(owner, name).prepare()
     if held := sum(pruned(owner, name).is_held for owner, name in thresholded(base)):

@@ -5,9 +5,11 @@ Nothing here knows of transformers.
 
 from triton_ops.activations import ACTIVATIONS
 from triton_ops.backends import AUTO, BACKENDS, DENSE
-from triton_ops.certificate import Certificate, certify
+from triton_ops.certificate import Certificate
+from triton_ops.certifier import certify
 from triton_ops.choice import Plan, backend, plan
 from triton_ops.dense_linear import linear
+from triton_ops.greedy_linear import greedy_linear
 from triton_ops.int8 import int8_kernels, int8_linear, int8_mlp, int8_sparse_linear
 from triton_ops.layout import is_neuron_major, neuron_major_
 from triton_ops.memo import forget
@@ -29,6 +31,7 @@ __all__ = [
     "certify",
     "forget",
     "gated_mlp",
+    "greedy_linear",
     "int8_kernels",
     "int8_linear",
     "int8_mlp",

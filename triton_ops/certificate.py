@@ -7,7 +7,8 @@ kernel reads of a silent neuron. A certificate keeps, for each row w of it,
 - ``r``: an upper bound of ``‖w - s q‖₂``;
 - ``m``: an upper bound of ``‖w‖₂``.
 
-**The bound.** For an input x and any approximation ``z k`` of it, with k integer and e = x - z k,
+**The bound.** From above; from below it is that of -x. For an input x and any approximation ``z k`` of it,
+with k integer and e = x - z k,
 
     w · x  =  s z (q · k)  +  s q · e  +  (w - s q) · x
           <=  s z (q · k)  +  (m + r) ‖e‖₂  +  r ‖x‖₂
@@ -28,6 +29,9 @@ model and the test "p <= threshold" (for fatrelu "p < threshold", with the neuro
 has one) are monotone, so the same operations done to B decide: if B would be silent, so is the neuron. The
 result is therefore *the same bits*, not an approximation. Comparisons are written so that NaN certifies
 nothing; rows and inputs with NaN or infinity have r, m or ‖x‖ = infinity or NaN, and are computed in full.
+
+The largest of many products is found in the same way: one whose B, with its bias and rounded, is less than
+what another one is at least, cannot be it (:func:`triton_ops.greedy_linear`).
 """
 
 from __future__ import annotations
@@ -41,7 +45,7 @@ CHUNK_ELEMENTS = 1 << 22  # of a weight that are in float64 at once
 
 
 class Certificate(NamedTuple):
-    """What :func:`certify` makes of a deciding projection ``[F, D]``."""
+    """What :func:`triton_ops.certify` makes of a weight ``[F, D]``, such as a deciding projection."""
 
     rows: Tensor
     """q, int8 ``[F, D]``, contiguous, in [-127, 127]."""
@@ -49,28 +53,13 @@ class Certificate(NamedTuple):
     """s, r and m, float32 ``[F, 3]``, contiguous; r and m are rounded up, infinite for rows not finite."""
 
 
-@torch.no_grad()
-def certify(weight: Tensor) -> Certificate:
-    """The certificate of ``weight [F, D]``, any floating dtype, on its device; valid while that is unchanged.
-
-    It costs one byte per weight and 12 per row.
-
-    Raises:
-        ValueError: ``weight`` is not two-dimensional or not floating.
-
-    """
-    if weight.ndim != 2 or not weight.is_floating_point():
-        raise ValueError(
-            f"weight is {weight.dtype} of shape {list(weight.shape)}; expected floating, [neurons, hidden]."
-        )
+def certify_(weight: Tensor, certificate: Certificate) -> None:
+    """Write the certificate of ``weight [F, D]``, by torch, on any device and in any floating dtype."""
     neurons, hidden = weight.shape
-    rows = torch.empty(neurons, hidden, dtype=torch.int8, device=weight.device)
-    bounds = torch.empty(neurons, 3, dtype=torch.float32, device=weight.device)
     step = max(1, CHUNK_ELEMENTS // max(hidden, 1))
     for begin in range(0, neurons, step):
         part = slice(begin, begin + step)
-        rows[part], bounds[part] = _certify(weight[part].double())
-    return Certificate(rows, bounds)
+        certificate.rows[part], certificate.bounds[part] = _certify(weight[part].double())
 
 
 def weight_stamp(weight: Tensor) -> tuple[int, int]:

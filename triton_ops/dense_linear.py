@@ -7,8 +7,8 @@ autocast, tensor subclasses), :func:`linear` calls it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
-from typing import Any, TypeAlias
+from collections.abc import Container
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,9 @@ from triton_ops.backends import AUTO, DENSE, REGISTRY
 from triton_ops.memo import remembered
 from triton_ops.ops import LIB, TAGS, check_input, check_tensor, is_for_torch, linear_backward, save_linear
 from triton_ops.problem import Problem
+from triton_ops.protocol import Backend
 from triton_ops.unobserved import unobserved
 
-_Product: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 _MANY = 1 << 62  # tokens
 
 LIB.define("linear(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor", tags=TAGS)
@@ -63,8 +63,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     return torch.ops.hf_sparse.linear.default(*tensors, backend)
 
 
-def quick(x: Tensor, weight: Tensor, bias: Tensor | None) -> _Product | None:
-    """What :func:`linear` would call for CPU tensors that fit together; None where torch is to be called.
+def quick(x: Tensor, weight: Tensor, bias: Tensor | None) -> Backend | None:
+    """Whose product :func:`linear` takes for CPU tensors that fit together; None where torch is to be called.
 
     It asks what has to be asked of every call, and no more: a small product takes no longer than this.
     """
@@ -73,25 +73,25 @@ def quick(x: Tensor, weight: Tensor, bias: Tensor | None) -> _Product | None:
     dtype, shape, inputs = weight.dtype, weight.shape, x.shape[-1] if x.ndim else 0
     if x.dtype is not dtype or len(shape) != 2 or inputs != shape[1] or x.requires_grad:
         return None
-    counts, product = _few(shape, dtype, choice.forced_backend())
+    counts, backend = _few(shape, dtype, choice.forced_backend())
     tokens = x.numel() // inputs if inputs else 0
     if tokens not in counts or (bias is not None and (bias.dtype is not dtype or bias.shape != shape[:1])):
         return None
-    return product
+    return backend
 
 
 @remembered
-def _few(shape: tuple[int, int], dtype: torch.dtype, forced: str) -> tuple[Container[int], _Product | None]:
-    """Which numbers of tokens a backend multiplies with a weight ``[D, F]`` on the CPU, and its function."""
+def _few(shape: tuple[int, int], dtype: torch.dtype, forced: str) -> tuple[Container[int], Backend | None]:
+    """Which numbers of tokens a backend multiplies with a weight ``[D, F]`` on the CPU, and that backend."""
     plan = choice.plan_of(Problem("dense_linear", *shape, dtype, "cpu"), forced)
     found = REGISTRY.get(plan.skipping)
     # Also where it is forced: a product in another dtype is nothing that a user of it asks for.
     if found is None or found.linear is None or 0 in shape or found.obstacle("cpu", dtype):
         return (), None
     if plan.forced:
-        return range(1, _MANY), found.linear
+        return range(1, _MANY), found
     last = plan.steps[-1][0] if plan.steps else 0
-    return frozenset(n for n in range(1, last + 1) if plan.backend(n) == found.name), found.linear
+    return frozenset(n for n in range(1, last + 1) if plan.backend(n) == found.name), found
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

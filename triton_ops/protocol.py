@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from triton_ops.certificate import Certificate
 from triton_ops.mlp import MLP, Int8Weight, Scales
 
 
@@ -63,6 +64,14 @@ class Backend:
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
     """The dense product: ``x [..., F]``, at least one token, ``weight [D, F]``, neither D nor F being 0, bias
     ``[D]``, all of any strides: ``[..., D]``, contiguous. None: torch's is the only one."""
+
+    greedy_linear: Callable[[Tensor, Tensor, Tensor | None, Certificate], Tensor] | None = None
+    """``linear``, for a weight on the CPU whose rows are contiguous, of which only what may be the largest
+    output of a token is computed, with the bits of ``linear``; others are -infinity."""
+
+    certify: Callable[[Tensor, Tensor, Tensor], None] | None = None
+    """Of a weight ``[D, F]`` whose rows are contiguous, on the CPU: writes the rows and the bounds of its
+    certificate. None: torch makes them, which takes many times as long."""
 
     int8_mlp: Callable[[Tensor, MLP, Scales], Tensor] | None = None
     """``mlp`` with weights that are int8, for up to :data:`triton_ops.int8.INT8_TOKENS` tokens on the CPU;

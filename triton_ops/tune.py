@@ -17,7 +17,8 @@ from torch import Tensor
 
 from triton_ops import break_even, reference
 from triton_ops.backends import DENSE, REGISTRY, automatic
-from triton_ops.certificate import Certificate, certify
+from triton_ops.certificate import Certificate
+from triton_ops.certifier import certify
 from triton_ops.dense_linear import linear
 from triton_ops.layout import neuron_major_
 from triton_ops.ops import gated_mlp, plain_mlp, sparse_linear

@@ -8,6 +8,7 @@ from hf_sparse.modules.decoding_linear import (
 )
 from hf_sparse.modules.kept_block import KeptBlock, KeptChange, sparse_part, sparse_parts, stock_downs
 from hf_sparse.modules.leaf import ParameterLeaf
+from hf_sparse.modules.output_layer import OutputLayer
 from hf_sparse.modules.sparse_block import SparseBlock
 from hf_sparse.modules.sparse_experts import SparseExperts
 from hf_sparse.modules.sparse_linear import SparseLinear
@@ -17,6 +18,7 @@ __all__ = [
     "DecodingLinear",
     "KeptBlock",
     "KeptChange",
+    "OutputLayer",
     "ParameterLeaf",
     "SparseBlock",
     "SparseExperts",

@@ -33,9 +33,11 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return _in_graph(x, weight, bias)
     if type(weight) not in (nn.Parameter, Tensor):
         return _of_int8(x, weight, bias)
-    multiply = quick(x, weight, bias)
+    backend = quick(x, weight, bias)
+    if backend is None or backend.linear is None:
+        return F.linear(x, weight, bias)
     # A view: the layout of a down projection may be changed by another thread meanwhile.
-    return F.linear(x, weight, bias) if multiply is None else multiply(x, view_of(weight), bias)
+    return backend.linear(x, view_of(weight), bias)
 
 
 def _of_int8(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -57,7 +59,16 @@ def _in_graph(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return triton_ops.linear(x, weight, bias, backend=backend)
 
 
-@with_own_forward
+_ours: set[type[nn.Module]] = set()
+
+
+def of_ours(cls: type[DecodingLinear]) -> type[DecodingLinear]:
+    """Mark :class:`DecodingLinear`, or a subclass of this package, as what a stock layer may be made into."""
+    _ours.add(cls)
+    return with_own_forward(cls)
+
+
+@of_ours
 class DecodingLinear(nn.Linear):
     """What a stock ``nn.Linear`` is made into by its class; the object and all in it stay."""
 
@@ -72,7 +83,7 @@ class DecodingLinear(nn.Linear):
 
 def is_linear(module: nn.Module | None) -> TypeGuard[nn.Linear]:
     """Whether it is a linear layer and nothing else."""
-    return type(module) in (nn.Linear, DecodingLinear)
+    return type(module) is nn.Linear or type(module) in _ours
 
 
 def decode_linears(model: nn.Module) -> None:
@@ -88,11 +99,11 @@ def decode_linears(model: nn.Module) -> None:
 def stock_linears(model: nn.Module) -> None:
     """Undo :func:`decode_linears`; :func:`require_stock_linears` is called before."""
     for linear in modules_of(model):
-        if type(linear) is not DecodingLinear:
+        if (ours := type(linear)) not in _ours:
             continue
         object.__setattr__(linear, "__class__", nn.Linear)
         for name in ("forward", "_old_forward"):  # accelerate's hooks keep what they have found
-            if getattr(vars(linear).get(name), "__func__", None) is DecodingLinear.forward:
+            if getattr(vars(linear).get(name), "__func__", None) is ours.forward:
                 vars(linear)[name] = MethodType(nn.Linear.forward, linear)
 
 
@@ -104,7 +115,7 @@ def require_stock_linears(model: nn.Module) -> None:
 
     """
     for module in modules_of(model):
-        if isinstance(module, DecodingLinear) and type(module) is not DecodingLinear:
+        if isinstance(module, DecodingLinear) and type(module) not in _ours:
             raise of_another_class(module)
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from triton_ops.activations import TABLE
+from triton_ops.certificate import Certificate
 from triton_ops.cpu import build, products
 from triton_ops.layout import view_of
 from triton_ops.mlp import MLP, Int8Weight, Scales
@@ -23,7 +24,8 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # struct Call of mlp.cpp. Between two layers of decoding nothing of Python is left in the caches, so what is
 # done here for every call is kept small: ctypes would take longer to convert twenty arguments.
 _pack = struct.Struct("14P6q3if").pack
-_pack_linear = struct.Struct("5P4q4i").pack  # struct LinearCall
+_pack_linear = struct.Struct("7P4q4i").pack  # struct LinearCall
+_pack_certify = struct.Struct("3P3q2i").pack  # struct CertifyCall
 
 # The threads of OpenMP do not survive a fork, and waiting for them hangs the child; it works on one instead.
 _forked = False
@@ -79,6 +81,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         storage.data_ptr() + weight.storage_offset() * weight.itemsize,
         _pointer(bias),
         0,
+        0,
+        0,
         y.data_ptr(),
         tokens,
         outputs,
@@ -105,6 +109,8 @@ def int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
             rows.data_ptr(),
             _pointer(bias),
             scale.data_ptr(),
+            0,
+            0,
             y.data_ptr() + first * outputs * size,
             min(FEW, tokens - first),
             outputs,
@@ -118,8 +124,45 @@ def int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
 
 def _multiply(*call: Any) -> None:
     """Run ``hfs_linear`` with the fields of ``LinearCall`` from ``x`` to ``columns``."""
-    if _kernels().hfs_linear(_pack_linear(*call, 1 if _forked else torch.get_num_threads(), 0)):
-        _no_memory(call[5])
+    if _kernels().hfs_linear(_pack_linear(*call, _threads(), 0)):
+        _no_memory(call[7])
+
+
+def greedy_linear(x: Tensor, weight: Tensor, bias: Tensor | None, certificate: Certificate) -> Tensor:
+    """``x [..., F]``, at most :data:`FEW` tokens, to ``[..., D]``; ``weight`` has contiguous rows."""
+    outputs, inputs = weight.shape
+    y = x.new_empty((*x.shape[:-1], outputs))
+    x, bias = x.contiguous(), _contiguous(bias)
+    _multiply(
+        x.data_ptr(),
+        weight.data_ptr(),
+        _pointer(bias),
+        0,
+        certificate.rows.data_ptr(),
+        certificate.bounds.data_ptr(),
+        y.data_ptr(),
+        x.numel() // inputs,
+        outputs,
+        inputs,
+        weight.stride(0),
+        DTYPES[x.dtype],
+        False,
+    )
+    return y
+
+
+def certify(weight: Tensor, rows: Tensor, bounds: Tensor) -> None:
+    """Write the certificate of ``weight [D, F]``, whose rows are contiguous, to ``rows`` and ``bounds``."""
+    outputs, inputs = weight.shape
+    tensors = weight, rows, bounds
+    sizes = outputs, inputs, weight.stride(0)
+    _kernels().hfs_certify(
+        _pack_certify(*[t.data_ptr() for t in tensors], *sizes, DTYPES[weight.dtype], _threads())
+    )
+
+
+def _threads() -> int:
+    return 1 if _forked else torch.get_num_threads()
 
 
 def int8_mlp(x: Tensor, mlp: MLP, scales: Scales) -> Tensor:
@@ -167,7 +210,7 @@ def _call(x: Tensor, y: Tensor, mlp: MLP, kind: int, scales: Scales = (None, Non
             down.stride(1),
             DTYPES[x.dtype],
             kind,
-            1 if _forked else torch.get_num_threads(),
+            _threads(),
             threshold,
         )
     )
@@ -194,6 +237,8 @@ def _kernels() -> Any:
     for function in (library.hfs_mlp, library.hfs_linear):
         function.restype = ctypes.c_int
         function.argtypes = [ctypes.c_char_p]
+    library.hfs_certify.restype = None
+    library.hfs_certify.argtypes = [ctypes.c_char_p]
     return library
 
 
@@ -210,6 +255,8 @@ BACKEND = Backend(
     mlp=mlp,
     sparse_linear=sparse_linear,
     linear=linear,
+    greedy_linear=greedy_linear,
+    certify=certify,
     int8_mlp=int8_mlp,
     int8_linear=int8_linear,
     int8_sparse_linear=int8_sparse_linear,

@@ -93,16 +93,20 @@ inline float next_up(float v) {
   return std::isfinite(v) ? as_float(u & 0x80000000u ? u - 1 : u + 1) : v;
 }
 
-// An upper bound of the dot product that dots() would compute for a row with these bounds and q . k = product;
-// NaN or infinity where there is none.
-inline float upper_bound(const float* bounds, int64_t product, const Quantised& in) {
+// Between what lies the dot product that dots() would compute for a row with these bounds and q . k = product;
+// infinities where that is not known, or NaN.
+struct Between {
+  float least, most;
+};
+
+inline Between between(const float* bounds, double product, const Quantised& in) {
   const double s = bounds[0], r = bounds[1], m = bounds[2];
-  if (!(in.finite && m * in.x < 0x1p126)) return INFINITY;
-  const double exact = s * in.z * double(product);
+  if (!(in.finite && m * in.x < 0x1p126)) return {-INFINITY, INFINITY};
+  const double exact = s * in.z * product;
   const double slack = (m + r) * in.e + r * in.x + m * in.g + in.underflow * (1.0 + m + in.x);
   // The last term: rounding of this very formula in float64.
-  const double bound = exact + slack + 1e-12 * (slack + (m + r) * (in.x + in.e));
-  return next_up(float(bound));
+  const double off = slack + 1e-12 * (slack + (m + r) * (in.x + in.e));
+  return {-next_up(float(off - exact)), next_up(float(exact + off))};
 }
 
 }  // namespace

@@ -2,7 +2,9 @@
 //
 // Shapes: T tokens, D hidden size, F neurons. The weights hold one neuron per contiguous row of D elements.
 
+#include "certifier.h"
 #include "dense_linear.h"
+#include "greedy_linear.h"
 #include "one_pass.h"
 #include "hidden_product.h"
 #include "down_product.h"
@@ -28,11 +30,21 @@ static_assert(sizeof(Call) == 20 * 8 + 4 * 4, "backend.py packs it by hand");
 struct LinearCall {
   const void *x, *w, *bias;     // [T, F]; [D, F], of which rows or columns are contiguous; [D] or null
   const float* scales;          // [D] where w is int8, whose rows are then contiguous; else null
+  const void *q, *bounds;       // [D, F] and [D, 3]: only what may be the largest output of a token; or null
   void* y;                      // [T, D]
   int64_t T, D, F, stride;      // between these rows or columns
   int32_t dtype, columns, threads, unused;
 };
-static_assert(sizeof(LinearCall) == 9 * 8 + 4 * 4, "backend.py packs it by hand");
+static_assert(sizeof(LinearCall) == 11 * 8 + 4 * 4, "backend.py packs it by hand");
+
+// One certificate to be made.
+struct CertifyCall {
+  const void* w;                // [D, F], of which rows are contiguous
+  void *q, *bounds;             // [D, F] and [D, 3]
+  int64_t D, F, stride;         // between rows of w
+  int32_t dtype, threads;
+};
+static_assert(sizeof(CertifyCall) == 6 * 8 + 2 * 4, "backend.py packs it by hand");
 
 namespace {
 
@@ -209,6 +221,13 @@ template <class W>
 int run(const LinearCall& call) {
   typedef typename W::Type Type;
   if (call.scales) return by_inputs<W>(call, call.F, run_rows<W, Int8Fixed>, run_rows<W, Int8>);
+  if (call.q) {
+    GreedyLinear<W> linear = {};
+    linear.x = (const Type*)call.x, linear.w = (const Type*)call.w, linear.bias = (const Type*)call.bias;
+    linear.q = (const int8_t*)call.q, linear.bounds = (const float*)call.bounds, linear.y = (Type*)call.y;
+    linear.T = call.T, linear.D = call.D, linear.F = call.F, linear.stride = call.stride;
+    return run_whole(linear, sensible(call.threads));
+  }
   if (call.columns) {
     Fused<W> linear = {};
     linear.x = (const Type*)call.x, linear.down = (const Type*)call.w, linear.down_bias = (const Type*)call.bias;
@@ -219,6 +238,14 @@ int run(const LinearCall& call) {
   return run_rows<W, W>(call);
 }
 
+template <class W>
+void run(const CertifyCall& call) {
+  Certifier<W> certifier = {};
+  certifier.w = (const typename W::Type*)call.w, certifier.q = (int8_t*)call.q, certifier.bounds = (float*)call.bounds;
+  certifier.D = call.D, certifier.F = call.F, certifier.stride = call.stride;
+  certifier.run(sensible(call.threads));
+}
+
 }  // namespace
 
 // Returns 0, or 1 where there is no memory for intermediate values; y is then as it was. Weights in int8: for at most
@@ -227,7 +254,11 @@ extern "C" int hfs_mlp(const Call* call) {
   return call->dtype == 0 ? run<Float32>(*call) : call->dtype == 1 ? run<BFloat16>(*call) : run<Float16>(*call);
 }
 
-// The same for at most DenseLinear::kTokens tokens.
+// The same for at most kTokens of DenseLinear and GreedyLinear.
 extern "C" int hfs_linear(const LinearCall* call) {
   return call->dtype == 0 ? run<Float32>(*call) : call->dtype == 1 ? run<BFloat16>(*call) : run<Float16>(*call);
+}
+
+extern "C" void hfs_certify(const CertifyCall* call) {
+  call->dtype == 0 ? run<Float32>(*call) : call->dtype == 1 ? run<BFloat16>(*call) : run<Float16>(*call);
 }

@@ -106,7 +106,7 @@ struct Fused {
     for (int64_t i = 0; i < n; ++i) {
       // What is done here to the bound is done below to the dot product; each step is monotone.
       const int64_t f = begin + i, product = int8_dot(q + f * D, k, D);
-      p[i] = rounded<W>(upper_bound(bounds + 3 * f, product, quantised) + bias(gate_bias, f));
+      p[i] = rounded<W>(between(bounds + 3 * f, double(product), quantised).most + bias(gate_bias, f));
     }
     int64_t count = 0;
     activations::Table::select(kind, [&](auto activation) {
