@@ -13,6 +13,7 @@ from hf_sparse.adapters.walk import modules_of
 from hf_sparse.errors import PatchError
 from hf_sparse.modules import SparseExperts
 from hf_sparse.modules.sparse_block import hooks_on_all_modules
+from hf_sparse.packed_attention import pack_attention, stock_attention
 
 BACKEND = "inductor"
 _FORMER = "_hf_sparse_former_generation"
@@ -60,11 +61,12 @@ def compile_step(model: PreTrainedModel) -> None:
     stock_step(model)
     former = tuple(getattr(own, name) for name in _FIELDS)
     experts = any(isinstance(module, SparseExperts) for module in modules_of(model))
-    config = CompileConfig(
-        fullgraph=not experts,
-        backend=BACKEND,
-        mode="default" if model.device.type == "cpu" else "reduce-overhead",
-    )
+    on_cpu = model.device.type == "cpu"
+    config = CompileConfig(fullgraph=not experts, backend=BACKEND)
+    if on_cpu:
+        # Between two products a step works on a few thousand numbers: to wake threads takes longer.
+        config.mode, config.options = None, {"cpp.threads": 1}  # type: ignore[assignment]
+        pack_attention(model)
     config._compile_all_devices = True  # type: ignore[assignment]  # else never on a CPU
     own.cache_implementation, own.compile_config = "static", config
     vars(model)[_FORMER] = own, former, ("static", config)
@@ -74,6 +76,7 @@ def compile_step(model: PreTrainedModel) -> None:
 def stock_step(model: PreTrainedModel) -> None:
     """Undo :func:`compile_step`."""
     _put_back(model)
+    stock_attention(model)
     if vars(model).pop(_FORMER, None) is not None:
         for name in ("_compiled_call", "_last_compile_config"):
             vars(model).pop(name, None)
