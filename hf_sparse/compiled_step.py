@@ -16,6 +16,8 @@ from hf_sparse.modules.sparse_block import hooks_on_all_modules
 from hf_sparse.packed_attention import pack_attention, stock_attention
 
 BACKEND = "inductor"
+OPTIONS = {"cpp.threads": 1}
+"""On a CPU. Between two products a step works on a few thousand numbers: to wake threads takes longer."""
 _FORMER = "_hf_sparse_former_generation"
 _FIELDS = ("cache_implementation", "compile_config")
 
@@ -64,8 +66,7 @@ def compile_step(model: PreTrainedModel) -> None:
     on_cpu = model.device.type == "cpu"
     config = CompileConfig(fullgraph=not experts, backend=BACKEND)
     if on_cpu:
-        # Between two products a step works on a few thousand numbers: to wake threads takes longer.
-        config.mode, config.options = None, {"cpp.threads": 1}  # type: ignore[assignment]
+        config.mode, config.options = None, OPTIONS  # type: ignore[assignment]
         pack_attention(model)
     config._compile_all_devices = True  # type: ignore[assignment]  # else never on a CPU
     own.cache_implementation, own.compile_config = "static", config

@@ -11,6 +11,7 @@
   theirs from ``reset_parameters``.
 - ``save_pretrained`` first brings the config in line with the modules, and is followed by the README's
   section on the model.
+- ``generate`` is where a model that was prepared for it decodes greedily without all of its output layer.
 - ``_upload_modified_files`` ends every push to the Hub, after transformers has put its own README there.
 
 Beside them it adds two names that checkpoints use to be refused elsewhere, an activation and a fusion.
@@ -25,10 +26,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.quantizers import HfQuantizer
 
+from hf_sparse import greedy_decoding
 from hf_sparse.checkpoint_block import KEY, refusing
 from hf_sparse.checks import bounded
 from hf_sparse.compiled_step import stock_generation
@@ -193,4 +195,5 @@ _AROUND: dict[str, tuple[type, Callable[..., Any]]] = {
     "_initialize_weights": (PreTrainedModel, _initialize_weights),
     "save_pretrained": (PreTrainedModel, _save_pretrained),
     "_upload_modified_files": (PreTrainedModel, _upload),
+    "generate": (GenerationMixin, greedy_decoding.generate),
 }

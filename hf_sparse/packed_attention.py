@@ -4,12 +4,18 @@ In a compiled step transformers repeats keys and values for each query head, and
 a single query for each, which on CPUs takes many times longer than to read them once. Query heads of one key
 head are queries of the same keys: together they are one call, as transformers makes it itself outside of
 compiled graphs. What that does not fit is computed as ``"sdpa"`` says.
+
+A few models ask whether their attention is called ``"sdpa"``, and compute something else where it is not:
+they keep it.
 """
 
 from __future__ import annotations
 
+import inspect
+import re
+import sys
 from collections.abc import Iterator
-from inspect import signature
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,10 +24,16 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from hf_sparse.adapters.walk import modules_of
+
 NAME = "hf_sparse_packed_sdpa"
 STOCK = "sdpa"
+_LIBRARIES = ("builtins", "abc", "typing", "torch", "transformers", "hf_sparse")
 _OURS = ("module", "query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal", "kwargs")
-_THEIRS = ("softcap", *(name for name in signature(sdpa_attention_forward).parameters if name not in _OURS))
+_THEIRS = (
+    "softcap",
+    *(name for name in inspect.signature(sdpa_attention_forward).parameters if name not in _OURS),
+)
 """What else transformers' function takes, and may change what it computes."""
 
 
@@ -38,15 +50,10 @@ def packed_attention(
     """``query [B, H, T, D]``, ``key`` and ``value [B, K, L, D]`` to ``[B, T, H, D]``, and None."""
     batch, heads, tokens, size = query.shape
     shared = heads // key.shape[1]
-    masked_alike = attention_mask is None or (
-        attention_mask.ndim == 4 and attention_mask.shape[1:3] == (1, 1)
-    )
-    if (
-        tokens != 1
-        or shared == 1
-        or not masked_alike
-        or any(kwargs.get(name) is not None for name in _THEIRS)
-    ):
+    fits = tokens == 1 and shared > 1 and batch == len(key)
+    if attention_mask is not None:  # the same for all heads
+        fits = fits and attention_mask.ndim == 4 and attention_mask.shape[1:3] == (1, 1)
+    if not fits or any(kwargs.get(name) is not None for name in _THEIRS):
         y, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -63,21 +70,54 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def pack_attention(model: PreTrainedModel) -> None:
-    """Have ``model`` use it, if transformers lets it choose and it has torch's attention everywhere."""
-    chosen = {config._attn_implementation for config in _configs(model.config)}
-    if chosen == {STOCK} and model._can_set_attn_implementation():
-        model.set_attn_implementation(NAME)
+    """Have ``model`` use it, if it has torch's attention everywhere and does not ask for it by name."""
+    configs = list(_configs(model))
+    if {config._attn_implementation for config in configs} != {STOCK}:
+        return
+    if model._can_set_attn_implementation() and not any(map(_asks_by_name, _files(model))):
+        for config in configs:
+            config._attn_implementation_internal = NAME
 
 
 def stock_attention(model: PreTrainedModel) -> None:
     """Undo :func:`pack_attention`, but for what somebody has chosen since."""
-    for config in _configs(model.config):
+    for config in _configs(model):
         if config._attn_implementation == NAME:
             config._attn_implementation_internal = STOCK
 
 
-def _configs(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
-    yield config
-    for name in getattr(config, "sub_configs", ()):
-        if isinstance(own := getattr(config, name, None), PretrainedConfig):
-            yield from _configs(own)
+def _configs(model: PreTrainedModel) -> Iterator[PretrainedConfig]:
+    """Those that modules go by."""
+    found: dict[int, PretrainedConfig] = {}
+    todo = [
+        config
+        for module in modules_of(model)
+        if isinstance(config := vars(module).get("config"), PretrainedConfig)
+    ]
+    while todo:
+        config = todo.pop()
+        if id(config) not in found:
+            found[id(config)] = config
+            own = (getattr(config, name, None) for name in getattr(config, "sub_configs", ()))
+            todo += [one for one in own if isinstance(one, PretrainedConfig)]
+    yield from found.values()
+
+
+def _files(model: PreTrainedModel) -> set[str]:
+    """The Python modules in which this model is written, by name."""
+    names = {cls.__module__ for module in modules_of(model) for cls in type(module).__mro__}
+    return {
+        name
+        for name in names
+        if name.startswith("transformers.models.") or name.partition(".")[0] not in _LIBRARIES
+    }
+
+
+@cache
+def _asks_by_name(module: str) -> bool:
+    """Whether it may compute something else with an attention of another name; it may if nobody can tell."""
+    try:
+        text = inspect.getsource(sys.modules[module])
+    except (KeyError, OSError, TypeError):
+        return True
+    return re.search(rf"""["']{STOCK}["']""", text) is not None

@@ -10,7 +10,7 @@ from triton_ops.certifier import certify
 from triton_ops.choice import Plan, backend, plan
 from triton_ops.dense_linear import linear
 from triton_ops.greedy_linear import greedy_linear
-from triton_ops.int8 import int8_kernels, int8_linear, int8_mlp, int8_sparse_linear
+from triton_ops.int8 import int8_in_graph, int8_kernels, int8_linear, int8_mlp, int8_sparse_linear
 from triton_ops.layout import is_neuron_major, neuron_major_
 from triton_ops.memo import forget
 from triton_ops.mlp import Int8Weight
@@ -32,6 +32,7 @@ __all__ = [
     "forget",
     "gated_mlp",
     "greedy_linear",
+    "int8_in_graph",
     "int8_kernels",
     "int8_linear",
     "int8_mlp",

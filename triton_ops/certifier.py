@@ -10,6 +10,7 @@ from triton_ops.backends import AUTO, REGISTRY, automatic
 from triton_ops.certificate import Certificate, certify_
 from triton_ops.memo import remembered
 from triton_ops.protocol import Backend
+from triton_ops.unobserved import is_plain_cpu
 
 
 @torch.no_grad()
@@ -34,18 +35,27 @@ def certify(weight: Tensor, into: Certificate | None = None) -> Certificate:
     if into is None:
         rows = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
         into = Certificate(rows, torch.empty(len(rows), 3, dtype=torch.float32, device=weight.device))
-    elif into.rows.shape != weight.shape or into.rows.device != weight.device:
-        raise ValueError(
-            f"into is the certificate of a weight of shape {list(into.rows.shape)} on {into.rows.device}, "
-            f"and weight is of shape {list(weight.shape)} on {weight.device}."
-        )
-    plain = weight.device.type == "cpu" and weight.layout == torch.strided and weight.numel()
-    backend = _backend(choice.forced_backend(), weight.dtype) if plain and weight.stride(1) == 1 else None
-    if backend is None or backend.certify is None:
+    else:
+        _check(into, weight)
+    rows_lie = is_plain_cpu(weight) and weight.numel() and weight.stride(1) == 1
+    backend = _backend(choice.forced_backend(), weight.dtype) if rows_lie else None
+    if backend is None or backend.certify is None or not all(map(is_plain_cpu, into)):
         certify_(weight, into)
     else:
         backend.certify(weight, *into)
     return into
+
+
+def _check(into: Certificate, weight: Tensor) -> None:
+    rows, bounds = into
+    if rows.shape != weight.shape or rows.device != weight.device:
+        raise ValueError(
+            f"into is the certificate of a weight of shape {list(rows.shape)} on {rows.device}, "
+            f"and weight is of shape {list(weight.shape)} on {weight.device}."
+        )
+    right = rows.dtype == torch.int8 and bounds.dtype == torch.float32 and bounds.shape == (len(rows), 3)
+    if not (right and rows.is_contiguous() and bounds.is_contiguous() and bounds.device == rows.device):
+        raise ValueError("into is not as triton_ops.certify makes it: int8 and float32, contiguous.")
 
 
 @remembered

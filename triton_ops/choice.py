@@ -72,6 +72,16 @@ def forced_backend() -> str:
     return _forced.get() or _from_environment()
 
 
+def forced_in_graph() -> str:
+    """The same for a graph that is being compiled, which guards on it."""
+    return _of_thread.forced or _environment_in_graph(memo.epoch)
+
+
+@torch.compiler.assume_constant_result
+def _environment_in_graph(epoch: str) -> str:
+    return _from_environment()
+
+
 @remembered
 def _from_environment() -> str:
     return _checked(os.environ.get(ENVIRONMENT) or AUTO, ENVIRONMENT)

@@ -4,28 +4,40 @@
 gate alone. A scale of each output suits skipping: in the down projection ``[D, F]`` it is the same for all
 neurons, and is applied to their sum.
 
-These are functions and no ``torch.library`` operators: kernels run only where nothing would be told of a call
-(:func:`int8_kernels`), and elsewhere whoever holds such weights has a way of his own to multiply with them.
+Kernels run where nothing would be told of a call (:func:`int8_kernels`), and as ``torch.library`` operators
+in graphs without gradient (:func:`int8_in_graph`). Elsewhere whoever holds such weights has a way of his own
+to multiply with them.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from triton_ops import choice, reference
-from triton_ops.activations import check
+from triton_ops import choice, memo, reference
+from triton_ops.activations import TABLE, check
 from triton_ops.backends import AUTO, REGISTRY, automatic
 from triton_ops.layout import is_neuron_major
 from triton_ops.memo import remembered
-from triton_ops.mlp import MLP, Int8Weight
-from triton_ops.ops import check_input, check_tensor, check_vectors
+from triton_ops.mlp import MLP, Int8Weight, Scales
+from triton_ops.ops import LIB, TAGS, check_input, check_tensor, check_vectors
 from triton_ops.protocol import Backend
 from triton_ops.unobserved import unobserved
 
 INT8_TOKENS = 32
 """Tokens up to which kernels are used; more are for whoever multiplies many."""
+
+for _linear in ("int8_linear", "int8_sparse_linear"):
+    LIB.define(f"{_linear}(Tensor x, Tensor rows, Tensor scale, Tensor? bias) -> Tensor", tags=TAGS)
+LIB.define(
+    "int8_mlp(Tensor x, Tensor first, Tensor first_scale, Tensor? up, Tensor? up_scale, Tensor down, "
+    "Tensor down_scale, Tensor? first_bias, Tensor? up_bias, Tensor? down_bias, Tensor? thresholds, "
+    "str activation, float threshold) -> Tensor",
+    tags=TAGS,
+)
 
 
 def int8_kernels(x: Tensor, *biases: Tensor | None) -> Backend | None:
@@ -40,6 +52,25 @@ def int8_kernels(x: Tensor, *biases: Tensor | None) -> Backend | None:
     if not width or not 0 < x.numel() // width <= INT8_TOKENS:
         return None
     return _backend(choice.forced_backend(), x.dtype)
+
+
+def int8_in_graph(x: Tensor) -> bool:
+    """Whether a graph that is being compiled should call these operators for ``x [..., F]``.
+
+    Not with gradient or under autocast, for more tokens, on other devices, and in a program to be exported,
+    which is to run without this package.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_exporting() or choice.autocasts(x.device.type):
+        return False
+    width = x.shape[-1] if x.ndim else 0
+    if x.device.type != "cpu" or not width or not 0 < x.numel() // width <= INT8_TOKENS:
+        return False
+    return _has_kernels(choice.forced_in_graph(), memo.epoch, x.dtype)
+
+
+@torch.compiler.assume_constant_result
+def _has_kernels(forced: str, epoch: str, dtype: torch.dtype) -> bool:
+    return _backend(forced, dtype) is not None
 
 
 def int8_obstacle(device: str, dtype: torch.dtype) -> str | None:
@@ -69,6 +100,8 @@ def int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Te
         MemoryError: the compiled backend has no memory for a copy of ``x``.
 
     """
+    if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        return torch.ops.hf_sparse.int8_linear.default(x, *weight, bias)
     _check_linear("x", x, weight, bias)
     backend = int8_kernels(x, bias) if len(weight.rows) else None
     if backend is None or backend.int8_linear is None:
@@ -88,6 +121,8 @@ def int8_sparse_linear(h: Tensor, weight: Int8Weight, bias: Tensor | None = None
         As :func:`int8_linear`.
 
     """
+    if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        return torch.ops.hf_sparse.int8_sparse_linear.default(h, *weight, bias)
     _check_linear("h", h, weight, bias)
     skips = len(weight.rows) and is_neuron_major(weight.rows)
     backend = int8_kernels(h, bias) if skips else None
@@ -129,6 +164,34 @@ def int8_mlp(
         MemoryError: the compiled backend has no memory for its intermediate values.
 
     """
+    biases = first_bias, up_bias, down_bias
+    if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        scalar, each = (0.0, threshold) if isinstance(threshold, Tensor) else (threshold, None)
+        weights = *first, *(up or (None, None)), *down
+        return torch.ops.hf_sparse.int8_mlp.default(x, *weights, *biases, each, activation, scalar)
+    mlp = _checked_mlp(x, first, up, down, *biases, activation, threshold)
+    skips = len(first.rows) and is_neuron_major(down.rows)
+    backend = int8_kernels(x, *biases) if skips else None
+    if backend is None or backend.int8_mlp is None:
+        return reference.int8_mlp(x, first, up, down, *biases, activation=activation, threshold=threshold)
+    return backend.int8_mlp(x, mlp, _scales(first, up, down))
+
+
+def _scales(first: Int8Weight, up: Int8Weight | None, down: Int8Weight) -> Scales:
+    return first.scale, None if up is None else up.scale, down.scale
+
+
+def _checked_mlp(
+    x: Tensor,
+    first: Int8Weight,
+    up: Int8Weight | None,
+    down: Int8Weight,
+    first_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    threshold: float | Tensor,
+) -> MLP:
     check(activation, threshold, gated=up is not None)
     check_input("x", x, first.rows, "first")
     neurons, hidden = first.rows.shape
@@ -136,15 +199,79 @@ def int8_mlp(
     if up is not None:
         _check_weight("up", up, (neurons, hidden), x, "[F, D]")
     _check_weight("down", down, (hidden, neurons), x, "[D, F]")
-    biases = first_bias, up_bias, down_bias
     rows = first.rows, None if up is None else up.rows, down.rows
-    mlp = MLP(*rows, *biases, activation, threshold)
+    mlp = MLP(*rows, first_bias, up_bias, down_bias, activation, threshold)
     check_vectors(x, mlp, "first")
-    backend = int8_kernels(x, *biases) if neurons and is_neuron_major(down.rows) else None
-    if backend is None or backend.int8_mlp is None:
-        return reference.int8_mlp(x, first, up, down, *biases, activation=activation, threshold=threshold)
-    scales = first.scale, None if up is None else up.scale, down.scale
-    return backend.int8_mlp(x, mlp, scales)
+    return mlp
+
+
+def _of_op(x: Tensor, weight: Tensor) -> Backend | None:
+    """Whose kernels an operator calls, which the dispatcher has come to, so that nobody watches any more."""
+    tokens = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    if not (weight.numel() and 0 < tokens <= INT8_TOKENS):
+        return None
+    return _backend(choice.forced_backend(), x.dtype)
+
+
+def _linear_op(x: Tensor, rows: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    weight = Int8Weight(rows, scale)
+    _check_linear("x", x, weight, bias)
+    backend = _of_op(x, rows)
+    if backend is None or backend.int8_linear is None:
+        return reference.int8_linear(x, weight, bias).contiguous()
+    return backend.int8_linear(x, weight, bias)
+
+
+def _sparse_linear_op(x: Tensor, rows: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    weight = Int8Weight(rows, scale)
+    _check_linear("h", x, weight, bias)
+    backend = _of_op(x, rows) if is_neuron_major(rows) else None
+    if backend is None or backend.int8_sparse_linear is None:
+        return reference.int8_linear(x, weight, bias).contiguous()
+    return backend.int8_sparse_linear(x, weight, bias)
+
+
+def _mlp_of(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of :func:`_checked_mlp` after x, from those of the operator."""
+    first, first_scale, up, up_scale, down, down_scale, *biases, thresholds, activation, threshold = args
+    second = None if up is None else Int8Weight(up, up_scale)
+    own = threshold if thresholds is None else thresholds
+    return Int8Weight(first, first_scale), second, Int8Weight(down, down_scale), *biases, activation, own
+
+
+def _mlp_op(x: Tensor, *args: Any) -> Tensor:
+    given = _mlp_of(args)
+    mlp, (first, up, down, *biases) = _checked_mlp(x, *given), given[:-2]
+    backend = _of_op(x, mlp.first)
+    if backend is not None and backend.int8_mlp is not None and is_neuron_major(mlp.down):
+        return backend.int8_mlp(x, mlp, _scales(first, up, down))
+    # A graph stays what it is when somebody has a weight back in its stock layout.
+    product = reference.int8_linear if backend is None else backend.int8_linear
+    assert product is not None
+    row = TABLE[mlp.activation]
+    h = row.value(product(x, first, biases[0]), mlp.threshold)
+    if up is not None:
+        u = product(x, up, biases[1])
+        h = h * (torch.relu(u) if row.relu_up else u)
+    return product(h, down, biases[2]).contiguous()
+
+
+LIB.impl("int8_linear", _linear_op, "CPU")
+LIB.impl("int8_sparse_linear", _sparse_linear_op, "CPU")
+LIB.impl("int8_mlp", _mlp_op, "CPU")
+
+
+@torch.library.register_fake("hf_sparse::int8_linear", lib=LIB)
+@torch.library.register_fake("hf_sparse::int8_sparse_linear", lib=LIB)
+def _(x: Tensor, rows: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    _check_linear("x", x, Int8Weight(rows, scale), bias)
+    return x.new_empty((*x.shape[:-1], rows.shape[0]))
+
+
+@torch.library.register_fake("hf_sparse::int8_mlp", lib=LIB)
+def _(x: Tensor, *args: Any) -> Tensor:
+    _checked_mlp(x, *_mlp_of(args))
+    return x.new_empty(x.shape)
 
 
 def _check_linear(name: str, x: Tensor, weight: Int8Weight, bias: Tensor | None) -> None:

@@ -32,6 +32,11 @@ if _KNOWN:  # the second of each is that of inference mode
     _OF_THREADS = _keys("BackendSelect", "ADInplaceOrView"), _keys("BackendSelect")
 
 
+def is_plain_cpu(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is on the CPU and holds its very numbers: of no subclass, not lazily negated."""
+    return _KNOWN and type(tensor) in _PLAIN and _keys_of(tensor) in _OF_TENSORS
+
+
 def unobserved(*tensors: Tensor | None) -> bool:
     """Whether the dispatcher would only find the CPU function of an operator called with ``tensors``.
 

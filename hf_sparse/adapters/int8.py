@@ -7,7 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import triton_ops
 from triton_ops import Int8Weight
+
+_OF_WEIGHT = ("qdata", "scale", "block_size")
+_OF_INPUT = ("act_quant_kwargs", "act_quant_scale", "act_pre_scale")
 
 
 def int8_of(weight: object) -> Int8Weight | None:
@@ -20,9 +24,13 @@ def int8_of(weight: object) -> Int8Weight | None:
     kind = type(weight)
     if kind.__name__ != "Int8Tensor" or not kind.__module__.startswith("torchao."):
         return None
-    own: dict[str, Any] = vars(weight)
-    rows, scale, block = own.get("qdata"), own.get("scale"), own.get("block_size")
-    if any(own.get(name) is not None for name in ("act_quant_kwargs", "act_quant_scale", "act_pre_scale")):
+    own: dict[str, Any] = {}
+    if torch.compiler.is_compiling():
+        own.update({name: getattr(weight, name, None) for name in (*_OF_WEIGHT, *_OF_INPUT)})
+    else:
+        own.update(vars(weight))
+    rows, scale, block = (own.get(name) for name in _OF_WEIGHT)
+    if any(own.get(name) is not None for name in _OF_INPUT):
         return None
     if type(rows) is not Tensor or type(scale) is not Tensor or rows.ndim != 2:
         return None
@@ -43,6 +51,13 @@ def is_beside(weight: Int8Weight, bias: Tensor | None, x: Tensor) -> bool:
     if bias is None or rows.device != x.device:
         return rows.device == x.device
     return bias.dtype == x.dtype and bias.shape == rows.shape[:1] and bias.device == x.device
+
+
+def int8_runs(x: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether kernels compute with ``x [..., F]`` here: now, or in the graph that is being compiled."""
+    if torch.compiler.is_compiling():
+        return triton_ops.int8_in_graph(x)
+    return triton_ops.int8_kernels(x, bias) is not None
 
 
 def stored(weight: Tensor) -> Tensor:

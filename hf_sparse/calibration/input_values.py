@@ -142,6 +142,8 @@ class SignedValues(InputValues):
     def __init__(self, block: Block, linear: nn.Linear, shared: Shared) -> None:
         super().__init__(block, linear, shared)
         self._distribution = Distribution()
+        self._centers: list[float] = []
+        """Of what has been seen; to find the mode takes long."""
 
     @property
     def total(self) -> int:
@@ -149,10 +151,11 @@ class SignedValues(InputValues):
 
     def pruning(self, share: float) -> Pruning:
         """Around that of 0, median and mode around which least is lost: in mean square, at ``share``."""
-        centers = {0.0, self._distribution.quantile(0.5), self._distribution.mode()}
-        # Exact in every dtype of a model, so that no dtype takes another one.
-        exact = sorted(float(torch.tensor(center).bfloat16()) for center in centers)
-        found = [(self._distribution.around(center, share), center) for center in exact]
+        if not self._centers:
+            centers = {0.0, self._distribution.quantile(0.5), self._distribution.mode()}
+            # Exact in every dtype of a model, so that no dtype takes another one.
+            self._centers = sorted(float(torch.tensor(center).bfloat16()) for center in centers)
+        found = [(self._distribution.around(center, share), center) for center in self._centers]
         (_, threshold), center = min(found, key=lambda one: (one[0][0], abs(one[1])))
         return Pruning(threshold, center)
 
@@ -164,6 +167,7 @@ class SignedValues(InputValues):
 
     def add(self, counts: Tensor) -> None:
         self._distribution.add(counts)
+        self._centers = []
 
 
 class Shared:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import triton_ops
-from hf_sparse.adapters.int8 import fits, int8_of
+from hf_sparse.adapters.int8 import fits, int8_of, int8_runs
 from hf_sparse.adapters.walk import modules_of
 from hf_sparse.errors import PatchError
 from hf_sparse.modules.surroundings import is_plain, with_own_forward
@@ -48,8 +48,13 @@ def _of_int8(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _in_graph(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if torch.is_grad_enabled() or torch.compiler.is_exporting() or not is_plain(weight):
+    if torch.is_grad_enabled() or torch.compiler.is_exporting():
         return F.linear(x, weight, bias)
+    if not is_plain(weight):
+        held = int8_of(weight) if int8_runs(x) else None
+        if held is None or not fits(held, bias, x):
+            return F.linear(x, weight, bias)
+        return triton_ops.int8_linear(x, held, bias)
     alike = x.dtype == weight.dtype and x.device == weight.device and x.shape[-1:] == weight.shape[1:]
     if not alike or not weight.numel() or (bias is not None and bias.dtype != x.dtype):
         return F.linear(x, weight, bias)
@@ -80,6 +85,14 @@ class DecodingLinear(nn.Linear):
             return nn.Linear.forward(self, input)
         return product(input, own["weight"], own["bias"])  # type: ignore[arg-type]
 
+    def multiplied(self, input: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """Weight and bias, if a kernel is what :meth:`forward` multiplies ``input`` with them by."""
+        own, replaced = self._parameters, nn.Linear.forward is not _FORWARD or F.linear is not _LINEAR
+        weight = own.get("weight")
+        if weight is None or "bias" not in own or replaced or type(weight) not in (nn.Parameter, Tensor):
+            return None
+        return None if quick(input, weight, own["bias"]) is None else (weight, own["bias"])
+
 
 def is_linear(module: nn.Module | None) -> TypeGuard[nn.Linear]:
     """Whether it is a linear layer and nothing else."""
@@ -99,12 +112,17 @@ def decode_linears(model: nn.Module) -> None:
 def stock_linears(model: nn.Module) -> None:
     """Undo :func:`decode_linears`; :func:`require_stock_linears` is called before."""
     for linear in modules_of(model):
-        if (ours := type(linear)) not in _ours:
-            continue
-        object.__setattr__(linear, "__class__", nn.Linear)
-        for name in ("forward", "_old_forward"):  # accelerate's hooks keep what they have found
-            if getattr(vars(linear).get(name), "__func__", None) is ours.forward:
-                vars(linear)[name] = MethodType(nn.Linear.forward, linear)
+        if type(linear) in _ours:
+            become(linear, nn.Linear)
+
+
+def become(linear: nn.Module, cls: type[nn.Linear]) -> None:
+    """Make ``linear`` one of ``cls``, nn.Linear or of ours, which it is one of already."""
+    before = type(linear).forward
+    object.__setattr__(linear, "__class__", cls)
+    for name in ("forward", "_old_forward"):  # accelerate's hooks keep what they have found
+        if getattr(vars(linear).get(name), "__func__", None) is before:
+            vars(linear)[name] = MethodType(cls.forward, linear)
 
 
 def require_stock_linears(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import triton_ops
-from hf_sparse.adapters.int8 import fits, int8_of, stored
+from hf_sparse.adapters.int8 import fits, int8_of, int8_runs, stored
 from hf_sparse.adapters.pruning import Pruning, column_norms, wide
 from hf_sparse.errors import PatchError
 from hf_sparse.modules.decoding_linear import of_another_class, product
@@ -172,16 +172,19 @@ class SparseLinear(GuardedModule, nn.Linear):
 
     def _int8(self, h: Tensor) -> Tensor | None:
         """The product with a weight that is int8; None where it is another, or must be called."""
-        bias = self._parameters.get("bias")
-        if self.training or overridden() or not self._is_undisturbed():
+        bias, compiling = self._parameters.get("bias"), torch.compiler.is_compiling()
+        if self.training or (not compiling and overridden()) or not self._is_undisturbed():
             return None
-        if triton_ops.int8_kernels(h, bias) is None:
+        if not int8_runs(h, bias):
             return None
-        lendable = self.gives_zeros and self.may_lend()  # before a variable here holds the rows
+        lendable = self.gives_zeros and (
+            compiling or self.may_lend()
+        )  # before a variable here holds the rows
         held = int8_of(self._parameters["weight"])
         if held is None or not fits(held, bias, h):
             return None
-        if lendable and (rows := lend(held.rows)) is not None:
+        rows = held.rows if compiling or not lendable else lend(held.rows)
+        if lendable and rows is not None and triton_ops.is_neuron_major(rows):
             return triton_ops.int8_sparse_linear(h, Int8Weight(rows, held.scale), bias)
         return triton_ops.int8_linear(h, held, bias)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import triton_ops
-from hf_sparse.adapters.int8 import int8_of, is_beside, stored
+from hf_sparse.adapters.int8 import int8_of, int8_runs, is_beside, stored
 from hf_sparse.adapters.roles import LayerRoles, Roles
 from hf_sparse.modules.certified import Certified
 from hf_sparse.modules.ownership import (
@@ -111,7 +111,7 @@ class SparseMLP(SparseBlock):
         certify, lendable = skip and self._may_certify(tokens), compiling or self._may_lend()
         read = self._weights(x, self.roles.down)
         if read is None:
-            return self._int8_way(x) if skip and lendable and not compiling else _STOCK
+            return self._int8_way(x) if skip and lendable else _STOCK
         ((down, bias),) = read
         zeros = skip and self.gives_zeros
         activation = self.kernel() if zeros and not self.selects else None
@@ -143,7 +143,7 @@ class SparseMLP(SparseBlock):
     def _int8_way(self, x: Tensor) -> Way:
         """The same for weights that are int8, of which the down projection may be stored neuron by neuron."""
         activation = None if self.selects else self.kernel()
-        if activation is None or triton_ops.int8_kernels(x) is None:
+        if activation is None or not int8_runs(x):
             return _STOCK
         held = [self._int8(name) for name in (*self.roles.before_down, self.roles.down)]
         if any(one is None or not is_beside(*one, x) for one in held):
@@ -152,7 +152,7 @@ class SparseMLP(SparseBlock):
         rows = self.roles.split([(weight.rows, b) for weight, b in called])
         scales = self.roles.split([(weight.scale, None) for weight, _ in called])
         weights = [Int8Weight(w, s) for (w, _), (s, _) in zip(rows, scales, strict=True)]
-        lent = lend(down)
+        lent = neuron_major(down)
         if lent is None:
             return _STOCK
         first, up = (*weights, None)[:2]

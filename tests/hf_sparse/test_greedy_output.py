@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import (
@@ -19,6 +20,7 @@ from transformers import (
     GraniteForCausalLM,
     LlamaConfig,
     LlamaModel,
+    LogitsProcessorList,
     PreTrainedModel,
     StoppingCriteriaList,
     T5Config,
@@ -315,14 +317,15 @@ def test_copies_and_pickles_run_on_their_own_weights(llama, left_out) -> None:
 
 @pytest.mark.parametrize("end", ["prepare", "linears", "unpatch"])
 def test_it_ends(llama, left_out, end) -> None:
-    stock = {"generate", "__call__", "_get_logits_processor"}
-    assert stock <= set(vars(llama))
     assert type(llama.lm_head) is OutputLayer
+    llama.generate(IDS, **LONG)
+    assert left_out
+    left_out.clear()
     if end == "unpatch":
         hf_sparse.unpatch(llama)
     else:
         hf_sparse.prepare(llama, linears=end == "prepare")
-    assert not stock & set(vars(llama))
+    assert "__call__" not in vars(llama)
     assert not any(isinstance(module, OutputLayer) for module in llama.modules())
     assert (type(llama.lm_head) is torch.nn.Linear) == (end != "prepare")
     llama.generate(IDS, **LONG)
@@ -363,9 +366,145 @@ def test_models_that_do_not_go_on_with_a_prompt_are_an_error(cls, config) -> Non
         hf_sparse.prepare(model, greedy_output=True)
 
 
-def test_another_tool_in_the_same_place_is_an_error(tiny_model) -> None:
-    model = tiny_model("llama")
-    hf_sparse.patch(model, "relu")
-    model.generate = lambda *_, **__: None
-    with pytest.raises(PatchError, match="LlamaForCausalLM has generate of another tool"):
-        hf_sparse.prepare(model, greedy_output=True)
+def test_methods_of_somebody_else_are_called(llama, left_out) -> None:
+    expected = plainly(llama)
+    stock, processors = llama.generate, type(llama)._get_logits_processor
+    llama.generate = lambda ids, **options: stock(ids, **options)
+    llama._get_logits_processor = lambda **given: LogitsProcessorList(
+        [*processors(llama, **given), lambda ids, scores: scores.flip(-1)]
+    )
+    hf_sparse.prepare(llama, greedy_output=True)
+    flipped = llama.generate(IDS, **LONG)
+    assert not torch.equal(flipped, expected)
+    assert left_out == []
+    del llama.generate, llama._get_logits_processor
+    calls = []
+    vars(llama)["__call__"] = lambda *args, **given: calls.append(1) or llama(*args, **given)
+    assert torch.equal(llama.generate(IDS, **LONG), expected)
+    assert calls
+    assert left_out == []
+
+
+def test_a_shallow_copy_runs_on_what_it_has(llama, left_out) -> None:
+    other = copy.copy(llama)
+    other._modules = dict(llama._modules)
+    other.lm_head = torch.nn.Linear(32, 128, bias=False).requires_grad_(False)
+    other.generation_config = copy.copy(llama.generation_config)
+    found = other.generate(IDS, **LONG)
+    assert left_out == []
+    assert torch.equal(found, plainly(other))
+    assert not torch.equal(found, llama.generate(IDS, **LONG))
+
+
+def lens(model: PreTrainedModel, seen: list[Tensor]) -> Callable[..., None]:
+    return lambda module, args, output: seen.append(model.lm_head(model.model.norm(output)))
+
+
+def test_a_logit_lens_sees_all(llama, left_out) -> None:
+    """Who calls the output layer from within the model, from the first step on, or later."""
+    seen: list[Tensor] = []
+    handle = llama.model.layers[1].register_forward_hook(lens(llama, seen))
+    tokens = llama.generate(IDS, **LONG)
+    handle.remove()
+    assert len(seen) == 40
+    assert all(logits.isfinite().all() for logits in seen)
+    assert left_out == []
+    assert torch.equal(tokens, plainly(llama))
+
+    def later(ids: Tensor, scores: None, **_: object) -> Tensor:
+        if ids.shape[1] == 10:
+            llama.model.layers[1].register_forward_hook(lens(llama, seen))
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    with pytest.raises(RuntimeError, match="has begun to call its output layer more than once"):
+        llama.generate(IDS, stopping_criteria=StoppingCriteriaList([later]), **LONG)
+
+
+def test_a_criterion_that_calls_by_the_name_of_the_loop_gets_all(llama, left_out) -> None:
+    seen: list[Tensor] = []
+
+    def criterion(ids: Tensor, scores: None, **_: object) -> Tensor:
+        seen.append(llama.__call__(ids[:, -1:]).logits)
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    tokens = llama.generate(IDS, stopping_criteria=StoppingCriteriaList([criterion]), **LONG)
+    assert torch.equal(tokens, plainly(llama))
+    assert left_out
+    assert all(logits.isfinite().all() for logits in seen)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_logits_that_are_changed_in_place_later_on(llama, left_out, monkeypatch, inference) -> None:
+    original, steps = type(llama).forward, []
+
+    def forward(self: PreTrainedModel, *args: object, **kwargs: object) -> object:
+        outputs = original(self, *args, **kwargs)
+        steps.append(1)
+        if len(steps) > 5:
+            outputs.logits.neg_()
+        return outputs
+
+    monkeypatch.setattr(type(llama), "forward", forward)
+    with torch.inference_mode(inference), pytest.raises(RuntimeError, match="has begun to change its logits"):
+        llama.generate(IDS, **LONG)
+
+
+@pytest.mark.parametrize("what", ["another", "view"])
+def test_a_weight_that_is_exchanged_meanwhile_counts(llama, left_out, what) -> None:
+    def change(model: PreTrainedModel) -> StoppingCriteriaList:
+        torch.manual_seed(1)
+        both = torch.randn(2, *model.lm_head.weight.shape)
+
+        def criterion(ids: Tensor, scores: None, **_: object) -> Tensor:
+            if what == "view":
+                model.lm_head.weight = torch.nn.Parameter(both[ids.shape[1] % 2], requires_grad=False)
+            else:
+                model.lm_head.weight = None
+                model.lm_head.weight = torch.nn.Parameter(torch.randn(both[0].shape))
+            return torch.zeros(len(ids), dtype=torch.bool)
+
+        return StoppingCriteriaList([criterion])
+
+    other = copy.deepcopy(llama)
+    hf_sparse.prepare(other)
+    expected = other.generate(IDS, stopping_criteria=change(other), **LONG)
+    assert torch.equal(llama.generate(IDS, stopping_criteria=change(llama), **LONG), expected)
+    assert left_out
+
+
+def test_a_product_that_is_replaced_is_called(llama, left_out, monkeypatch) -> None:
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, w, b=None: -linear(x, w, b))
+    assert torch.equal(llama.generate(IDS, **LONG), plainly(llama))
+    assert left_out == []
+
+
+def test_a_loop_of_its_own_gets_all(llama, left_out, monkeypatch) -> None:
+    def second_best(self: PreTrainedModel, input_ids: Tensor, **_: object) -> Tensor:
+        for _ in range(40):
+            logits = self.__call__(input_ids).logits[:, -1]
+            input_ids = torch.cat([input_ids, logits.topk(2).indices[:, 1:]], 1)
+        return input_ids
+
+    monkeypatch.setattr(type(llama), "_sample", second_best)
+    assert torch.equal(llama.generate(IDS, **LONG), plainly(llama))
+    assert left_out == []
+
+
+def test_hooks_of_accelerate_on_the_output_layer(llama, left_out) -> None:
+    add_hook_to_module(llama.lm_head, ModelHook())
+    assert torch.equal(llama.generate(IDS, **LONG), plainly(llama))
+    assert left_out == []
+    hf_sparse.unpatch(llama)
+    llama(IDS)
+    remove_hook_from_module(llama.lm_head)
+    assert type(llama.lm_head) is torch.nn.Linear
+    llama(IDS)
+
+
+def test_an_output_layer_that_comes_from_another_model(llama, tiny_model, left_out) -> None:
+    other = tiny_model("llama")
+    other.lm_head = llama.lm_head
+    prepared(other)
+    assert torch.equal(other.generate(IDS, **LONG), plainly(other))
+    assert left_out

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TorchAoConfig
 
 import hf_sparse
 import triton_ops
-from hf_sparse import SparsityConfig
+from hf_sparse import SparsityConfig, compiled_step
 from hf_sparse.modules import sparse_parts
 from support.compiler import needs_compiler
 from support.twins import IDS, assert_close, stock
@@ -271,10 +271,57 @@ def test_whoever_wants_calls_of_the_layers_gets_them(kind, calls) -> None:
     assert_close(model(input_ids=FEW, use_cache=False).logits, expected)  # with gradient
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         model(input_ids=FEW)
-    with torch.no_grad():
-        compiled = torch.compile(model, backend="eager")
-        assert_close(compiled(input_ids=FEW, use_cache=False).logits, expected)
+    program = torch.export.export(model, (), {"input_ids": FEW, "use_cache": False})
+    assert "hf_sparse" not in str(program.graph)
     assert not calls
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_graphs_call_them(kind, calls) -> None:
+    torch._dynamo.reset()
+    model = quantised(kind)
+    hf_sparse.patch(model, "relu")
+    hf_sparse.prepare(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+
+    def in_graph(ids: Tensor = FEW) -> Tensor:
+        calls.clear()
+        with torch.inference_mode():
+            return compiled(input_ids=ids, use_cache=False).logits
+
+    assert_close(in_graph(), logits(model, backend="dense"))
+    assert calls[MLPS[kind]] == 2
+    assert calls["int8_linear"] >= 5
+    # More tokens are for torchao, and so is all under another backend.
+    assert_close(in_graph(IDS.repeat(2, 1)), logits(model, IDS.repeat(2, 1), "dense"))
+    assert not calls
+    with hf_sparse.backend("torch"):
+        assert_close(in_graph(), logits(model, backend="dense"))
+    assert not calls
+    # What somebody does to a weight counts, its layout included.
+    down_of(model, kind).weight.qdata.data.neg_()
+    with torch.no_grad():
+        down_of(model, kind).weight.scale.mul_(3.0)
+    assert_close(in_graph(), logits(model, backend="dense"))
+    logits(model)  # has the layout for decoding again, where nothing holds it
+    assert_close(in_graph(), logits(model, backend="dense"))
+    assert calls[MLPS[kind]] >= 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_a_compiled_step(kind, calls, monkeypatch) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(compiled_step, "BACKEND", "aot_eager")
+    monkeypatch.setattr(compiled_step, "OPTIONS", {})
+    model = quantised(kind)
+    hf_sparse.patch(model, "relu")
+    hf_sparse.prepare(model)
+    settings = {"max_new_tokens": 5, "do_sample": False}
+    expected = model.generate(FEW[:1], **settings)
+    hf_sparse.prepare(model, compile=True)
+    calls.clear()
+    assert torch.equal(model.generate(FEW[:1], **settings), expected)
+    assert calls[MLPS[kind]] >= 2 * 4
 
 
 @pytest.mark.parametrize("kind", ["llama", "opt"])

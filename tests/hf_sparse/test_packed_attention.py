@@ -9,11 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers import T5Config, T5ForConditionalGeneration
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import hf_sparse
+import hf_sparse.packed_attention as packed
 from hf_sparse.packed_attention import NAME, packed_attention
 from support.composites import composite
+from support.every_type import model_types
 from support.models import tiny
 
 
@@ -107,6 +110,33 @@ def test_a_composite_with_a_choice_of_its_own_is_left(part) -> None:
     after = {name: getattr(model.config, name)._attn_implementation for name in model.config.sub_configs}
     assert before == after
     assert NAME not in after.values()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["glm_moe_dsa", "deepseek_v32", "gemma4_text"])
+def test_a_model_that_asks_for_it_by_name_keeps_sdpa(name) -> None:
+    model = model_types()[name].build()
+    hf_sparse.patch(model, "relu")
+    hf_sparse.prepare(model)
+    ids = torch.randint(3, 60, (1, 24))
+    with torch.no_grad():
+        expected = model(ids).logits
+        if model.can_generate() and model._can_compile_fullgraph:
+            hf_sparse.prepare(model, compile=True)
+        else:
+            packed.pack_attention(model)
+        assert torch.equal(model(ids).logits, expected)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_no_part_of_a_model_keeps_it() -> None:
+    config = T5Config(num_layers=1, d_model=16, d_ff=32, num_heads=2, d_kv=8, vocab_size=99)
+    model = T5ForConditionalGeneration(config)
+    hf_sparse.patch(model, "relu")
+    hf_sparse.prepare(model, compile=True)
+    hf_sparse.unpatch(model)
+    configs = [vars(module)["config"] for module in model.modules() if "config" in vars(module)]
+    assert NAME not in {config._attn_implementation for config in configs}
 
 
 def test_it_is_not_saved(tmp_path) -> None:

@@ -9,11 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import triton_ops
 from support.compiler import CPP, needs_compiler
 from support.kernel_blocks import make_block
-from triton_ops import ACTIVATIONS, certify
+from triton_ops import ACTIVATIONS, Certificate, certify
 from triton_ops.activations import TABLE
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -97,6 +98,24 @@ def test_memory_of_another_certificate_is_written_anew():
     assert all(torch.equal(a, b) for a, b in zip(made, certify(weight), strict=True))
     with pytest.raises(ValueError, match=r"into is the certificate of a weight of shape \[20, 30\]"):
         certify(torch.randn(20, 31), into=other)
+    for rows, bounds in (
+        (other.rows.float(), other.bounds),
+        (other.rows, other.bounds[:, :2]),
+        (other.rows.t().contiguous().t(), other.bounds),
+    ):
+        with pytest.raises(ValueError, match="into is not as"):
+            certify(weight, into=Certificate(rows, bounds))
+
+
+def test_tensors_without_plain_memory_are_for_torch():
+    weight = torch.randn(30, 40)
+    with triton_ops.backend("auto"):
+        lazily = torch._neg_view(weight)
+        found, expected = certify(lazily), certify(lazily.resolve_neg())
+        assert torch.equal(found.rows, expected.rows)
+        assert (found.bounds >= expected.bounds * (1 - 1e-3)).all()
+        with FakeTensorMode():
+            assert certify(torch.randn(30, 40)).rows.shape == (30, 40)
 
 
 @pytest.mark.parametrize("weight", [torch.zeros(3), torch.zeros(2, 3, dtype=torch.int8)])

@@ -28,14 +28,15 @@ def assert_finds_the_largest(x: Tensor, weight: Tensor, bias: Tensor | None) -> 
     kept = y != -torch.inf
     assert torch.equal(y[kept].view(torch.uint8), whole[kept].view(torch.uint8))
     assert torch.equal(y.argmax(-1), whole.argmax(-1))
-    assert kept[whole == whole.amax(-1, keepdim=True)].all()
+    largest = whole == whole.amax(-1, keepdim=True)
+    assert torch.equal(y[largest], whole[largest])
     return kept
 
 
 @needs_compiler
 @settings(deadline=None)
 @given(
-    tokens=st.integers(1, FEW),
+    tokens=st.sampled_from([1, 2, 3, FEW - 1, FEW, FEW + 1, 40]),
     outputs=st.integers(1, 700),
     inputs=st.integers(1, 300),
     dtype=st.sampled_from(DTYPES),

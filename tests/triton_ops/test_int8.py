@@ -308,3 +308,46 @@ class TestErrors:
             int8_mlp(x, weight, None, rows(16, 24), activation="relu")
         with pytest.raises(ValueError, match="activation"):
             int8_mlp(x, weight, None, rows(24, 16), activation="gelu")
+
+
+class TestOperators:
+    """What graphs call: the same numbers, whoever has changed a layout since."""
+
+    @pytest.mark.parametrize("backend", PATHS)
+    @pytest.mark.parametrize("tokens", [1, INT8_TOKENS + 1])
+    @pytest.mark.parametrize("stored", ["rows", "neurons"])
+    def test_are_the_functions(self, backend, tokens, stored) -> None:
+        lie = neuron_major if stored == "neurons" else lambda weight: weight
+        weight, bias = rows(30, 50), torch.randn(30)
+        first, up, down, biases = rows(60, 50), rows(60, 50), lie(rows(50, 60)), torch.randn(60)
+        x, h = torch.randn(tokens, 50), torch.randn(tokens, 50).relu()
+        thresholds = torch.rand(60)
+        ops = torch.ops.hf_sparse
+        with torch.no_grad(), triton_ops.backend(backend):
+            for given in (bias, None):
+                y = ops.int8_linear.default(x, *weight, given)
+                torch.testing.assert_close(y, int8_linear(x, weight, given))
+                torch.library.opcheck(ops.int8_linear.default, (x, *weight, given))
+                own = lie(weight)
+                y = ops.int8_sparse_linear.default(h, *own, given)
+                torch.testing.assert_close(y, int8_sparse_linear(h, own, given))
+                torch.library.opcheck(ops.int8_sparse_linear.default, (h, *own, given))
+            for second in (up, None):
+                for each in (thresholds, None):
+                    two = (None, None) if second is None else second
+                    call = (x, *first, *two, *down, biases, None, None, each, "shifted_relu", 0.3)
+                    theta = 0.3 if each is None else each
+                    expected = int8_mlp(
+                        x, first, second, down, biases, activation="shifted_relu", threshold=theta
+                    )
+                    torch.testing.assert_close(ops.int8_mlp.default(*call), expected)
+                    torch.library.opcheck(ops.int8_mlp.default, call)
+
+    def test_refuse_what_does_not_fit(self) -> None:
+        weight = rows(30, 50)
+        with pytest.raises(ValueError, match=r"weight\.rows is torch\.int8 of shape"):
+            torch.ops.hf_sparse.int8_linear.default(torch.randn(1, 51), *weight, None)
+        with pytest.raises(ValueError, match=r"weight\.scale is torch\.float64"):
+            torch.ops.hf_sparse.int8_linear.default(
+                torch.randn(1, 50), weight.rows, weight.scale.double(), None
+            )

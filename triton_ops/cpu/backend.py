@@ -129,8 +129,11 @@ def _multiply(*call: Any) -> None:
 
 
 def greedy_linear(x: Tensor, weight: Tensor, bias: Tensor | None, certificate: Certificate) -> Tensor:
-    """``x [..., F]``, at most :data:`FEW` tokens, to ``[..., D]``; ``weight`` has contiguous rows."""
+    """``x [..., F]`` to ``[..., D]``, all of it for more than :data:`FEW` tokens; rows are contiguous."""
     outputs, inputs = weight.shape
+    tokens = x.numel() // inputs
+    if tokens > FEW:
+        return linear(x, weight, bias)
     y = x.new_empty((*x.shape[:-1], outputs))
     x, bias = x.contiguous(), _contiguous(bias)
     _multiply(
@@ -141,7 +144,7 @@ def greedy_linear(x: Tensor, weight: Tensor, bias: Tensor | None, certificate: C
         certificate.rows.data_ptr(),
         certificate.bounds.data_ptr(),
         y.data_ptr(),
-        x.numel() // inputs,
+        tokens,
         outputs,
         inputs,
         weight.stride(0),

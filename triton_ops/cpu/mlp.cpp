@@ -221,7 +221,7 @@ template <class W>
 int run(const LinearCall& call) {
   typedef typename W::Type Type;
   if (call.scales) return by_inputs<W>(call, call.F, run_rows<W, Int8Fixed>, run_rows<W, Int8>);
-  if (call.q) {
+  if (call.q && call.T <= GreedyLinear<W>::kTokens) {
     GreedyLinear<W> linear = {};
     linear.x = (const Type*)call.x, linear.w = (const Type*)call.w, linear.bias = (const Type*)call.bias;
     linear.q = (const int8_t*)call.q, linear.bounds = (const float*)call.bounds, linear.y = (Type*)call.y;
