@@ -158,17 +158,18 @@ def compare(
     given = {name: run.outputs()[0] for name, run in runs.items()}
     seen = torch.cat([first, given["patched"]], 1)
     silent = generate.silent_share(found["patched"], seen, 1)
-    sparse = {name: model for name, model in found.items() if name not in ("stock", INT8)}
+    sparse = {name: model for name, model in found.items() if name != "stock" and INT8 not in name}
     errors = generate.check_logits(found["patched"], sparse, seen, 1, "auto")
-    if INT8 in found:
-        errors[INT8] = check_int8(found[INT8], seen, 4 * errors["patched, dense"] + 1e-4)
+    for name in found:
+        if INT8 in name:
+            errors[name] = check_int8(found[name], seen, 4 * errors["patched, dense"] + 1e-4)
     times, _ = harness.interleaved(runs | {"read": args.read.run}, args.repeats)
     limit = args.read.speed(times["read"])
     rival = times[f"{PEER}, {args.dtype}"].median_ms
     rows = []
     for name in runs:
-        shares = silent if name in (*sparse, INT8) else 0.0
-        itemsize = 1 if name == INT8 else stock.dtype.itemsize
+        shares = silent if name in sparse or INT8 in name else 0.0
+        itemsize = 1 if INT8 in name else stock.dtype.itemsize
         size = files[name] if name in files else step_bytes(stock, shares, itemsize)
         speed = size * args.new_tokens / times[name].median_ms / 1e6
         same = (given[name] == given["stock"]).int().cumprod(1).sum().item()
@@ -180,7 +181,7 @@ def compare(
                 "neurons": stock.config.intermediate_size,
                 "layers": stock.config.num_hidden_layers,
                 "vocab": stock.config.vocab_size,
-                "dtype": "Q8_0" if "Q8_0" in name else "int8" if name == INT8 else args.dtype,
+                "dtype": "Q8_0" if "Q8_0" in name else "int8" if INT8 in name else args.dtype,
                 "sparsity": round(shares, 4),
                 "new_tokens": args.new_tokens,
                 "decode": times[name],
@@ -211,9 +212,11 @@ def variants(stock: Any, tokens: Tensor, args: argparse.Namespace) -> dict[str, 
         forms["prepared, compiled"] = {"compile": True}
     if args.int8:
         forms[INT8] = {}
+    if args.int8 and args.compile:
+        forms[f"{INT8}, compiled"] = {"compile": True}
     for name, prepared in forms.items():
         found[name] = copied(stock)
-        if name == INT8:
+        if INT8 in name:
             quantise(found[name])
         hf_sparse.patch(found[name], "fatrelu", threshold=threshold)
         hf_sparse.prepare(found[name], **prepared)

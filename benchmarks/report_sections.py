@@ -482,9 +482,8 @@ def calibration(result: Result) -> str:
         {dense["calibration_tokens"]:,} tokens of its training split. A column is a target, and in brackets is what was
         reached on these tokens, of what each method prunes: `teal` and
         `wina` of the weights of attention and MLPs, `scap` of those of the MLPs, `cats` of the neurons' values
-        (which leaves the gate projection out). So columns compare methods with the same count only. Where more
-        than half a point is between the two, the row is from before `calibrate` corrected for what pruning changes;
-        `teal-greedy` was run at one target only."""
+        (which leaves the gate projection out). So columns compare methods with the same count only. `teal-greedy` was
+        run at one target only, where it is worse than `teal`; `fatrelu` is for models with ReLU."""
     return f"""\
 {result.conditions} [All rows](../benchmarks/results/calibration.json).
 

@@ -218,8 +218,28 @@ def test_tune_knows_linear_layers_with_thresholds(own_cache) -> None:
 
 def test_cats_silences_the_smallest_values_of_the_activation() -> None:
     model, data = tiny("llama"), batches()
+    values: dict[int, list[torch.Tensor]] = {}
+    for batch in data:
+        rows = batch["attention_mask"].flatten().bool()
+        hooks = [
+            layer.mlp.act_fn.register_forward_hook(
+                lambda _, args, a, i=i, rows=rows: values.setdefault(i, []).append(a.flatten(0, 1)[rows])
+            )
+            for i, layer in enumerate(model.model.layers)
+        ]
+        with torch.no_grad():
+            model(**batch, position_ids=(batch["attention_mask"].cumsum(-1) - 1).clamp(min=0))
+        for hook in hooks:
+            hook.remove()
     before = hf_sparse.measure(model, data).perplexity
     report = hf_sparse.calibrate(model, data, method="cats", target_sparsity=0.6)
+    # Each threshold is the quantile of one level of what the model's own activation gave there.
+    magnitudes = {i: torch.cat(own).abs().flatten().double() for i, own in values.items()}
+    thresholds = report.config.activation.threshold
+    level = float((magnitudes[0] < thresholds[0]).double().mean())
+    assert level == pytest.approx(0.6, abs=0.03)
+    for i, threshold in enumerate(thresholds):
+        assert threshold == pytest.approx(float(magnitudes[i].quantile(level)), rel=0.02)
     measured = hf_sparse.measure(model, data)
     assert report.config.activation.name == "cats_silu"
     assert report.sparsity == measured.sparsity == pytest.approx(0.6, abs=0.02)
