@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -49,12 +49,11 @@ class GreedyDecoding:
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """In the place of ``model.__call__``, by which name the loop calls the model, while it generates."""
         run = None if torch.compiler.is_compiling() else _run.get()
-        caller = sys._getframe(1)
-        if run is None or run.greedy is not self or caller.f_code is not _LOOP:
+        if run is None or run.greedy is not self or (caller := sys._getframe(1)).f_code is not _LOOP:
             return self.model(*args, **kwargs)
         if not run.begun:
             run.begun = True
-            run.search = GreedySearch(self) if _looks_at_the_largest(**caller.f_locals) else None
+            run.search = GreedySearch(self) if _looks_at_the_largest(caller.f_locals) else None
         if run.search is None or run.search.is_watched():
             return self.model(*args, **kwargs)
         return run.search.step(lambda: self.model(*args, **kwargs))
@@ -217,12 +216,13 @@ def generate(call: Callable[[], Any], model: GenerationMixin, *_: Any, **__: Any
         found.end(None if run.search is None else run.search.certificate)
 
 
-def _looks_at_the_largest(
-    self: Any, input_ids: Tensor, generation_config: Any, logits_processor: Any, **_: Any
-) -> bool:
-    """Whether the loop, of whose variables these are some, looks at nothing else, and often enough."""
-    config = generation_config
-    if self.training or len(logits_processor):
+def _looks_at_the_largest(variables: Mapping[str, Any]) -> bool:
+    """Whether the loop, whose variables these are, looks at nothing else, and often enough."""
+    names = ("self", "input_ids", "generation_config", "logits_processor")
+    if any(name not in variables for name in names):
+        return False
+    model, input_ids, config, processors = (variables[name] for name in names)
+    if model.training or len(processors):
         return False
     if config.get_generation_mode() is not GenerationMode.GREEDY_SEARCH:
         return False
