@@ -28,7 +28,7 @@ from hf_sparse.adapters.walk import modules_of
 
 NAME = "hf_sparse_packed_sdpa"
 STOCK = "sdpa"
-_LIBRARIES = ("builtins", "abc", "typing", "torch", "transformers", "hf_sparse")
+_PACKAGES = ("builtins", "abc", "typing", "torch", "transformers", "hf_sparse")
 _OURS = ("module", "query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal", "kwargs")
 _THEIRS = (
     "softcap",
@@ -109,7 +109,7 @@ def _files(model: PreTrainedModel) -> set[str]:
     return {
         name
         for name in names
-        if name.startswith("transformers.models.") or name.partition(".")[0] not in _LIBRARIES
+        if name.startswith("transformers.models.") or name.partition(".")[0] not in _PACKAGES
     }
 
 
