@@ -21,6 +21,7 @@ import generate
 import harness
 import torch
 from blocks import DTYPES
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse
@@ -45,10 +46,7 @@ def main() -> None:
     args = parser.parse_args()
     args.static_cache = False
     conditions = harness.begin(args)
-    tokenizer = AutoTokenizer.from_pretrained(args.dense)
-    texts = islice(evaluation_texts(args.dataset), 8)
-    ids = [tokenizer(text, return_tensors="pt").input_ids[:, : args.prompt_tokens] for text in texts]
-    prompts = [one.to(args.device) for one in ids if one.shape[1] == args.prompt_tokens]
+    prompts = beginnings(args, 8)
 
     found: dict[str, tuple[Any, str]] = {"dense": (load(args.dense, args), "dense")}
     errors, silent = {}, {}
@@ -100,6 +98,14 @@ def main() -> None:
     print(harness.table([generate.speed_cells(row) for row in rows]))
     harness.save(args.out, conditions, rows)
     print("written to", args.out)
+
+
+def beginnings(args: Any, documents: int) -> list[Tensor]:
+    """Of so many documents the first tokens, each ``[1, prompt_tokens]``; none of one that is shorter."""
+    tokenizer = AutoTokenizer.from_pretrained(args.dense)
+    texts = islice(evaluation_texts(args.dataset), documents)
+    ids = [tokenizer(text, return_tensors="pt").input_ids[:, : args.prompt_tokens] for text in texts]
+    return [one.to(args.device) for one in ids if one.shape[1] == args.prompt_tokens]
 
 
 def load(folder: Path, args: Any) -> Any:

@@ -180,10 +180,11 @@ def models(args: argparse.Namespace, prompt: Tensor) -> dict[str, LlamaForCausal
 
 
 def generation(
-    model: LlamaForCausalLM, prompt: Tensor, backend: str, args: argparse.Namespace
+    model: LlamaForCausalLM, prompt: Tensor, backend: str, args: argparse.Namespace, **options: Any
 ) -> Callable[[], Tensor]:
-    """The call that is timed."""
-    options = {"cache_implementation": "static"} if args.static_cache else {}
+    """The call that is timed; ``options`` of ``generate()`` besides."""
+    if args.static_cache:
+        options["cache_implementation"] = "static"
     model.generation_config.eos_token_id = None  # each time so many new tokens
 
     def call() -> Tensor:

@@ -12,21 +12,16 @@ accepted. All take turns; a ratio is to the dense model in the same use, and one
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import generate
 import harness
 import torch
 from blocks import DTYPES
-from finetuned import load
-from torch import Tensor
-from transformers import AutoTokenizer
+from finetuned import beginnings, load
 
 import hf_sparse
-from hf_sparse.texts import evaluation_texts
 
 
 def main() -> None:
@@ -40,21 +35,19 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--prompt-tokens", type=int, default=96)
     args = parser.parse_args()
+    args.static_cache = False
     conditions = harness.begin(args)
     models = {"dense": load(args.dense, args), "skipping": load(args.sparse, args)}
     if not hf_sparse.inspect(models["skipping"]).patched:
         raise SystemExit(f"{args.sparse} is not patched; give it as --dense.")
     hf_sparse.prepare(models["skipping"])
-    tokenizer = AutoTokenizer.from_pretrained(args.dense)
-    texts = islice(evaluation_texts(args.dataset), 8 * max(args.batches))
-    ids = [tokenizer(text, return_tensors="pt").input_ids[:, : args.prompt_tokens] for text in texts]
-    prompts = torch.cat([one for one in ids if one.shape[1] == args.prompt_tokens])
+    prompts = torch.cat(beginnings(args, 8 * max(args.batches)))
     if len(prompts) < max(args.batches):
         raise SystemExit(f"only {len(prompts)} of the first documents have {args.prompt_tokens} tokens.")
 
     uses = [(batch, 0) for batch in args.batches] + [(1, draft) for draft in args.drafts]
     calls = {
-        (name, batch, draft): call_of(model, prompts[:batch], draft, args)
+        (name, batch, draft): generate.generation(model, prompts[:batch], "auto", args, **drafting(draft))
         for batch, draft in uses
         for name, model in models.items()
     }
@@ -82,22 +75,9 @@ def main() -> None:
     print("written to", args.out)
 
 
-def call_of(model: Any, prompt: Tensor, draft: int, args: argparse.Namespace) -> Callable[[], Tensor]:
-    """The call that is timed."""
-    model.generation_config.eos_token_id = None  # each time so many new tokens
-    options = {"prompt_lookup_num_tokens": draft} if draft else {}
-
-    def call() -> Tensor:
-        with torch.inference_mode(), hf_sparse.backend("auto"):
-            return model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                max_new_tokens=args.new_tokens,
-                do_sample=False,
-                **options,
-            )
-
-    return call
+def drafting(tokens: int) -> dict[str, int]:
+    """The option of ``generate()`` for drafts of so many tokens."""
+    return {"prompt_lookup_num_tokens": tokens} if tokens else {}
 
 
 def steps_of(model: Any, run: harness.Run) -> int:

@@ -63,9 +63,8 @@ def compile_step(model: PreTrainedModel) -> None:
     stock_step(model)
     former = tuple(getattr(own, name) for name in _FIELDS)
     experts = any(isinstance(module, SparseExperts) for module in modules_of(model))
-    on_cpu = model.device.type == "cpu"
     config = CompileConfig(fullgraph=not experts, backend=BACKEND)
-    if on_cpu:
+    if model.device.type == "cpu":
         config.mode, config.options = None, OPTIONS  # type: ignore[assignment]
         pack_attention(model)
     config._compile_all_devices = True  # type: ignore[assignment]  # else never on a CPU

@@ -76,11 +76,11 @@ class GreedyDecoding:
             if not self._runs:
                 vars(self.model).pop("__call__", None)
 
-    def memory(self, weight: Tensor) -> Certificate | None:
-        """That of a certificate that was, for one of ``weight``; it is the caller's from here on."""
+    def memory(self) -> Certificate | None:
+        """That of a certificate that was, if nobody else has it; it is the caller's from here on."""
         with self._lock:
             held, self._memory = self._memory, None
-        return held if held is not None and held.rows.shape == weight.shape else None
+        return held
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which make certificates of their own."""
@@ -151,7 +151,7 @@ class GreedySearch:
     def _certified(self, weight: Tensor) -> Certificate:
         state = (weight._version, weight.data_ptr(), weight.shape, weight.stride())
         if self.certificate is None or self._of is None or self._of[0] is not weight or self._of[1] != state:
-            memory = self.certificate or self.greedy.memory(weight)
+            memory = self.certificate or self.greedy.memory()
             fits = memory is not None and memory.rows.shape == weight.shape
             self.certificate, self._of = triton_ops.certify(weight, memory if fits else None), (weight, state)
         return self.certificate

@@ -54,10 +54,9 @@ def packed_attention(
     if attention_mask is not None:  # the same for all heads
         fits = fits and attention_mask.ndim == 4 and attention_mask.shape[1:3] == (1, 1)
     if not fits or any(kwargs.get(name) is not None for name in _THEIRS):
-        y, _ = sdpa_attention_forward(
+        return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-        return y, None
     together = query.reshape(batch, key.shape[1], shared, size)
     y = F.scaled_dot_product_attention(
         together, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling

@@ -6,10 +6,7 @@ import torch
 from torch import Tensor
 
 from triton_ops import choice
-from triton_ops.backends import AUTO, REGISTRY, automatic
 from triton_ops.certificate import Certificate, certify_
-from triton_ops.memo import remembered
-from triton_ops.protocol import Backend
 from triton_ops.unobserved import is_plain_cpu
 
 
@@ -38,7 +35,7 @@ def certify(weight: Tensor, into: Certificate | None = None) -> Certificate:
     else:
         _check(into, weight)
     rows_lie = is_plain_cpu(weight) and weight.numel() and weight.stride(1) == 1
-    backend = _backend(choice.forced_backend(), weight.dtype) if rows_lie else None
+    backend = choice.cpu_backend("certify", weight.dtype, choice.forced_backend()) if rows_lie else None
     if backend is None or backend.certify is None or not all(map(is_plain_cpu, into)):
         certify_(weight, into)
     else:
@@ -56,12 +53,3 @@ def _check(into: Certificate, weight: Tensor) -> None:
     right = rows.dtype == torch.int8 and bounds.dtype == torch.float32 and bounds.shape == (len(rows), 3)
     if not (right and rows.is_contiguous() and bounds.is_contiguous() and bounds.device == rows.device):
         raise ValueError("into is not as triton_ops.certify makes it: int8 and float32, contiguous.")
-
-
-@remembered
-def _backend(forced: str, dtype: torch.dtype) -> Backend | None:
-    """The one that makes certificates on the CPU."""
-    for found in automatic("cpu") if forced == AUTO else [REGISTRY[forced]] if forced in REGISTRY else []:
-        if found.certify is not None and found.obstacle("cpu", dtype) is None:
-            return found
-    return None

@@ -72,16 +72,6 @@ def forced_backend() -> str:
     return _forced.get() or _from_environment()
 
 
-def forced_in_graph() -> str:
-    """The same for a graph that is being compiled, which guards on it."""
-    return _of_thread.forced or _environment_in_graph(memo.epoch)
-
-
-@torch.compiler.assume_constant_result
-def _environment_in_graph(epoch: str) -> str:
-    return _from_environment()
-
-
 @remembered
 def _from_environment() -> str:
     return _checked(os.environ.get(ENVIRONMENT) or AUTO, ENVIRONMENT)
@@ -222,6 +212,25 @@ def _product(forced: str, problem: Problem) -> str:
 
 def _usable(found: Backend, problem: Problem) -> bool:
     return found.obstacle(problem.device, problem.dtype) is None
+
+
+@remembered
+def cpu_backend(function: str, dtype: torch.dtype, forced: str) -> Backend | None:
+    """The one that has this optional function, and runs in this dtype on the CPU, where ``forced`` is."""
+    for found in automatic("cpu") if forced == AUTO else [REGISTRY[forced]] if forced in REGISTRY else []:
+        if getattr(found, function) is not None and found.obstacle("cpu", dtype) is None:
+            return found
+    return None
+
+
+def has_cpu_backend_in_graph(function: str, dtype: torch.dtype) -> bool:
+    """Whether there is a :func:`cpu_backend`, for a graph that is being compiled, which guards on it."""
+    return _has_cpu_backend(_of_thread.forced, memo.epoch, function, dtype)
+
+
+@torch.compiler.assume_constant_result
+def _has_cpu_backend(forced: str, epoch: str, function: str, dtype: torch.dtype) -> bool:
+    return cpu_backend(function, dtype, forced or _from_environment()) is not None
 
 
 @remembered

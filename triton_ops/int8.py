@@ -17,11 +17,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from triton_ops import choice, memo, reference
-from triton_ops.activations import TABLE, check
-from triton_ops.backends import AUTO, REGISTRY, automatic
+from triton_ops import choice, reference
+from triton_ops.activations import check
 from triton_ops.layout import is_neuron_major
-from triton_ops.memo import remembered
 from triton_ops.mlp import MLP, Int8Weight, Scales
 from triton_ops.ops import LIB, TAGS, check_input, check_tensor, check_vectors
 from triton_ops.protocol import Backend
@@ -48,10 +46,7 @@ def int8_kernels(x: Tensor, *biases: Tensor | None) -> Backend | None:
     """
     if not unobserved(x, *biases) or torch.is_autocast_enabled("cpu") or forward_ad._current_level >= 0:
         return None
-    width = x.shape[-1] if x.ndim else 0
-    if not width or not 0 < x.numel() // width <= INT8_TOKENS:
-        return None
-    return _backend(choice.forced_backend(), x.dtype)
+    return _backend(x.dtype) if _are_few(x) else None
 
 
 def int8_in_graph(x: Tensor) -> bool:
@@ -62,22 +57,24 @@ def int8_in_graph(x: Tensor) -> bool:
     """
     if torch.is_grad_enabled() or torch.compiler.is_exporting() or choice.autocasts(x.device.type):
         return False
+    return x.device.type == "cpu" and _are_few(x) and choice.has_cpu_backend_in_graph("int8_mlp", x.dtype)
+
+
+def _are_few(x: Tensor) -> bool:
     width = x.shape[-1] if x.ndim else 0
-    if x.device.type != "cpu" or not width or not 0 < x.numel() // width <= INT8_TOKENS:
-        return False
-    return _has_kernels(choice.forced_in_graph(), memo.epoch, x.dtype)
+    return bool(width) and 0 < x.numel() // width <= INT8_TOKENS
 
 
-@torch.compiler.assume_constant_result
-def _has_kernels(forced: str, epoch: str, dtype: torch.dtype) -> bool:
-    return _backend(forced, dtype) is not None
+def _backend(dtype: torch.dtype) -> Backend | None:
+    """The one whose kernels run on the CPU for activations of ``dtype``."""
+    return choice.cpu_backend("int8_mlp", dtype, choice.forced_backend())
 
 
 def int8_obstacle(device: str, dtype: torch.dtype) -> str | None:
     """Why no kernel computes with such weights on this type of device, in this dtype; None if one does."""
     if device != "cpu":
         return f"its weights are int8, and kernels for them run on the CPU alone, not on {device}"
-    if _backend(choice.forced_backend(), dtype) is None:
+    if _backend(dtype) is None:
         return f"its weights are int8, and no backend has kernels for them here in {dtype}"
     return None
 
@@ -207,10 +204,7 @@ def _checked_mlp(
 
 def _of_op(x: Tensor, weight: Tensor) -> Backend | None:
     """Whose kernels an operator calls, which the dispatcher has come to, so that nobody watches any more."""
-    tokens = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    if not (weight.numel() and 0 < tokens <= INT8_TOKENS):
-        return None
-    return _backend(choice.forced_backend(), x.dtype)
+    return _backend(x.dtype) if weight.numel() and _are_few(x) else None
 
 
 def _linear_op(x: Tensor, rows: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -248,12 +242,8 @@ def _mlp_op(x: Tensor, *args: Any) -> Tensor:
     # A graph stays what it is when somebody has a weight back in its stock layout.
     product = reference.int8_linear if backend is None else backend.int8_linear
     assert product is not None
-    row = TABLE[mlp.activation]
-    h = row.value(product(x, first, biases[0]), mlp.threshold)
-    if up is not None:
-        u = product(x, up, biases[1])
-        h = h * (torch.relu(u) if row.relu_up else u)
-    return product(h, down, biases[2]).contiguous()
+    kind: Any = {"activation": mlp.activation, "threshold": mlp.threshold, "product": product}
+    return reference.int8_mlp(x, first, up, down, *biases, **kind).contiguous()
 
 
 LIB.impl("int8_linear", _linear_op, "CPU")
@@ -295,12 +285,3 @@ def _check_weight(name: str, weight: Int8Weight, shape: tuple[int, int], x: Tens
             raise ValueError(
                 f"{name}.{part} is on {value.device} and the input is on {x.device}; move one of them."
             )
-
-
-@remembered
-def _backend(forced: str, dtype: torch.dtype) -> Backend | None:
-    """The one whose kernels run on the CPU for activations of ``dtype``."""
-    for found in automatic("cpu") if forced == AUTO else [REGISTRY[forced]] if forced in REGISTRY else []:
-        if found.int8_mlp is not None and found.obstacle("cpu", dtype) is None:
-            return found
-    return None

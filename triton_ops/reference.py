@@ -8,6 +8,8 @@ Shapes: T tokens (any number of leading dimensions), D hidden size, F neurons.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -95,14 +97,18 @@ def int8_mlp(
     *,
     activation: str,
     threshold: float | Tensor = 0.0,
+    product: Callable[[Tensor, Int8Weight, Tensor | None], Tensor] = int8_linear,
 ) -> Tensor:
-    """The MLP, dense; arguments as in :func:`gated_mlp`, or :func:`plain_mlp` without ``up``."""
+    """The MLP, dense; arguments as in :func:`gated_mlp`, or :func:`plain_mlp` without ``up``.
+
+    ``product`` is another way to compute :func:`int8_linear`.
+    """
     row = TABLE[activation]
-    h = row.value(int8_linear(x, first, first_bias), threshold)
+    h = row.value(product(x, first, first_bias), threshold)
     if up is not None:
-        u = int8_linear(x, up, up_bias)
+        u = product(x, up, up_bias)
         h = h * (torch.relu(u) if row.relu_up else u)
-    return int8_linear(h, down, down_bias)
+    return product(h, down, down_bias)
 
 
 def routed_mlp(

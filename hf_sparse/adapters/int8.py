@@ -24,11 +24,7 @@ def int8_of(weight: object) -> Int8Weight | None:
     kind = type(weight)
     if kind.__name__ != "Int8Tensor" or not kind.__module__.startswith("torchao."):
         return None
-    own: dict[str, Any] = {}
-    if torch.compiler.is_compiling():
-        own.update({name: getattr(weight, name, None) for name in (*_OF_WEIGHT, *_OF_INPUT)})
-    else:
-        own.update(vars(weight))
+    own: dict[str, Any] = vars(weight) if not torch.compiler.is_compiling() else _in_graph(weight)
     rows, scale, block = (own.get(name) for name in _OF_WEIGHT)
     if any(own.get(name) is not None for name in _OF_INPUT):
         return None
@@ -38,6 +34,11 @@ def int8_of(weight: object) -> Int8Weight | None:
     if not fits or list(block or ()) != [1, rows.shape[1]] or rows.device != scale.device:
         return None
     return Int8Weight(rows, scale.reshape(-1))
+
+
+def _in_graph(weight: object) -> dict[str, Any]:
+    # The compiler knows a tensor by its attributes alone.
+    return {name: getattr(weight, name, None) for name in (*_OF_WEIGHT, *_OF_INPUT)}
 
 
 def fits(weight: Int8Weight, bias: Tensor | None, x: Tensor) -> bool:

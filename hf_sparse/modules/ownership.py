@@ -51,6 +51,15 @@ def lend(weight: Tensor) -> Tensor | None:
     return view_of(weight)
 
 
+def neuron_major(weight: Tensor) -> Tensor | None:
+    """A weight stored neuron-major: same values and shape, other strides; None where its layout must stay.
+
+    While compiling it is what it is: a graph must not change its own inputs, and the operators are right
+    either way.
+    """
+    return weight if torch.compiler.is_compiling() else lend(weight)
+
+
 def give_back(weight: Tensor) -> None:
     """Store ``weight`` as ``nn.Linear`` does, if it was lent; values and shape stay."""
     if not is_lent(weight):

@@ -15,7 +15,15 @@ from hf_sparse.modules.decoding_linear import of_another_class, product
 from hf_sparse.modules.derived import Derived
 from hf_sparse.modules.guarded import GuardedModule
 from hf_sparse.modules.hooked import carry_hooks
-from hf_sparse.modules.ownership import any_lent, give_back, held_weakly, holds_alone, is_lent, lend
+from hf_sparse.modules.ownership import (
+    any_lent,
+    give_back,
+    held_weakly,
+    holds_alone,
+    is_lent,
+    lend,
+    neuron_major,
+)
 from hf_sparse.modules.sparse_block import hooks_on_all_modules
 from hf_sparse.modules.surroundings import has_own_forward, is_plain, overridden, transformed
 from triton_ops import DENSE, Int8Weight, Problem
@@ -161,8 +169,7 @@ class SparseLinear(GuardedModule, nn.Linear):
         plan = triton_ops.plan(weight, "linear")
         if self.gives_zeros and lendable:
             backend = plan.backend(h.numel() // self.in_features, self.density)
-            # While compiling it is what it is: a graph must not change its own inputs.
-            if backend != DENSE and (rows := weight if compiling else lend(weight)) is not None:
+            if backend != DENSE and (rows := neuron_major(weight)) is not None:
                 return backend, rows, vectors
         if plan.product != DENSE and triton_ops.is_neuron_major(weight):
             return plan.product, weight if compiling else view_of(weight), vectors
@@ -177,14 +184,13 @@ class SparseLinear(GuardedModule, nn.Linear):
             return None
         if not int8_runs(h, bias):
             return None
-        lendable = self.gives_zeros and (
-            compiling or self.may_lend()
-        )  # before a variable here holds the rows
+        # Before a variable here holds the rows.
+        lendable = self.gives_zeros and (compiling or self.may_lend())
         held = int8_of(self._parameters["weight"])
         if held is None or not fits(held, bias, h):
             return None
-        rows = held.rows if compiling or not lendable else lend(held.rows)
-        if lendable and rows is not None and triton_ops.is_neuron_major(rows):
+        rows = neuron_major(held.rows) if lendable else None
+        if rows is not None and triton_ops.is_neuron_major(rows):
             return triton_ops.int8_sparse_linear(h, Int8Weight(rows, held.scale), bias)
         return triton_ops.int8_linear(h, held, bias)
 

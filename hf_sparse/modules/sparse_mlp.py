@@ -21,6 +21,7 @@ from hf_sparse.modules.ownership import (
     is_lent,
     lend,
     module_held_elsewhere,
+    neuron_major,
 )
 from hf_sparse.modules.sparse_block import SparseBlock, Way, hooks_on_all_modules
 from hf_sparse.modules.stand_in import StandIn
@@ -400,12 +401,3 @@ class SparseGatedMLP(SparseMLP):
 
 class SparsePlainMLP(SparseMLP):
     """``down(act(up(x)))``; the up projection decides which rows of the down projection are read."""
-
-
-def neuron_major(down: Tensor) -> Tensor | None:
-    """The weight of a down projection stored neuron-major: same values and shape, other strides.
-
-    None where its layout must stay. While compiling it is what it is: a graph must not change its own inputs,
-    and the operators are right either way.
-    """
-    return down if torch.compiler.is_compiling() else lend(down)

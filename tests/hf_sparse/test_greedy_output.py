@@ -265,8 +265,18 @@ def test_weights_that_change_between_count(llama, left_out, counted) -> None:
     assert len(left_out) >= 2 * min(ALL_STEPS)
 
 
+def assert_counts_meanwhile(
+    model: PreTrainedModel, change: Callable[[PreTrainedModel], StoppingCriteriaList]
+) -> None:
+    """That what a criterion does to the weights of its model gives the tokens that it does without."""
+    other = copy.deepcopy(model)
+    hf_sparse.prepare(other)
+    expected = other.generate(IDS, stopping_criteria=change(other), **LONG)
+    assert torch.equal(model.generate(IDS, stopping_criteria=change(model), **LONG), expected)
+
+
 def test_weights_that_change_meanwhile_count(llama, left_out) -> None:
-    def change(model: PreTrainedModel) -> Callable[..., Tensor]:
+    def change(model: PreTrainedModel) -> StoppingCriteriaList:
         def criterion(ids: Tensor, scores: None, **_: object) -> Tensor:
             with torch.no_grad():
                 model.lm_head.weight.copy_(model.lm_head.weight.roll(1, 0))
@@ -274,10 +284,7 @@ def test_weights_that_change_meanwhile_count(llama, left_out) -> None:
 
         return StoppingCriteriaList([criterion])
 
-    other = copy.deepcopy(llama)
-    hf_sparse.prepare(other)
-    expected = other.generate(IDS, stopping_criteria=change(other), **LONG)
-    assert torch.equal(llama.generate(IDS, stopping_criteria=change(llama), **LONG), expected)
+    assert_counts_meanwhile(llama, change)
     assert len(left_out) in ALL_STEPS
 
 
@@ -465,10 +472,7 @@ def test_a_weight_that_is_exchanged_meanwhile_counts(llama, left_out, what) -> N
 
         return StoppingCriteriaList([criterion])
 
-    other = copy.deepcopy(llama)
-    hf_sparse.prepare(other)
-    expected = other.generate(IDS, stopping_criteria=change(other), **LONG)
-    assert torch.equal(llama.generate(IDS, stopping_criteria=change(llama), **LONG), expected)
+    assert_counts_meanwhile(llama, change)
     assert left_out
 
 

@@ -13,8 +13,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import hf_sparse
-import hf_sparse.packed_attention as packed
-from hf_sparse.packed_attention import NAME, packed_attention
+from hf_sparse.packed_attention import NAME, pack_attention, packed_attention
 from support.composites import composite
 from support.every_type import model_types
 from support.models import tiny
@@ -124,7 +123,7 @@ def test_a_model_that_asks_for_it_by_name_keeps_sdpa(name) -> None:
         if model.can_generate() and model._can_compile_fullgraph:
             hf_sparse.prepare(model, compile=True)
         else:
-            packed.pack_attention(model)
+            pack_attention(model)
         assert torch.equal(model(ids).logits, expected)
     assert model.config._attn_implementation == "sdpa"
 

@@ -11,9 +11,7 @@ namespace {
 template <class W>
 struct Certifier {
   typedef typename W::Type Type;
-  static constexpr int64_t kPieceBytes = 64 * 1024;
-  static constexpr int64_t kChunk = 256;           // elements whose squares are summed in float32
-  static constexpr float kWhole = 12582912.0f;     // from there on floats are whole numbers
+  static constexpr int64_t kChunk = 256;  // elements whose squares are summed in float32
   const Type* w;            // [D, F] with contiguous rows
   int8_t* q;                // [D, F]
   float* bounds;            // [D, 3]
@@ -54,7 +52,7 @@ struct Certifier {
   }
 
   void run(int threads) const {
-    const int64_t bytes = F * int64_t(sizeof(Type)), size = (kPieceBytes + bytes - 1) / bytes;
+    const int64_t size = rows_of_piece(F * int64_t(sizeof(Type)), D, threads);
     const int64_t count = (D + size - 1) / size;
     Pieces pieces(count);
     together(int(std::min(count, int64_t(threads))), [&](Worker&) {

@@ -17,8 +17,6 @@ struct DenseLinear {
   typedef typename Product<Rows>::In In;
   static constexpr int64_t kTokens = 8;              // at most
   static constexpr int64_t kBlock = 64;              // rows whose sums are kept before they are rounded
-  static constexpr int64_t kPieceBytes = 32 * 1024;  // takes microseconds to read; to take a piece, tens of nanoseconds
-  static constexpr int64_t kPieces = 32;             // for each thread, so that none waits long for the last
   // Bytes of inputs that stay in the first-level cache beside the weights that pass. Larger ones are read from the next
   // with every row, so four rows share them; rows of few inputs are read fastest one by one.
   static constexpr int64_t kNear = 12 * 1024;
@@ -56,8 +54,7 @@ struct DenseLinear {
       input[t] = inputs + t * padded(F);
       column[t] = int32_t(t);
     }
-    const int64_t row = F * int64_t(sizeof(Row));
-    const int64_t size = std::max((kPieceBytes + row - 1) / row, D / (kPieces * threads));  // rows of a piece
+    const int64_t size = rows_of_piece(F * int64_t(sizeof(Row)), D, threads);
     const int64_t count = (D + size - 1) / size;
     Pieces pieces(count);
     together(int(std::min(count, int64_t(threads))), [&](Worker&) {

@@ -148,7 +148,6 @@ struct Product<Int8Fixed> {
   static float prepare(const typename X::Type* x, int16_t* out, int64_t D) {
     const float step = X::widen(largest_magnitude<X>(x, D)) / 32767.0f;
     const float inverse = step > 0.0f ? 1.0f / step : 0.0f;
-    constexpr float kWhole = 12582912.0f;  // from there on floats are whole numbers
     for (int64_t i = 0; i < D; ++i) out[i] = int16_t(as_bits(X::widen(x[i]) * inverse + kWhole) - as_bits(kWhole));
     std::memset(out + D, 0, (padded(D) - D) * sizeof out[0]);
     return step;

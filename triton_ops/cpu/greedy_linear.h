@@ -16,10 +16,8 @@ template <class W>
 struct GreedyLinear {
   typedef typename W::Type Type;
   typedef typename Product<W>::In In;
-  static constexpr int64_t kTokens = 8;             // at most
-  static constexpr int64_t kBlock = 64;             // rows whose products are kept before they become bounds
-  static constexpr int64_t kPieceBytes = 32 * 1024; // as in dense_linear.h
-  static constexpr int64_t kPieces = 32;
+  static constexpr int64_t kTokens = 8;  // at most
+  static constexpr int64_t kBlock = 64;  // rows whose products are kept before they become bounds
   const Type *x, *bias;     // [T, F], [D] or null
   const Type* w;            // [D, F] with contiguous rows
   const int8_t* q;          // [D, F]
@@ -90,7 +88,7 @@ struct GreedyLinear {
 
   // Gives out the scratch memory; returns its size in bytes. With null it only counts.
   int64_t carve(char* scratch, int threads) {
-    size = std::max((kPieceBytes + F - 1) / F, D / (kPieces * threads));
+    size = rows_of_piece(F, D, threads);
     count = (D + size - 1) / size;
     Carver take{scratch};
     take(inputs, T * padded(F));

@@ -88,6 +88,13 @@ class Pieces {
   const int64_t count_;
 };
 
+// How many rows of so many bytes are a piece, of `rows` in all: a few microseconds to read, where to take a piece takes
+// tens of nanoseconds, and so many pieces for each thread that none waits long for the last.
+inline int64_t rows_of_piece(int64_t bytes, int64_t rows, int threads) {
+  constexpr int64_t kPieceBytes = 32 * 1024, kEach = 32;
+  return std::max((kPieceBytes + bytes - 1) / bytes, rows / (kEach * threads));
+}
+
 // A region: calls work(Worker&) on each of so many threads.
 template <class Work>
 void together(int threads, Work work) {

@@ -42,6 +42,8 @@ inline float as_float(uint32_t u) {
   return f;
 }
 
+constexpr float kWhole = 12582912.0f;  // from there on floats are whole numbers
+
 inline uint32_t as_bits(float f) {
   uint32_t u;
   std::memcpy(&u, &f, 4);
