@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -29,6 +30,8 @@ METHODS = tuple(sorted(f.stem for f in (Path(__file__).parent / "methods").glob(
 _HIGHEST = 0.99
 _ROUNDS = 10
 _CORRECTIONS = 5
+_FEW = 256
+"""Tokens below which what is found says little about other text."""
 _NEAR = 0.005
 """How far from the target a sparsity may be that is not corrected."""
 
@@ -138,6 +141,12 @@ def calibrate(
     with _undone_on_failure(base, before):
         _set(base, one.base)
         dense = run(one.observers(inspect(base, part=LANGUAGE).blocks))
+        if dense.tokens < _FEW:
+            warnings.warn(
+                f"thresholds are chosen on {dense.tokens} tokens, and on other text they may give another "
+                f"sparsity and perplexity than the report says; give some thousand, at least {_FEW}.",
+                stacklevel=2,
+            )
         one.finish(_HIGHEST if target_sparsity is None else target_sparsity)
         if target_sparsity is not None:
             level, reached, after = _corrected(one, sparsity, target_sparsity)

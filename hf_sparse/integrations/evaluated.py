@@ -8,19 +8,31 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_sparse.adapters import require_blocks
+from hf_sparse.errors import PatchError
 from hf_sparse.metrics.report import LayerSparsity, SparsityReport
 from hf_sparse.metrics.sparsity import ZeroCounter
+from hf_sparse.observing.encoder_decoder import in_encoder, seen
+from hf_sparse.observing.running import inner_model, input_device
 
 
 class EvaluatedSparsity:
     """Counts exact zeros in every forward in evaluation mode; those of evaluations are kept.
 
-    Of encoder-decoders nothing: which of their blocks has which padding is not known.
+    The observers are those of :func:`hf_sparse.measure`, and the forwards those of the trainer. Rather than
+    wrong numbers there are none: of an encoder-decoder that is called without labels, or gives no text.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._blocks, _ = require_blocks(model)
+        self._inner = inner_model(model)
+        self._of_encoder: list[bool] | None = None
+        """Of each block; None of a model with one stack."""
+        if getattr(self._inner.config, "is_encoder_decoder", False):
+            try:
+                self._of_encoder = in_encoder(self._inner, self._blocks)
+            except PatchError:
+                self._blocks = ()
         self._counting = ExitStack()
         self._last: list[ZeroCounter] = []
         self._layers: list[LayerSparsity] = []
@@ -64,13 +76,22 @@ class EvaluatedSparsity:
     def _begin(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._counting.close()
         self._last = []
-        if model.training or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        if model.training or (self._of_encoder is not None and not self._inner.can_generate()):
             return
-        mask = kwargs.get("attention_mask")
-        for block in self._blocks:
-            counter = self._counting.enter_context(ZeroCounter(block))
-            counter.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-            self._last.append(counter)
+        counters = [ZeroCounter(block) for block in self._blocks]
+        if self._of_encoder is None:
+            mask = kwargs.get("attention_mask")
+            for counter in counters:
+                counter.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        else:
+            try:
+                given = seen(self._inner, kwargs, input_device(self._inner))
+            except ValueError:
+                return
+            given.show(counters, self._of_encoder)
+        for counter in counters:
+            self._counting.enter_context(counter)
+        self._last = counters
 
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
         self._counting.close()

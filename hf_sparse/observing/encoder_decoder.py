@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from hf_sparse.adapters import Block
 from hf_sparse.errors import PatchError
 from hf_sparse.observing.batches import rows
+from hf_sparse.observing.observer import BlockObserver
 
 IGNORED = -100
 """A label that is left out of the loss."""
@@ -28,6 +29,14 @@ class Seen(NamedTuple):
     """``[B, S]``, 0 at padding."""
     decoder_mask: Tensor
     """``[B, T]``, 0 at padding."""
+
+    def show(self, observers: Sequence[BlockObserver], of_encoder: Sequence[bool]) -> int:
+        """Tell ``observers`` what is padding, by whether each is of the encoder; gives the tokens of both."""
+        lengths = [mask.count_nonzero(1).tolist() for mask in self[1:]]
+        for one, inside in zip(observers, of_encoder, strict=True):
+            one.mask = self.encoder_mask if inside else self.decoder_mask
+            one.lengths = lengths[0] if inside else lengths[1]
+        return sum(map(sum, lengths))
 
 
 def in_encoder(model: PreTrainedModel, blocks: Sequence[Block]) -> list[bool]:

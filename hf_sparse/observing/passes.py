@@ -102,14 +102,10 @@ def observe(
         for batch in batches:
             if of_encoder is not None:
                 given = seen(bare, batch, device)
-                lengths = [mask.count_nonzero(1).tolist() for mask in given[1:]]
-                for one, inside in zip(observers, of_encoder, strict=True):
-                    one.mask = given.encoder_mask if inside else given.decoder_mask
-                    one.lengths = lengths[0] if inside else lengths[1]
+                size = given.show(observers, of_encoder)
                 labels = given.inputs["labels"]
                 rows = labels_losses(model(**given.inputs, use_cache=False), labels)
                 count = int((labels != IGNORED).sum())
-                size = sum(map(sum, lengths))
             else:
                 rows, count, size = _of_decoder(model, bare, batch, device, observers)
             loss += _summed(rows, grad)

@@ -408,3 +408,8 @@ def test_scap_leaves_what_teal_chose_for_attention() -> None:
     assert {name for name in teal if scap[name] == teal[name]} == attention
     again = hf_sparse.calibrate(model, data, method="teal", target_sparsity=0.4).config.to_dict()["inputs"]
     assert again == teal
+
+
+def test_a_choice_on_few_tokens_is_told() -> None:
+    with pytest.warns(UserWarning, match="chosen on 2 tokens, and on other text"):
+        hf_sparse.calibrate(tiny("llama"), [{"input_ids": torch.tensor([[5, 7]])}], target_sparsity=0.5)

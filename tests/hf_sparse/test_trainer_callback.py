@@ -14,6 +14,7 @@ from transformers import (
     AutoTokenizer,
     T5Config,
     T5ForConditionalGeneration,
+    T5ForSequenceClassification,
     Trainer,
     TrainingArguments,
 )
@@ -280,19 +281,40 @@ def test_an_encoder_decoder_trains_and_evaluates(tmp_path):
     model = copy.deepcopy(dense)
     hf_sparse.patch(model, "relu")
     row = {"input_ids": [4, 5, 6, 1, 0, 0], "attention_mask": [1, 1, 1, 1, 0, 0], "labels": [7, 8, 1, -100]}
+    other = {**row, "attention_mask": [1, 1, 0, 0, 0, 0], "labels": [9, 1, -100, -100]}
     arguments = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
     made = Trainer(
         model,
         TrainingArguments(str(tmp_path), max_steps=2, logging_steps=1, eval_strategy="epoch", **arguments),
         train_dataset=[row] * 8,
-        eval_dataset=[row] * 2,
+        eval_dataset=[row, other],
         callbacks=[hf_sparse.SparsityCallback({**METHODS, "distillation": {"task": 1.0}}, dense=dense)],
     )
     _, log = run(made)
     assert log[0]["distillation"] > 0
     total = log[0]["task_loss"] + log[0]["distillation"] + 2 * log[0]["l1"]
     assert log[0]["loss"] == pytest.approx(total, rel=1e-5)
-    assert not any("eval_sparsity" in record for record in log)  # rather none than a wrong one
+    found = next(record["eval_sparsity"] for record in reversed(log) if "eval_sparsity" in record)
+    batch = {name: torch.tensor([row[name], other[name]]) for name in row}
+    assert found == hf_sparse.measure(model, [batch]).sparsity
+
+
+def test_an_encoder_decoder_that_gives_no_text_is_not_counted(tmp_path):
+    sizes = {"d_model": 16, "d_kv": 8, "num_heads": 2, "num_layers": 2, "vocab_size": 64, "d_ff": 32}
+    model = T5ForSequenceClassification(T5Config(**sizes, decoder_start_token_id=0, num_labels=2))
+    hf_sparse.patch(model, "jsrelu")
+    rows = [{"input_ids": [4, 5, 6, 1], "labels": label} for label in (0, 1)]
+    arguments = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
+    made = Trainer(
+        model,
+        TrainingArguments(str(tmp_path), max_steps=1, eval_strategy="epoch", **arguments),
+        train_dataset=rows,
+        eval_dataset=rows[:1],
+        callbacks=[hf_sparse.SparsityCallback({})],
+    )
+    _, log = run(made)
+    assert any("eval_loss" in record for record in log)
+    assert not any("eval_sparsity" in record for record in log)
 
 
 def test_restored_callbacks_continue(tmp_path):
