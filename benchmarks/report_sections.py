@@ -433,9 +433,12 @@ def peers(*results: Result) -> str:
     return "\n\n".join([*conditions, paragraph(about), drawn, table(head, lines), paragraph(reading)])
 
 
+CALIBRATED = "calibrated.json", "calibrated_compiled.json", "calibrated_smollm2.json"
+
+
 def calibrated(*results: Result) -> str:
     lines, conditions = [], []
-    for result in results:
+    for result, file in zip(results, CALIBRATED, strict=True):
         groups = [result.rows[i : i + 3] for i in range(0, len(result.rows), 3)]
         for dense, stock, sparse in groups:
             low, high = sparse["speedup_quartiles"]
@@ -449,15 +452,14 @@ def calibrated(*results: Result) -> str:
                     f"**{times(sparse['speedup'])}** ({low:.2f} to {high:.2f})",
                 ]
             )
-        name = "calibrated" + ("" if result is results[0] else "_smollm2")
-        conditions.append(f"{result.conditions} [All rows](../benchmarks/results/{name}.json).")
+        conditions.append(f"{result.conditions} [All rows](../benchmarks/results/{file}).")
     first = results[0].rows[0]
     about = f"""
         {DTYPES[first["dtype"]]}, one sequence, {first["new_tokens"]} new tokens. The last column is against the same
         model on the same kernels with nothing skipped. `teal` counts the weights of attention and MLPs that meet a
         zero; the output matrix (a fifth of the weights of both models) is always read. Where it says *compiled*, the
-        dense and the calibrated step are, and the stock one is not. Both runs were stopped after `teal`; their commands
-        name more."""
+        dense and the calibrated step are, and the stock one is not. The run on SmolLM2 was stopped after `teal`; its
+        command names more."""
     head = [
         "`generate()`, tokens/s",
         "method",
@@ -511,26 +513,75 @@ _RUNS = {"relu--0": "ReLU", "prosparse-5.0-0": "ProSparse"}
 """What folders of runs were called before the script took names."""
 
 
-def finetuned_decode(result: Result) -> str:
-    first = result.rows[0]
+FINETUNED = "finetuned.json", "finetuned_targets.json"
+
+
+def finetuned_decode(*results: Result) -> str:
+    first = results[0].rows[0]
+    turns = " and ".join(str(result.rows[0]["generate"]["repeats"]) for result in results)
     about = f"""
         Finetuned checkpoints of [results/smollm2.md](results/smollm2.md), {DTYPES[first["dtype"]]}, one sequence,
         {first["prompts"]} prompts of {first["prompt_tokens"]} tokens, {first["new_tokens"]} new ones each. Ratios are
-        against the checkpoint that was finetuned dense, as transformers runs it, within a turn, of which there are
-        {first["generate"]["repeats"]}: differences below a tenth are noise."""
-    rows = []
-    for row in result.rows:
-        low, high = row["speedup_quartiles"]
-        ratio = f"{times(row['speedup'])} ({low:.2f} to {high:.2f})"
-        name, *way = row["model"].split(", ")
-        label = ", ".join([_RUNS.get(name, name), *way])
-        rows.append([label, percent(row["sparsity"]), f"{row['tokens_per_s']:.1f}", ratio])
+        to the dense line above, as transformers runs it, within a turn, of which there are {turns}: differences below a
+        tenth are noise. Dense is the checkpoint that was finetuned dense in the first run, and the original model in the
+        second; *compiled* is `hf_sparse.prepare(model, compile=True)`. With 90 % of the
+        neurons silent a step still reads 64 % of this model's weights: the output layer, attention and all gates."""
+    parts = []
+    for result, file in zip(results, FINETUNED, strict=True):
+        rows = []
+        for row in result.rows:
+            low, high = row["speedup_quartiles"]
+            ratio = f"{times(row['speedup'])} ({low:.2f} to {high:.2f})"
+            name, *way = row["model"].split(", ")
+            label = ", ".join([_RUNS.get(name, name), *way])
+            rows.append([label, percent(row["sparsity"]), f"{row['tokens_per_s']:.1f}", ratio])
+        parts.append(f"{result.conditions} [All rows](../benchmarks/results/{file}).")
+        parts.append(table(["`generate()`", "sparsity", "tokens/s", "ratio"], rows))
+    return "\n\n".join([paragraph(about), *parts])
+
+
+def several(result: Result) -> str:
+    first = result.rows[0]
+    about = f"""
+        SmolLM2-135M finetuned to 90 % ([results/smollm2.md](results/smollm2.md), "target 90 %") against the original
+        model as transformers runs it, {DTYPES[first["dtype"]]}, {first["prompt_tokens"]} tokens of real text each,
+        {first["new_tokens"]} new ones. A step for several tokens reads what any of them needs. A draft is what
+        transformers looks up in the text so far (`prompt_lookup_num_tokens`), and one step verifies; "tokens a step" is
+        what was accepted. The last column is to the same model with one sequence and no draft, in tokens per second."""
+    rows = [
+        [
+            row["model"],
+            str(row["batch"]),
+            str(row["draft"] or ""),
+            f"{row['tokens_per_s']:.1f}",
+            f"{row['tokens_per_step']:.2f}",
+            times(row["to_dense"]),
+            times(row["to_one_by_one"]),
+        ]
+        for row in result.rows
+    ]
+    head = ["model", "sequences", "draft", "tokens/s", "tokens a step", "to dense", "to one by one"]
     return f"""\
-{result.conditions} [All rows](../benchmarks/results/finetuned.json).
+{result.conditions} [All rows](../benchmarks/results/several_tokens.json).
 
 {paragraph(about)}
 
-{table(["`generate()`", "sparsity", "tokens/s", "ratio"], rows)}"""
+{table(head, rows)}"""
+
+
+def untrained(result: Result) -> str:
+    first = result.rows[0]
+    about = f"""
+        The model that comes with the package (1.4 M parameters), float32, with a patch and no training: perplexity of
+        {first["tokens"]:,} tokens of its held-out text, in windows of {first["window"]}, and the share of exact zeros
+        that reach the down projections. Thresholds of CATS are from its training text."""
+    rows = [[row["patch"], f"{row['perplexity']:.1f}", percent(row["sparsity"])] for row in result.rows]
+    return f"""\
+{result.conditions} [All rows](../benchmarks/results/untrained.json).
+
+{paragraph(about)}
+
+{table(["patch", "perplexity", "sparsity"], rows)}"""
 
 
 def training_step(result: Result) -> str:
@@ -592,9 +643,11 @@ SECTIONS = (
     Section("Under a LoRA adapter", ("lora.json",), lora),
     Section("`generate()`", ("generate.json",), generate),
     Section("Against llama.cpp", ("peers.json", "peers_compiled.json", "peers_smollm2.json"), peers),
-    Section("Calibrated, without training", ("calibrated.json", "calibrated_smollm2.json"), calibrated),
+    Section("Several tokens in one `generate()`", ("several_tokens.json",), several),
+    Section("Calibrated, without training", CALIBRATED, calibrated),
     Section("What calibration costs", ("calibration.json",), calibration, level=3),
-    Section("Finetuned checkpoints", ("finetuned.json",), finetuned_decode),
+    Section("A patch without training", ("untrained.json",), untrained, level=3),
+    Section("Finetuned checkpoints", FINETUNED, finetuned_decode),
     Section("A busy neighbour", ("busy_neighbour.json",), busy),
     Section("Loading", ("loading.json",), loading),
     Section("An update of a training", ("training_step.json",), training_step),

@@ -112,6 +112,12 @@ class Forwards:
         )
 
 
+def patched_or_all(model: nn.Module) -> Callable[[Block], bool]:
+    """For ``only``: of a model that is patched in part, its patched blocks; of one that is not, all."""
+    some = any(block.is_patched for block in require_blocks(model)[0])
+    return lambda block: block.is_patched or not some
+
+
 def in_decoder(model: nn.Module, name: str) -> bool:
     """Whether the module ``name`` of ``model`` is in a decoder that has an encoder."""
     of_two = getattr(getattr(model, "config", None), "is_encoder_decoder", False)

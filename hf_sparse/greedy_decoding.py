@@ -202,7 +202,7 @@ class _Run:
 _run: ContextVar[_Run | None] = ContextVar("hf_sparse_generate", default=None)
 
 
-def generate(call: Callable[[], Any], model: GenerationMixin, *_: Any, **__: Any) -> Any:
+def generate(call: Callable[[], Any], model: GenerationMixin) -> Any:
     """What ``GenerationMixin.generate`` does, ``call``."""
     found = vars(model).get(_MARK)
     if found is None or found.model is not model or not found.begin():

@@ -11,7 +11,8 @@
   theirs from ``reset_parameters``.
 - ``save_pretrained`` first brings the config in line with the modules, and is followed by the README's
   section on the model.
-- ``generate`` is where a model that was prepared for it decodes greedily without all of its output layer.
+- ``generate`` is where a prepared model has its attention packed, and decodes greedily without all of its
+  output layer.
 - ``_upload_modified_files`` ends every push to the Hub, after transformers has put its own README there.
 
 Beside them it adds two names that checkpoints use to be refused elsewhere, an activation and a fusion.
@@ -37,6 +38,7 @@ from hf_sparse.compiled_step import stock_generation
 from hf_sparse.described import in_line
 from hf_sparse.model_card import write_model_card
 from hf_sparse.modules import ParameterLeaf, SparseBlock, stock_downs
+from hf_sparse.packed_attention import generating
 from hf_sparse.rebuilding import patch_from_config
 from hf_sparse.stock import UnpatchedActivation
 
@@ -177,6 +179,11 @@ def _save_pretrained(
     return result
 
 
+def _generate(call: Callable[[], Any], model: GenerationMixin, *_: Any, **__: Any) -> Any:
+    with generating(model):
+        return greedy_decoding.generate(call, model)
+
+
 def _upload(
     call: Callable[[], Any],
     model: PreTrainedModel,
@@ -195,5 +202,5 @@ _AROUND: dict[str, tuple[type, Callable[..., Any]]] = {
     "_initialize_weights": (PreTrainedModel, _initialize_weights),
     "save_pretrained": (PreTrainedModel, _save_pretrained),
     "_upload_modified_files": (PreTrainedModel, _upload),
-    "generate": (GenerationMixin, greedy_decoding.generate),
+    "generate": (GenerationMixin, _generate),
 }

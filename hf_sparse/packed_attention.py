@@ -1,12 +1,13 @@
 """Attention of one new token by torch's own product, with the heads that share keys side by side.
 
-In a compiled step transformers repeats keys and values for each query head, and calls torch's attention with
-a single query for each, which on CPUs takes many times longer than to read them once. Query heads of one key
-head are queries of the same keys: together they are one call, as transformers makes it itself outside of
-compiled graphs. What that does not fit is computed as ``"sdpa"`` says.
+torch's attention takes a single query for each query head, and on CPUs reads, and in 16 bits converts, keys
+and values for each of them: several times what it takes to do so once. In a compiled step transformers
+repeats keys and values in memory besides. Query heads of one key head are queries of the same keys: together
+they are one call. What that does not fit is computed as ``"sdpa"`` says.
 
-A few models ask whether their attention is called ``"sdpa"``, and compute something else where it is not:
-they keep it.
+A compiled step has it until that ends, else a model only while it generates: elsewhere people look at the
+name of its attention. A few models ask whether that is ``"sdpa"``, and compute something else where it is
+not: they keep it.
 """
 
 from __future__ import annotations
@@ -14,13 +15,22 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -68,21 +78,70 @@ AttentionInterface.register(NAME, packed_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
+@dataclass
+class _WhileGenerating:
+    """That a model uses it while it generates: an attribute of the model object."""
+
+    configs: list[PretrainedConfig]
+    running: int = 0
+    """Calls of ``generate()`` that have not ended."""
+
+
+_MARK = "_hf_sparse_packed_while_generating"
+_lock = threading.Lock()
+
+
 def pack_attention(model: PreTrainedModel) -> None:
     """Have ``model`` use it, if it has torch's attention everywhere and does not ask for it by name."""
-    configs = list(_configs(model))
-    if {config._attn_implementation for config in configs} != {STOCK}:
-        return
-    if model._can_set_attn_implementation() and not any(map(_asks_by_name, _files(model))):
-        for config in configs:
-            config._attn_implementation_internal = NAME
+    _exchange(_packable(model), STOCK, NAME)
+
+
+def pack_while_generating(model: PreTrainedModel) -> None:
+    """The same in ``generate()`` alone, where it pays: on CPUs, in 16 bits."""
+    if model.device.type == "cpu" and model.dtype.itemsize == 2 and (configs := _packable(model)):
+        vars(model)[_MARK] = _WhileGenerating(configs)
 
 
 def stock_attention(model: PreTrainedModel) -> None:
-    """Undo :func:`pack_attention`, but for what somebody has chosen since."""
-    for config in _configs(model):
-        if config._attn_implementation == NAME:
-            config._attn_implementation_internal = STOCK
+    """Undo both, but for what somebody has chosen since."""
+    vars(model).pop(_MARK, None)
+    _exchange(_configs(model), NAME, STOCK)
+
+
+@contextmanager
+def generating(model: GenerationMixin) -> Iterator[None]:
+    """In here ``model`` generates."""
+    found: _WhileGenerating | None = vars(model).get(_MARK)
+    if found is None:
+        yield
+        return
+    with _lock:
+        found.running += 1
+        if all(config._attn_implementation == STOCK for config in found.configs):
+            _exchange(found.configs, STOCK, NAME)
+    try:
+        yield
+    finally:
+        with _lock:
+            found.running -= 1
+            if not found.running:
+                _exchange(found.configs, NAME, STOCK)
+
+
+def _exchange(configs: Iterable[PretrainedConfig], before: str, after: str) -> None:
+    for config in configs:
+        if config._attn_implementation == before:
+            config._attn_implementation_internal = after
+
+
+def _packable(model: PreTrainedModel) -> list[PretrainedConfig]:
+    """The configs of a model that can have it; none of others."""
+    configs = list(_configs(model))
+    if {config._attn_implementation for config in configs} != {STOCK}:
+        return []
+    if not model._can_set_attn_implementation() or any(map(_asks_by_name, _files(model))):
+        return []
+    return configs
 
 
 def _configs(model: PreTrainedModel) -> Iterator[PretrainedConfig]:

@@ -35,6 +35,7 @@ from hf_sparse.modules import (
     sparse_parts,
     stock_linears,
 )
+from hf_sparse.packed_attention import pack_while_generating
 from hf_sparse.part_reports import blocks_of, inspected, patched_parts, report
 from hf_sparse.patch_report import PatchReport
 from hf_sparse.selection import Patterns, Selection
@@ -285,7 +286,9 @@ def prepare(
             do not skip), at the speed of memory: :func:`triton_ops.linear`, where on this machine it is no
             slower than torch's, and those that torchao has rounded to int8. Only on the CPU, and without
             gradient; the result is summed in another order. Their layers, as objects and with all that is in
-            them, become of a subclass of ``nn.Linear`` until :func:`unpatch`. False undoes it.
+            them, become of a subclass of ``nn.Linear`` until :func:`unpatch`. In bfloat16 and float16 the
+            attention of a new token is one product for all heads that share keys, in ``model.generate``.
+            False undoes it.
         greedy_output: have ``model.generate`` read half of the output layer where it decodes greedily:
             without sampling, beams, an assistant, logits processors or scores to return, and for 32 new
             tokens or more. An int8 copy of that layer, made anew by each ``generate``, proves which logits
@@ -344,6 +347,8 @@ def prepare(
     for part in sparse:
         part.prepare(certify=certify)
     (decode_linears if linears else stock_linears)(base)
+    if linears and not compile:
+        pack_while_generating(base)
     if greedy_output:
         decode_greedily(base)
     for owner, name in thresholded(base):

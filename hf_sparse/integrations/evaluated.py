@@ -32,7 +32,7 @@ class EvaluatedSparsity:
             try:
                 self._of_encoder = in_encoder(self._inner, self._blocks)
             except PatchError:
-                self._blocks = ()
+                self._blocks = []
         self._counting = ExitStack()
         self._last: list[ZeroCounter] = []
         self._layers: list[LayerSparsity] = []

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse.activations import MixedActivation
-from hf_sparse.forwards import Forwards
+from hf_sparse.forwards import Forwards, patched_or_all
 from hf_sparse.levers.by_threshold import has_thresholds
 from hf_sparse.levers.control import DensityControl
 from hf_sparse.levers.goal import require_lever
@@ -35,7 +35,8 @@ class ByPenalty(Acting):
     def __init__(self, training: Training, goal: Goal) -> None:
         self._training, self._goal = training, goal
         self._penalty = L1Penalty(training.model)
-        self._forwards = Forwards(training.model, "h", self._count)
+        only = patched_or_all(training.model)
+        self._forwards = Forwards(training.model, "h", self._count, only=only)
         # What a budget could not afford it may again: from nearly nothing that would take too long.
         least = 1e-6 if goal.limit is None else 1e-2
         self._control = DensityControl(max(1.0, goal.by - goal.start), least)

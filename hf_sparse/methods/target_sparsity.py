@@ -27,8 +27,8 @@ class TargetSparsity(Method):
 
     Ours; see :class:`~hf_sparse.levers.rising_threshold.RisingThreshold` and
     :class:`~hf_sparse.levers.control.DensityControl`. Sparsity is the share of exact zeros in training
-    forwards, over tokens, neurons and layers: by thresholds of what they silence in patched blocks, by L1 of
-    what reaches the down projections of all blocks.
+    forwards, over tokens, neurons and patched blocks: by thresholds of what they silence, by L1 of what
+    reaches the down projections.
     """
 
     name = "target_sparsity"

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from hf_sparse.forwards import Forwards
+from hf_sparse.forwards import Forwards, patched_or_all
 
 Normalisation = Literal["prosparse", "sakana_paper", "sakana_code"]
 """What a coefficient is a coefficient of; see :class:`L1Penalty`."""
@@ -17,7 +17,8 @@ class L1Penalty:
     """Collects the L1 norm of what reaches the down projections in each forward of a model.
 
     ``h [..., F]`` is the input of a block's down projection: ``act(x gate) * (x up)`` of a gated block,
-    ``act(x up)`` of a plain one. Of L blocks with F neurons each, in float32:
+    ``act(x up)`` of a plain one. Of L blocks with F neurons each, in float32; of a model that is patched in
+    part those are its patched blocks:
 
     ==================  ====================================================  ===========================
     ``"prosparse"``     sum over blocks of the mean over tokens and neurons   as arXiv 2402.13516 is read
@@ -48,7 +49,8 @@ class L1Penalty:
     def __init__(self, model: nn.Module, normalisation: Normalisation = "prosparse") -> None:
         self._normalisation = normalisation
         self._terms: list[Tensor] = []
-        self._forwards = Forwards(model, "h", self._collect, begin=self._terms.clear)
+        begin, only = self._terms.clear, patched_or_all(model)
+        self._forwards = Forwards(model, "h", self._collect, begin=begin, only=only)
 
     def value(self) -> Tensor:
         """The penalty of the last forward: a float32 scalar with gradient.

@@ -67,6 +67,18 @@ def test_value_and_gradient_follow_the_definition():
         torch.testing.assert_close(gradient, by_hand.get(name, torch.zeros_like(gradient)), msg=name)
 
 
+def test_of_a_partly_patched_model_the_patched_blocks_are_penalised():
+    model, tokens = llama(), ids()
+    hf_sparse.patch(model, "relu", layers=[1])
+    seen: list[torch.Tensor] = []
+    for layer in model.model.layers:
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with L1Penalty(model) as l1:
+        model(tokens)
+        assert len(seen) > 1
+        torch.testing.assert_close(l1.value(), seen[1].abs().mean())
+
+
 @pytest.mark.parametrize("normalisation", ["prosparse", "sakana_paper", "sakana_code"])
 def test_each_normalisation_is_its_formula_and_converts_exactly(normalisation):
     model, tokens = llama(), ids()

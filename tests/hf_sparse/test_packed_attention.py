@@ -1,15 +1,17 @@
-"""Attention in a compiled step: what transformers' ``"sdpa"`` computes, and whose it is."""
+"""Attention of a new token: what transformers' ``"sdpa"`` computes, and whose it is."""
 
 from __future__ import annotations
 
+import copy
 import json
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import StoppingCriteria, StoppingCriteriaList, T5Config, T5ForConditionalGeneration
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import hf_sparse
@@ -84,6 +86,80 @@ def test_a_compiled_step_has_it_until_it_ends() -> None:
         assert model.model.layers[0].self_attn.config._attn_implementation == NAME
         end(model)
     assert model.config._attn_implementation == "sdpa"
+
+
+def names_while_generating(model: Any, **options: Any) -> set[str]:
+    """The names of its attention in the forwards of a ``generate()``."""
+    found: set[str] = set()
+    handle = model.register_forward_pre_hook(lambda *_: found.add(model.config._attn_implementation))
+    try:
+        model.generate(torch.tensor([[5, 7, 9]]), max_new_tokens=4, **options)
+    finally:
+        handle.remove()
+    return found
+
+
+def prepared(dtype: torch.dtype = torch.bfloat16) -> Any:
+    model = tiny("llama").to(dtype)
+    hf_sparse.patch(model, "relu")
+    hf_sparse.prepare(model)
+    return model
+
+
+def test_a_prepared_model_has_it_while_it_generates() -> None:
+    model = prepared()
+    assert names_while_generating(model) == {NAME}
+    assert model.config._attn_implementation == "sdpa"
+    hf_sparse.prepare(model, linears=False)
+    assert names_while_generating(model) == {"sdpa"}
+    hf_sparse.prepare(model)
+    own = copy.deepcopy(model)
+    assert names_while_generating(own) == {NAME}
+    hf_sparse.unpatch(own)
+    assert names_while_generating(own) == {"sdpa"}
+    assert names_while_generating(model) == {NAME}
+    assert names_while_generating(prepared(torch.float32)) == {"sdpa"}
+
+
+def test_the_logits_of_a_prepared_model_are_as_near_to_those_in_float32() -> None:
+    torch.manual_seed(0)
+    stock = tiny("llama").to(torch.bfloat16)
+    hf_sparse.patch(stock, "relu")
+    model = copy.deepcopy(stock)
+    hf_sparse.prepare(model)
+    ids = torch.randint(3, 90, (2, 9))
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 6, "pad_token_id": 0}
+    kept = {"output_logits": True, "return_dict_in_generate": True}
+    tokens = stock.generate(ids, **options)
+    forced = {"prefix_allowed_tokens_fn": lambda row, so_far: [int(tokens[row, len(so_far)])]}
+
+    def logits(one: Any) -> Tensor:
+        return torch.stack(one.generate(ids, **options, **kept, **forced).logits).float()
+
+    exact = logits(copy.deepcopy(stock).float())
+    error = (logits(stock) - exact).square().mean().sqrt()
+    assert 0 < (logits(model) - exact).square().mean().sqrt() <= 1.5 * error
+
+
+def test_it_ends_with_the_last_of_several_and_with_an_error() -> None:
+    model = prepared()
+
+    class Nested(StoppingCriteria):
+        def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+            model.generate(torch.tensor([[3]]), max_new_tokens=2)
+            assert model.config._attn_implementation == NAME
+            if input_ids.shape[1] > 5:
+                raise KeyboardInterrupt
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    with pytest.raises(KeyboardInterrupt):
+        names_while_generating(model, stopping_criteria=StoppingCriteriaList([Nested()]))
+    assert model.config._attn_implementation == "sdpa"
+    model.set_attn_implementation("eager")
+    assert names_while_generating(model) == {"eager"}
+    assert model.config._attn_implementation == "eager"
 
 
 def test_what_somebody_has_chosen_stays() -> None:

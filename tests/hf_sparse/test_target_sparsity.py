@@ -69,6 +69,18 @@ def test_sparsity_and_penalty_are_measured_without_padding_however_an_update_is_
     assert weight == pytest.approx(0.01 / (sum(penalty) / 3) * rise, rel=1e-5)
 
 
+def test_of_a_partly_patched_model_the_patched_blocks_are_counted() -> None:
+    model = untrained_llama(vocab_size=64, num_hidden_layers=2)
+    hf_sparse.patch(model, "relu", layers=[1])
+    ids = torch.randint(0, 64, (3, 12))
+    expected = hf_sparse.measure(model, [{"input_ids": ids}]).layers
+    assert expected[0].sparsity == 0 < expected[1].sparsity
+    model.train()
+    acting = TargetSparsity(sparsity=0.9, lever="l1").attach(Training(model, steps=10))
+    update(model, acting, 1, {"input_ids": ids})
+    assert acting.values()["training_sparsity"] == pytest.approx(expected[1].sparsity, rel=1e-6)
+
+
 def test_processes_agree_on_their_mean() -> None:
     model, ids = patched(), torch.randint(0, 64, (4, 12))
     shares: list[Tensor] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+from collections.abc import Iterable
 from functools import cache
 from typing import Any, NoReturn
 
@@ -55,7 +56,9 @@ def mlp(x: Tensor, mlp: MLP) -> Tensor:
 def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``h [..., F]`` to ``[..., D]``; ``weight [D, F]`` neuron-major."""
     y = h.new_empty((*h.shape[:-1], weight.shape[0]))
-    return _call(h, y, MLP(None, None, weight, None, None, bias, "", 0.0), 0)  # type: ignore[arg-type]
+    h, bias = h.contiguous(), _contiguous(bias)
+    inputs = h.data_ptr(), 0, 0
+    return _run(inputs, weight, (0, 0, _pointer(bias), 0, 0, 0, 0, 0, 0), y, (0, 0), 0, 0.0)
 
 
 FEW = 8
@@ -190,28 +193,41 @@ def _no_memory(tokens: int) -> NoReturn:
 def _call(x: Tensor, y: Tensor, mlp: MLP, kind: int, scales: Scales = (None, None, None)) -> Tensor:
     first, up, down, first_bias, up_bias, down_bias, _, threshold, certificate = mlp
     threshold, each = (0.0, threshold) if isinstance(threshold, Tensor) else (threshold, None)
-    hidden, neurons = down.shape
-    tokens = y.numel() // hidden
-    # Named, so that they live until the kernel is done: copies, and the storage of a weight whose layout
-    # another thread may change meanwhile.
+    # Named, so that copies live until the kernel is done.
     tensors = _contiguous(x), _rows(first), _rows(up)
-    storage = down.untyped_storage()
     vectors = [
         _contiguous(v)
         for v in (first_bias, up_bias, down_bias, each, *(certificate or (None, None)), *scales)
     ]
+    between = [0 if w is None else w.stride(0) for w in tensors[1:]]
+    return _run(map(_pointer, tensors), down, map(_pointer, vectors), y, between, kind, threshold)
+
+
+def _run(
+    tensors: Iterable[int],
+    down: Tensor,
+    vectors: Iterable[int],
+    y: Tensor,
+    between: Iterable[int],
+    kind: int,
+    threshold: float,
+) -> Tensor:
+    """Run ``hfs_mlp`` with the addresses in ``Call`` before ``down`` and after it; gives ``y``."""
+    storage = down.untyped_storage()  # another thread may change the layout meanwhile
+    hidden, neurons = down.shape
+    tokens = y.numel() // hidden
     failed = _kernels().hfs_mlp(
         _pack(
-            *map(_pointer, tensors),
+            *tensors,
             storage.data_ptr() + down.storage_offset() * down.itemsize,
-            *map(_pointer, vectors),
+            *vectors,
             y.data_ptr(),
             tokens,
             hidden,
             neurons,
-            *[0 if w is None else w.stride(0) for w in tensors[1:]],
+            *between,
             down.stride(1),
-            DTYPES[x.dtype],
+            DTYPES[y.dtype],
             kind,
             _threads(),
             threshold,
