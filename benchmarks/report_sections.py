@@ -540,6 +540,27 @@ def finetuned_decode(*results: Result) -> str:
     return "\n\n".join([paragraph(about), *parts])
 
 
+def step(result: Result) -> str:
+    first = result.rows[0]
+    sizes = f"{first['layers']} × {first['hidden']} × {first['neurons']}"
+    about = f"""
+        Where the time of a token goes: {sizes}, {first["of"]} weights, {DTYPES[first["dtype"]]},
+        {percent(first["sparsity"])} of the neurons silent, {first["new_tokens"]} tokens of greedy `generate()`; medians
+        of {first["step"]["repeats"]} turns. "Around" is what is no call of a kernel of the package: operators of torch
+        (in the first line all linear layers but the MLPs), the Python of transformers and ours."""
+    rows = []
+    for row in result.rows:
+        total, inside, around = (f"{row[part]['median_ms']:.1f}" for part in ("step", "kernels", "around"))
+        share = row["around"]["median_ms"] / row["step"]["median_ms"]
+        rows.append([row["model"], total, inside, f"{around} ({percent(share)})", f"{row['calls']:.0f}"])
+    return f"""\
+{result.conditions} [All rows](../benchmarks/results/step.json).
+
+{paragraph(about)}
+
+{table(["model", "step, ms", "in kernels", "around", "kernel calls"], rows)}"""
+
+
 def several(result: Result) -> str:
     first = result.rows[0]
     about = f"""
@@ -643,6 +664,7 @@ SECTIONS = (
     Section("Under a LoRA adapter", ("lora.json",), lora),
     Section("`generate()`", ("generate.json",), generate),
     Section("Against llama.cpp", ("peers.json", "peers_compiled.json", "peers_smollm2.json"), peers),
+    Section("A step", ("step.json",), step),
     Section("Several tokens in one `generate()`", ("several_tokens.json",), several),
     Section("Calibrated, without training", CALIBRATED, calibrated),
     Section("What calibration costs", ("calibration.json",), calibration, level=3),
