@@ -13,7 +13,8 @@ The clock is read before and after each call of the compiled library, which take
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import generate
@@ -58,21 +59,35 @@ def main() -> None:
     tokens = torch.randint(1, stock.config.vocab_size, (4, 64))
     models = peers.variants(stock, tokens, args)
     del models["stock"]
-    clock = Clock()
-    backend._kernels = lambda: clock  # type: ignore[assignment]
-    runs = {
-        name: Steps(model, tokens[:1, : args.prompt_tokens], args, clock) for name, model in models.items()
-    }
-    for run in runs.values():
-        run.measured()  # warm
-    found = {name: [] for name in runs}  # type: dict[str, list[tuple[float, float, float]]]
-    for _ in range(args.repeats):
-        for name, run in runs.items():
-            found[name].append(run.measured())
+    with measured() as clock:
+        found = by_turns(models, tokens[:1, : args.prompt_tokens], args, clock)
     rows = [row(name, steps, stock, args) for name, steps in found.items()]
     print(harness.table([cells(one) for one in rows]))
     harness.save(args.out, conditions, rows)
     print("written to", args.out)
+
+
+@contextmanager
+def measured() -> Iterator[Clock]:
+    """In here the kernels have a clock."""
+    library, clock = backend._kernels, Clock()
+    backend._kernels = lambda: clock  # type: ignore[assignment]
+    try:
+        yield clock
+    finally:
+        backend._kernels = library
+
+
+def by_turns(models: dict[str, Any], prompt: torch.Tensor, args: Any, clock: Clock) -> dict[str, list[Any]]:
+    """What :meth:`Steps.measured` gives of each model, in each turn but the first."""
+    runs = {name: Steps(model, prompt, args, clock) for name, model in models.items()}
+    found: dict[str, list[Any]] = {name: [] for name in runs}
+    for repeat in range(args.repeats + 1):
+        for name, run in runs.items():
+            steps = run.measured()
+            if repeat:
+                found[name].append(steps)
+    return found
 
 
 class Steps:

@@ -46,13 +46,8 @@ def run(script: str, out: Path, *options: str, device: str = "cpu", process: boo
             patch.setattr(sys, "argv", command)
             patch.syspath_prepend(BENCHMARKS)
             runpy.run_path(command[0], run_name="__main__")
-        for name in (
-            "blocks",
-            "generate",
-            "harness",
-            "plots",
-        ):  # each run imports its own, which knows its name
-            sys.modules.pop(name, None)
+        for name in ("blocks", "finetuned", "generate", "harness", "peers", "plots"):
+            sys.modules.pop(name, None)  # each run imports its own, which knows its name
     written = json.loads(out.read_text())
     assert written["benchmark"] == script
     assert written["provenance"].keys() >= CONDITIONS
@@ -156,6 +151,39 @@ def test_finetuned(tmp_path: Path, assets: Path) -> None:
     assert [row["model"] for row in rows] == ["dense", *ways]
     assert [row["sparsity"] > 0.3 for row in rows] == [False, *[True] * 4]
     assert rows[0]["speedup"] == 1
+
+
+def test_several_tokens(tmp_path: Path, assets: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(assets / "stories260K")
+    hf_sparse.patch(model, "relu")
+    model.save_pretrained(tmp_path / "sparse")
+    options = ("--dense", str(assets / "stories260K"), "--sparse", str(tmp_path / "sparse"))
+    options += ("--dataset", str(assets / "c4"), "--batches", "1", "2", "--drafts", "3")
+    sizes = ("--new-tokens", "6", "--prompt-tokens", "12")
+    rows = run("several_tokens", tmp_path / "r.json", *options, *sizes)["results"]
+    uses = [(1, 0), (2, 0), (1, 3)]
+    assert [(row["batch"], row["draft"]) for row in rows] == [use for use in uses for _ in range(2)]
+    assert [row["tokens_per_step"] for row in rows[:4]] == [1.0] * 4
+    assert all(row["tokens_per_step"] >= 1 for row in rows)
+
+
+@pytest.mark.slow
+def test_step(tmp_path: Path) -> None:
+    sizes = ("--shape", "128x192", "--vocab", "256", "--layers", "2", "--new-tokens", "34")
+    rows = run("step", tmp_path / "r.json", *sizes)["results"]
+    assert [row["calls"] for row in rows] == [2] * 4  # of the MLPs; other layers are too small for a kernel
+    for row in rows:
+        assert 0 < row["kernels"]["median_ms"] < row["step"]["median_ms"]
+
+
+@pytest.mark.slow
+def test_untrained(tmp_path: Path) -> None:
+    rows = run("untrained", tmp_path / "r.json", "--tokens", "2048")["results"]
+    found = {row["patch"]: row for row in rows}
+    assert found["as it is"]["sparsity"] == 0
+    assert found["top-k 0.1"]["sparsity"] == pytest.approx(0.9, abs=0.01)
+    assert found["CATS 0.7"]["sparsity"] == pytest.approx(0.7, abs=0.05)
+    assert min(rows, key=lambda row: row["perplexity"])["patch"] == "as it is"
 
 
 def test_calibration(tmp_path: Path, assets: Path) -> None:
