@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.utils.data import RandomSampler
 
 from hf_sparse.calibration.method import Calibration
 from hf_sparse.calibration.report import CalibrationReport
@@ -30,6 +31,8 @@ METHODS = tuple(sorted(f.stem for f in (Path(__file__).parent / "methods").glob(
 _HIGHEST = 0.99
 _ROUNDS = 10
 _CORRECTIONS = 5
+_MISSED = 0.02
+"""From which distance on that is told."""
 _FEW = 256
 """Tokens below which what is found says little about other text."""
 _NEAR = 0.005
@@ -69,13 +72,15 @@ def calibrate(
     Args:
         model: a causal language model of transformers, stock or patched; a patched one keeps what it has.
         data: texts, rows with a ``"text"`` or batches, as :func:`hf_sparse.measure` takes them. They are gone
-            through several times, so an iterator is refused.
+            through several times, so an iterator is refused, and a ``DataLoader`` that shuffles. Nothing is
+            shared between processes: calibrate in one, and load the result in the others.
         method: the name of one.
         allocation: how the sparsity is spread; ``"uniform"``, or, of ``"teal"`` and ``"wina"``, ``"greedy"``:
             in each layer more where it changes the output of the layer less, found in some hundred forwards
             of each layer.
         target_sparsity: reach this sparsity, 0 to 1, of what the method prunes, on ``data``. What is pruned
-            changes what the next layer gets, so it is measured, and corrected in some passes more.
+            changes what the next layer gets, so it is measured, and corrected in some passes more. What is
+            zero for another reason counts as well, such as what another method prunes.
         max_perplexity_increase: or be as sparse as possible, with a perplexity on ``data`` that is at most
             this many percent above that of the model without thresholds of this method.
         tokenizer: for texts; None loads the one of ``model.name_or_path``.
@@ -87,6 +92,9 @@ def calibrate(
         PatchError: the model cannot be patched, or the method does not suit it.
         ValueError: not one of the two aims is given, or it is out of range; no such method; see also
             :func:`hf_sparse.measure`.
+
+    Warns:
+        UserWarning: ``target_sparsity`` was missed by more than 2 points, or there are few tokens.
 
     """
     if method not in METHODS:
@@ -100,6 +108,11 @@ def calibrate(
         raise ValueError(f"max_perplexity_increase={most} is out of range; it is in percent, as 1.0.")
     if isinstance(data, Iterator):
         raise ValueError("data is an iterator, and calibrate goes through it several times; give a list.")
+    if isinstance(getattr(data, "sampler", None), RandomSampler):
+        raise ValueError(
+            "data is a DataLoader that shuffles, and each of several passes would see other text; give one "
+            "with shuffle=False."
+        )
     base = transformers_model(model)
 
     def run(observers: list[BlockObserver]) -> Pass:
@@ -150,6 +163,13 @@ def calibrate(
         one.finish(_HIGHEST if target_sparsity is None else target_sparsity)
         if target_sparsity is not None:
             level, reached, after = _corrected(one, sparsity, target_sparsity)
+            if abs(reached - target_sparsity) > _MISSED:
+                warnings.warn(
+                    f"target_sparsity={target_sparsity} was asked for, and the nearest that was found is "
+                    f"{reached:.3f}, of {one.counts}. What other methods prune already counts as well: ask "
+                    "for more than that, or calibrate this method first.",
+                    stacklevel=2,
+                )
         else:
             assert max_perplexity_increase is not None
             level = _level_within(loss, dense.loss + math.log1p(max_perplexity_increase / 100))

@@ -41,10 +41,11 @@ def measure(
         data: texts; or rows with a ``"text"``, as ``datasets`` gives them (nulls among either are left out);
             or batches, as of a DataLoader:
             mappings with ``input_ids`` int64 ``[B, S]`` and optionally ``attention_mask`` ``[B, S]`` (where
-            it is 0 there is padding, which counts nowhere) and ``labels`` ``[B, S]`` (-100 is left out of
-            the loss). An encoder-decoder needs labels ``[B, T]``, what its decoder is to give (-100 is
-            padding, if there is no ``decoder_attention_mask``); they are not shifted, and blocks of the
-            encoder count its tokens, those of the decoder theirs.
+            it is 0 there is padding, which counts nowhere), ``labels`` ``[B, S]`` (-100 is left out of
+            the loss) and ``position_ids`` ``[B, S]`` (where they begin anew, as packed documents do,
+            nothing is predicted from what comes before). An encoder-decoder needs labels ``[B, T]``, what its
+            decoder is to give (-100 is padding, if there is no ``decoder_attention_mask``); they are not
+            shifted, and blocks of the encoder count its tokens, those of the decoder theirs.
         tokenizer: for texts; None loads the one of ``model.name_or_path``.
         sequence_length: tokens per window of text. Texts are joined by end-of-text tokens and cut. None means
             the model's context, at most 1,024.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -70,8 +70,17 @@ def as_batches(
     return ({"input_ids": ids} for ids in packed), length
 
 
-def parts(batch: Any, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """``input_ids``, ``attention_mask`` and ``labels`` of a batch as ``[B, S]`` tensors on ``device``.
+class Parts(NamedTuple):
+    """A batch as a causal language model takes it: tensors ``[B, S]``."""
+
+    input_ids: Tensor
+    mask: Tensor | None
+    labels: Tensor | None
+    positions: Tensor | None
+
+
+def parts(batch: Any, device: torch.device) -> Parts:
+    """What a batch holds, on ``device``.
 
     Raises:
         ValueError: it is no such batch.
@@ -79,9 +88,14 @@ def parts(batch: Any, device: torch.device) -> tuple[Tensor, Tensor | None, Tens
     """
     if not isinstance(batch, Mapping) or "input_ids" not in batch:
         raise ValueError(f"data mixes batches with {type(batch).__name__}; every batch needs input_ids.")
+    if packed := [key for key in _OF_PACKED if batch.get(key) is not None]:
+        raise ValueError(
+            f"a batch holds {packed[0]}, which says where documents begin in a form that is not passed on; "
+            "give position_ids [B, S] that begin anew instead, or documents one by one."
+        )
     input_ids = rows(batch["input_ids"])
     others: list[Tensor | None] = []
-    for key in ("attention_mask", "labels"):
+    for key in ("attention_mask", "labels", "position_ids"):
         tensor = None if batch.get(key) is None else rows(batch[key])
         if tensor is not None and tensor.shape != input_ids.shape:
             raise ValueError(
@@ -89,7 +103,10 @@ def parts(batch: Any, device: torch.device) -> tuple[Tensor, Tensor | None, Tens
                 "both must be [B, S]."
             )
         others.append(None if tensor is None else tensor.to(device))
-    return input_ids.to(device), others[0], others[1]
+    return Parts(input_ids.to(device), *others)
+
+
+_OF_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
 
 def _is_null(item: Any) -> bool:

@@ -130,7 +130,7 @@ def _of_decoder(
     observers: Sequence[BlockObserver],
 ) -> tuple[Iterator[Tensor], int, int]:
     """A forward of a causal language model: the losses of its sequences, tokens predicted, tokens seen."""
-    input_ids, mask, labels = parts(batch, device)
+    input_ids, mask, labels, positions = parts(batch, device)
     padding = mask is not None and not mask.all()
     lengths = [input_ids.shape[1]] * len(input_ids) if mask is None else mask.count_nonzero(1).tolist()
     for one in observers:
@@ -138,15 +138,22 @@ def _of_decoder(
         one.lengths = lengths
     extra: dict[str, Tensor] = {}
     takes_positions = "position_ids" in signature(bare.forward).parameters
-    if mask is not None and not mask[:, 0].all() and takes_positions:
+    if positions is not None:
+        if not takes_positions:
+            raise ValueError(
+                f"a batch holds position_ids, and {type(bare).__name__} takes none; leave them out, and give "
+                "documents one by one."
+            )
+        extra["position_ids"] = positions
+    elif mask is not None and not mask[:, 0].all() and takes_positions:
         extra["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)  # padded on the left
     output = model(input_ids=input_ids, attention_mask=mask, use_cache=False, **extra)
-    rows, targets = _losses(output, input_ids, mask, labels)
+    rows, targets = _losses(output, input_ids, mask, labels, positions)
     return rows, int((targets != IGNORED).sum()), sum(lengths)
 
 
 def _losses(
-    output: Any, input_ids: Tensor, mask: Tensor | None, labels: Tensor | None
+    output: Any, input_ids: Tensor, mask: Tensor | None, labels: Tensor | None, positions: Tensor | None
 ) -> tuple[Iterator[Tensor], Tensor]:
     """Summed cross-entropy of the next tokens of each sequence, in nats, and these tokens."""
     logits = getattr(output, "logits", None)
@@ -162,6 +169,8 @@ def _losses(
     if mask is not None:
         targets[mask == 0] = IGNORED
         targets[:, 1:][mask[:, :-1] == 0] = IGNORED  # what follows padding is not predicted from text
+    if positions is not None:
+        targets[:, 1:][positions[:, 1:] == 0] = IGNORED  # nor is what begins another document
     targets = targets[:, 1:].to(logits.device)
     pairs = zip(logits[:, :-1], targets, strict=True)  # one sequence at a time in float32
     rows = (cross_entropy(x.float(), y, reduction="sum", ignore_index=IGNORED) for x, y in pairs)

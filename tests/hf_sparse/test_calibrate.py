@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 import hf_sparse
@@ -17,6 +19,7 @@ from hf_sparse.assets import TINY_MODEL
 from hf_sparse.assets.corpus import python_corpus
 from hf_sparse.calibration.magnitudes import Magnitudes, counted
 from hf_sparse.inputs import named_thresholded
+from hf_sparse.texts import evaluation_texts
 from support.composites import composite
 from support.models import tiny
 from support.skips import CountSkips
@@ -408,6 +411,35 @@ def test_scap_leaves_what_teal_chose_for_attention() -> None:
     assert {name for name in teal if scap[name] == teal[name]} == attention
     again = hf_sparse.calibrate(model, data, method="teal", target_sparsity=0.4).config.to_dict()["inputs"]
     assert again == teal
+
+
+def test_a_target_that_other_methods_have_passed_already_is_told() -> None:
+    model = tiny("llama")
+    hf_sparse.calibrate(model, batches(), method="teal", target_sparsity=0.5)
+    with pytest.warns(UserWarning, match=r"target_sparsity=0.3 .* nearest that was found is 0\.[45]"):
+        report = hf_sparse.calibrate(model, batches(), method="cats", target_sparsity=0.3)
+    assert report.sparsity > 0.4
+
+
+def test_a_loader_that_shuffles_is_refused() -> None:
+    rows = [{"input_ids": batch["input_ids"][0]} for batch in batches()]
+    model = tiny("llama")
+    with pytest.raises(ValueError, match="shuffle=False"):
+        hf_sparse.calibrate(model, DataLoader(rows, shuffle=True), target_sparsity=0.5)
+    assert not hf_sparse.inspect(model).patched
+    hf_sparse.calibrate(model, DataLoader(rows), target_sparsity=0.5)
+
+
+@pytest.mark.parametrize("method", ["teal", "wina", "scap", "cats"])
+def test_a_pretrained_llama_is_calibrated_in_one_line_and_skips(method, assets) -> None:
+    model = AutoModelForCausalLM.from_pretrained(assets / "stories260K")
+    texts = list(islice(evaluation_texts(str(assets / "c4")), 60))
+    report = hf_sparse.calibrate(model, texts, method=method, target_sparsity=0.5, max_tokens=4096)
+    assert report.sparsity == pytest.approx(0.5, abs=0.01)
+    assert report.perplexity_before < report.perplexity < 3 * report.perplexity_before
+    with CountSkips() as skips, hf_sparse.backend("torch"):
+        model.generate(torch.tensor([[1, 400, 300]]), max_new_tokens=8)
+    assert skips.count > 0
 
 
 def test_a_choice_on_few_tokens_is_told() -> None:

@@ -11,6 +11,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoTokenizer,
+    BloomConfig,
+    BloomForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaForCausalLM,
@@ -101,6 +103,24 @@ def test_labels_restrict_the_loss_only(llama):
         expected = llama(input_ids=ids, labels=labels).loss.item()
     assert report.loss == pytest.approx(expected, rel=1e-6)
     assert (report.tokens, report.predicted_tokens) == (18, 8)
+
+
+def test_packed_documents_are_those_one_by_one(llama):
+    hf_sparse.patch(llama, "relu")
+    documents = [torch.randint(3, 60, (1, n)) for n in (7, 4, 9)]
+    one_by_one = measure(llama, [{"input_ids": ids} for ids in documents])
+    positions = torch.cat([torch.arange(ids.shape[1]) for ids in documents])
+    packed = measure(llama, [{"input_ids": torch.cat(documents, 1), "position_ids": positions[None]}])
+    assert packed.loss == pytest.approx(one_by_one.loss, rel=1e-5)
+    assert packed.predicted_tokens == one_by_one.predicted_tokens == 6 + 3 + 8
+    assert packed.sparsity == pytest.approx(one_by_one.sparsity, abs=1e-3)
+
+
+def test_positions_are_refused_by_a_model_that_takes_none():
+    model = BloomForCausalLM(BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=64))
+    ids = torch.randint(3, 60, (1, 6))
+    with pytest.raises(ValueError, match="BloomForCausalLM takes none"):
+        measure(model, [{"input_ids": ids, "position_ids": torch.arange(6)[None]}])
 
 
 def test_texts_are_packed_and_weighted_by_tokens(llama, tokenizer):
@@ -327,6 +347,12 @@ def test_models_that_do_not_predict_the_next_token_are_refused(llama, input_ids)
         (["text"], {"sequence_length": 65}, "sequence_length=65 .* 64"),
         (["text"], {"sequence_length": 1}, "sequence_length=1 "),
         (["text"], {"batch_size": 0}, "batch_size=0"),
+        ([{"input_ids": torch.ones(1, 4).long(), "seq_idx": torch.zeros(1, 4)}], {}, "holds seq_idx"),
+        (
+            [{"input_ids": torch.ones(1, 4).long(), "position_ids": torch.ones(3, 1, 4).long()}],
+            {},
+            "position_ids has",
+        ),
         (
             [{"input_ids": torch.ones(1, 4).long(), "attention_mask": torch.ones(1, 3)}],
             {},
