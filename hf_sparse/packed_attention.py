@@ -23,7 +23,6 @@ from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -34,6 +33,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+import triton_ops
 from hf_sparse.adapters.walk import modules_of
 
 NAME = "hf_sparse_packed_sdpa"
@@ -58,20 +58,16 @@ def packed_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """``query [B, H, T, D]``, ``key`` and ``value [B, K, L, D]`` to ``[B, T, H, D]``, and None."""
-    batch, heads, tokens, size = query.shape
+    batch, heads, tokens, _ = query.shape
     shared = heads // key.shape[1]
-    fits = tokens == 1 and shared > 1 and batch == len(key)
+    fits = tokens == 1 and shared * key.shape[1] == heads and batch == len(key) and not dropout
     if attention_mask is not None:  # the same for all heads
         fits = fits and attention_mask.ndim == 4 and attention_mask.shape[1:3] == (1, 1)
     if not fits or any(kwargs.get(name) is not None for name in _THEIRS):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    together = query.reshape(batch, key.shape[1], shared, size)
-    y = F.scaled_dot_product_attention(
-        together, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
-    )
-    return y.reshape(batch, 1, heads, value.shape[-1]), None
+    return triton_ops.decode_attention(query, key, value, attention_mask, scale=scaling), None
 
 
 AttentionInterface.register(NAME, packed_attention)

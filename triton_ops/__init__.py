@@ -8,6 +8,7 @@ from triton_ops.backends import AUTO, BACKENDS, DENSE
 from triton_ops.certificate import Certificate
 from triton_ops.certifier import certify
 from triton_ops.choice import Plan, backend, plan
+from triton_ops.decode_attention import decode_attention
 from triton_ops.dense_linear import linear
 from triton_ops.greedy_linear import greedy_linear
 from triton_ops.int8 import int8_in_graph, int8_kernels, int8_linear, int8_mlp, int8_sparse_linear
@@ -29,6 +30,7 @@ __all__ = [
     "Problem",
     "backend",
     "certify",
+    "decode_attention",
     "forget",
     "gated_mlp",
     "greedy_linear",

@@ -73,6 +73,10 @@ class Backend:
     """Of a weight ``[D, F]`` whose rows are contiguous, on the CPU: writes the rows and the bounds of its
     certificate. None: torch makes them, which takes many times as long."""
 
+    attention: Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor] | None = None
+    """:func:`triton_ops.decode_attention` of tensors on the CPU, of this dtype, that fit together, are not
+    empty and whose rows are contiguous."""
+
     int8_mlp: Callable[[Tensor, MLP, Scales], Tensor] | None = None
     """``mlp`` with weights that are int8, for up to :data:`triton_ops.int8.INT8_TOKENS` tokens on the CPU;
     without a certificate. None: there is no kernel."""

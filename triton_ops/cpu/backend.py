@@ -27,6 +27,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _pack = struct.Struct("14P6q3if").pack
 _pack_linear = struct.Struct("7P4q4i").pack  # struct LinearCall
 _pack_certify = struct.Struct("3P3q2i").pack  # struct CertifyCall
+_pack_attention = struct.Struct("6P15q2ifi").pack  # struct AttentionCall
 
 # The threads of OpenMP do not survive a fork, and waiting for them hangs the child; it works on one instead.
 _forked = False
@@ -167,6 +168,40 @@ def certify(weight: Tensor, rows: Tensor, bounds: Tensor) -> None:
     )
 
 
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """``query [B, H, 1, D]``, ``key [B, K, L, D]``, ``value [B, K, L, V]`` to ``[B, 1, H, V]``."""
+    batch, heads, _, size = query.shape
+    y = query.new_empty((batch, 1, heads, value.shape[-1]))
+    shown = mask is not None and mask.dtype is torch.bool
+    failed = _kernels().hfs_attention(
+        _pack_attention(
+            query.data_ptr(),
+            key.data_ptr(),
+            value.data_ptr(),
+            _pointer(mask) if shown else 0,
+            0 if shown else _pointer(mask),
+            y.data_ptr(),
+            batch,
+            heads,
+            key.shape[1],
+            key.shape[2],
+            size,
+            value.shape[-1],
+            *query.stride()[:2],
+            *key.stride()[:3],
+            *value.stride()[:3],
+            mask.stride(0) if mask is not None and len(mask) == batch else 0,
+            DTYPES[query.dtype],
+            _threads(),
+            scale,
+            0,
+        )
+    )
+    if failed:
+        raise MemoryError(f"no memory is left for the scores of {key.shape[2]} tokens.")
+    return y
+
+
 def _threads() -> int:
     return 1 if _forked else torch.get_num_threads()
 
@@ -253,7 +288,7 @@ def _pointer(tensor: Tensor | None) -> int:
 def _kernels() -> Any:
     library = build.library()
     assert not isinstance(library, str), library  # unusable() has been asked
-    for function in (library.hfs_mlp, library.hfs_linear):
+    for function in (library.hfs_mlp, library.hfs_linear, library.hfs_attention):
         function.restype = ctypes.c_int
         function.argtypes = [ctypes.c_char_p]
     library.hfs_certify.restype = None
@@ -274,6 +309,7 @@ BACKEND = Backend(
     mlp=mlp,
     sparse_linear=sparse_linear,
     linear=linear,
+    attention=attention,
     greedy_linear=greedy_linear,
     certify=certify,
     int8_mlp=int8_mlp,

@@ -2,6 +2,7 @@
 //
 // Shapes: T tokens, D hidden size, F neurons. The weights hold one neuron per contiguous row of D elements.
 
+#include "attention.h"
 #include "certifier.h"
 #include "dense_linear.h"
 #include "greedy_linear.h"
@@ -45,6 +46,19 @@ struct CertifyCall {
   int32_t dtype, threads;
 };
 static_assert(sizeof(CertifyCall) == 6 * 8 + 2 * 4, "backend.py packs it by hand");
+
+// The attention of one new token of each sequence.
+struct AttentionCall {
+  const void *q, *k, *v;        // [B, H, D], [B, K, L, D], [B, K, L, V]; of all rows are contiguous
+  const void *shown, *added;    // [B, L]: bool, and of the dtype; or null
+  void* y;                      // [B, H, V]
+  int64_t B, H, K, L, D, V;
+  int64_t q_batch, q_head, k_batch, k_head, k_row, v_batch, v_head, v_row, mask_batch;
+  int32_t dtype, threads;
+  float scale;
+  int32_t unused;
+};
+static_assert(sizeof(AttentionCall) == 21 * 8 + 4 * 4, "backend.py packs it by hand");
 
 namespace {
 
@@ -239,6 +253,21 @@ int run(const LinearCall& call) {
 }
 
 template <class W>
+int run(const AttentionCall& call) {
+  typedef typename W::Type Type;
+  Attention<W> attention = {};
+  attention.q = (const Type*)call.q, attention.k = (const Type*)call.k, attention.v = (const Type*)call.v;
+  attention.shown = (const uint8_t*)call.shown, attention.added = (const Type*)call.added, attention.y = (Type*)call.y;
+  attention.B = call.B, attention.H = call.H, attention.K = call.K;
+  attention.L = call.L, attention.D = call.D, attention.V = call.V;
+  attention.q_batch = call.q_batch, attention.q_head = call.q_head;
+  attention.k_batch = call.k_batch, attention.k_head = call.k_head, attention.k_row = call.k_row;
+  attention.v_batch = call.v_batch, attention.v_head = call.v_head, attention.v_row = call.v_row;
+  attention.mask_batch = call.mask_batch, attention.scale = call.scale;
+  return run_whole(attention, sensible(call.threads));
+}
+
+template <class W>
 void run(const CertifyCall& call) {
   Certifier<W> certifier = {};
   certifier.w = (const typename W::Type*)call.w, certifier.q = (int8_t*)call.q, certifier.bounds = (float*)call.bounds;
@@ -256,6 +285,10 @@ extern "C" int hfs_mlp(const Call* call) {
 
 // The same for at most kTokens of DenseLinear and GreedyLinear.
 extern "C" int hfs_linear(const LinearCall* call) {
+  return call->dtype == 0 ? run<Float32>(*call) : call->dtype == 1 ? run<BFloat16>(*call) : run<Float16>(*call);
+}
+
+extern "C" int hfs_attention(const AttentionCall* call) {
   return call->dtype == 0 ? run<Float32>(*call) : call->dtype == 1 ? run<BFloat16>(*call) : run<Float16>(*call);
 }
 
