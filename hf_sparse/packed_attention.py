@@ -1,9 +1,7 @@
-"""Attention of one new token by torch's own product, with the heads that share keys side by side.
+"""Attention of one new token by :func:`triton_ops.decode_attention`, under a name that transformers looks up.
 
-torch's attention takes a single query for each query head, and on CPUs reads, and in 16 bits converts, keys
-and values for each of them: several times what it takes to do so once. In a compiled step transformers
-repeats keys and values in memory besides. Query heads of one key head are queries of the same keys: together
-they are one call. What that does not fit is computed as ``"sdpa"`` says.
+What that does not fit is computed as ``"sdpa"`` says. In a compiled step, where the kernel does not run,
+transformers would repeat keys and values in memory for the heads that share them, besides.
 
 A compiled step has it until that ends, else a model only while it generates: elsewhere people look at the
 name of its attention. A few models ask whether that is ``"sdpa"``, and compute something else where it is

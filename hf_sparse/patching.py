@@ -287,7 +287,7 @@ def prepare(
             slower than torch's, and those that torchao has rounded to int8. Only on the CPU, and without
             gradient; the result is summed in another order. Their layers, as objects and with all that is in
             them, become of a subclass of ``nn.Linear`` until :func:`unpatch`. In bfloat16 and float16 the
-            attention of a new token is one product for all heads that share keys, in ``model.generate``.
+            attention of a new token is :func:`triton_ops.decode_attention`, in ``model.generate``.
             False undoes it.
         greedy_output: have ``model.generate`` read half of the output layer where it decodes greedily:
             without sampling, beams, an assistant, logits processors or scores to return, and for 32 new

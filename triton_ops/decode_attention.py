@@ -1,7 +1,7 @@
 """Attention of one new token, with the heads that share keys side by side.
 
-torch's attention takes a single query for each query head, and on CPUs reads, and in 16 bits converts, keys and
-values for each of them. Query heads of one head of keys are queries of the same keys.
+torch's attention takes a single query for each query head, and on CPUs reads, and in 16 bits converts, keys
+and values for each of them. Query heads of one head of keys are queries of the same keys.
 
 No ``torch.library`` operator: the kernel runs only where nothing would be told of a call, and elsewhere it is
 torch's attention.
@@ -17,21 +17,24 @@ from torch.nn import functional as F
 from triton_ops import choice
 from triton_ops.unobserved import unobserved
 
+MOST = 32
+"""Query heads that share keys, at most: ``kShared`` of ``attention.h``, which says so, too."""
+
 
 def decode_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, scale: float | None = None
 ) -> Tensor:
     """``softmax(scale query keyᵀ + mask) value`` of one new token of each sequence.
 
-    On the CPU, without gradient, a kernel reads each key and value once; scores and sums are float32 and rounded
-    once. Elsewhere it is one call of ``F.scaled_dot_product_attention``.
+    On the CPU, without gradient, a kernel reads each key and value once; scores and sums are float32 and
+    rounded once. Elsewhere it is one call of ``F.scaled_dot_product_attention``.
 
     Args:
         query: ``[B, H, 1, D]``.
         key: ``[B, K, L, D]``; head h of the query belongs to head ``h // (H / K)`` of the keys.
         value: ``[B, K, L, V]``.
-        mask: ``[B or 1, 1, 1, L]``, bool, False where a token is not seen, or of the dtype of ``query``, which is
-            added to the scores; None: all are seen.
+        mask: ``[B or 1, 1, 1, L]``, bool, False where a token is not seen, or of the dtype of ``query``,
+            which is added to the scores; None: all are seen.
         scale: None means ``D ** -0.5``.
 
     Returns:
@@ -59,9 +62,7 @@ def decode_attention(
     return y.reshape(batch, 1, heads, value.shape[-1])
 
 
-def _by_kernel(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
-) -> Tensor | None:
+def _by_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor | None:
     """None where there is none for such tensors."""
     batch, heads, _, size = query.shape
     length, dtype = key.shape[2], query.dtype
@@ -81,7 +82,3 @@ def _by_kernel(
     if backend is None or backend.attention is None:
         return None
     return backend.attention(query, key, value, mask, scale)
-
-
-MOST = 32
-"""Query heads that share keys, at most: ``kShared`` of ``attention.h``."""

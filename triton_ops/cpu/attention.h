@@ -15,10 +15,11 @@ template <class W>
 struct Attention {
   typedef typename W::Type Type;
   typedef typename Product<W>::In In;
-  static constexpr int64_t kShared = kMaxTokens;      // query heads of a head of keys, at most
-  static constexpr int64_t kBlock = 64;               // keys whose products are kept before they are scores
-  static constexpr int64_t kColumns = 4;              // heads whose sums are in registers at once
-  static constexpr int64_t kAlone = 128 * 1024;       // bytes of keys and values that one thread reads sooner
+  static constexpr int64_t kShared = kMaxTokens;  // query heads of a head of keys, at most
+  static_assert(kShared == 32, "MOST of decode_attention.py");
+  static constexpr int64_t kBlock = 64;           // keys whose products are kept before they are scores
+  static constexpr int64_t kColumns = 4;          // heads whose sums are in registers at once
+  static constexpr int64_t kAlone = 128 * 1024;   // bytes of keys and values that one thread reads sooner
   const Type *q, *k, *v;       // [B, H, D], [B, K, L, D], [B, K, L, V]; rows are contiguous
   const uint8_t* shown;        // [B, L], 0 where a token is not seen; or null
   const Type* added;           // [B, L], added to the scores; or null
