@@ -91,8 +91,8 @@ def pack_attention(model: PreTrainedModel) -> None:
 
 
 def pack_while_generating(model: PreTrainedModel) -> None:
-    """The same in ``generate()`` alone, where it pays: on CPUs, in 16 bits."""
-    if model.device.type == "cpu" and model.dtype.itemsize == 2 and (configs := _packable(model)):
+    """The same in ``generate()`` alone, where it pays: see :func:`generating`."""
+    if configs := _packable(model):
         vars(model)[_MARK] = _WhileGenerating(configs)
 
 
@@ -104,9 +104,10 @@ def stock_attention(model: PreTrainedModel) -> None:
 
 @contextmanager
 def generating(model: GenerationMixin) -> Iterator[None]:
-    """In here ``model`` generates."""
+    """In here ``model`` generates: with it on CPUs, in 16 bits."""
     found: _WhileGenerating | None = vars(model).get(_MARK)
-    if found is None:
+    here: Any = model
+    if found is None or here.device.type != "cpu" or here.dtype.itemsize != 2:
         yield
         return
     with _lock:

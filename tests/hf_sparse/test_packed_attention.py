@@ -118,7 +118,9 @@ def test_a_prepared_model_has_it_while_it_generates() -> None:
     hf_sparse.unpatch(own)
     assert names_while_generating(own) == {"sdpa"}
     assert names_while_generating(model) == {NAME}
-    assert names_while_generating(prepared(torch.float32)) == {"sdpa"}
+    other = prepared(torch.float32)
+    assert names_while_generating(other) == {"sdpa"}
+    assert names_while_generating(other.to(torch.float16)) == {NAME}
 
 
 def test_the_logits_of_a_prepared_model_are_as_near_to_those_in_float32() -> None:
