@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from triton_ops import choice
+from triton_ops.ops import is_for_torch
 from triton_ops.unobserved import unobserved
 
 MOST = 32
@@ -53,7 +53,7 @@ def decode_attention(
             "[B, K, L, D], where H is a multiple of K."
         )
     own = None
-    if unobserved(query, key, value, mask) and not torch.is_autocast_enabled("cpu"):
+    if not is_for_torch(query.device.type) and unobserved(query, key, value, mask):
         own = _by_kernel(query, key, value, mask, size**-0.5 if scale is None else scale)
     if own is not None:
         return own
@@ -66,7 +66,7 @@ def _by_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, s
     """None where there is none for such tensors."""
     batch, heads, _, size = query.shape
     length, dtype = key.shape[2], query.dtype
-    if forward_ad._current_level >= 0 or key.dtype is not dtype or value.dtype is not dtype:
+    if key.dtype is not dtype or value.dtype is not dtype:
         return None
     if key.shape[::3] != (batch, size) or value.shape[:3] != key.shape[:3] or heads > MOST * key.shape[1]:
         return None

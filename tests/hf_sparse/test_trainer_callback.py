@@ -274,9 +274,13 @@ def test_blockwise_trains_mlps_only(tmp_path):
     assert last["blockwise"] < first["blockwise"]
 
 
-def test_an_encoder_decoder_trains_and_evaluates(tmp_path):
+def t5_config(**fields) -> T5Config:
     sizes = {"d_model": 16, "d_kv": 8, "num_heads": 2, "num_layers": 2, "vocab_size": 64, "d_ff": 32}
-    config = T5Config(**sizes, decoder_start_token_id=0, feed_forward_proj="gelu")
+    return T5Config(**sizes, decoder_start_token_id=0, **fields)
+
+
+def test_an_encoder_decoder_trains_and_evaluates(tmp_path):
+    config = t5_config(feed_forward_proj="gelu")
     dense = T5ForConditionalGeneration(config)
     model = copy.deepcopy(dense)
     hf_sparse.patch(model, "relu")
@@ -300,8 +304,7 @@ def test_an_encoder_decoder_trains_and_evaluates(tmp_path):
 
 
 def test_an_encoder_decoder_that_gives_no_text_is_not_counted(tmp_path):
-    sizes = {"d_model": 16, "d_kv": 8, "num_heads": 2, "num_layers": 2, "vocab_size": 64, "d_ff": 32}
-    model = T5ForSequenceClassification(T5Config(**sizes, decoder_start_token_id=0, num_labels=2))
+    model = T5ForSequenceClassification(t5_config(num_labels=2))
     hf_sparse.patch(model, "jsrelu")
     rows = [{"input_ids": [4, 5, 6, 1], "labels": label} for label in (0, 1)]
     arguments = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}

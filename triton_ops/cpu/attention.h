@@ -18,7 +18,7 @@ struct Attention {
   static constexpr int64_t kShared = kMaxTokens;  // query heads of a head of keys, at most
   static_assert(kShared == 32, "MOST of decode_attention.py");
   static constexpr int64_t kBlock = 64;           // keys whose products are kept before they are scores
-  static constexpr int64_t kColumns = 4;          // heads whose sums are in registers at once
+  static constexpr int64_t kTogether = 4;         // heads whose sums are in registers at once
   static constexpr int64_t kAlone = 128 * 1024;   // bytes of keys and values that one thread reads sooner
   const Type *q, *k, *v;       // [B, H, D], [B, K, L, D], [B, K, L, V]; rows are contiguous
   const uint8_t* shown;        // [B, L], 0 where a token is not seen; or null
@@ -58,9 +58,9 @@ struct Attention {
     return sum(total);
   }
 
-  // Columns c … c + kStep of the sums over tokens, for n <= kColumns heads.
+  // Columns c … c + kStep of the sums over tokens, for n <= kTogether heads.
   void add_values(const Type* values, int64_t c, float* const* e, const float* factors, Type* const* out, int64_t n) const {
-    Vec sums[2 * kColumns] = {};
+    Vec sums[2 * kTogether] = {};
     for (int64_t l = 0; l < L; ++l) {
       Vec a, b;
       W::load(values + l * v_row + c, a, b);
@@ -98,8 +98,8 @@ struct Attention {
     const Type* const values = v + b * v_batch + head * v_head;
     const int64_t whole = V / kStep * kStep;
     for (int64_t c = 0; c < whole; c += kStep)
-      for (int64_t g = 0; g < G; g += kColumns)
-        add_values(values, c, scores + g, factors + g, out + g, std::min(kColumns, G - g));
+      for (int64_t g = 0; g < G; g += kTogether)
+        add_values(values, c, scores + g, factors + g, out + g, std::min(kTogether, G - g));
     for (int64_t c = whole; c < V; ++c)
       for (int64_t g = 0; g < G; ++g) {
         float total = 0.0f;

@@ -275,23 +275,28 @@ void run(const CertifyCall& call) {
   certifier.run(sensible(call.threads));
 }
 
+template <class Any>
+auto by_dtype(const Any& call) {
+  return call.dtype == 0 ? run<Float32>(call) : call.dtype == 1 ? run<BFloat16>(call) : run<Float16>(call);
+}
+
 }  // namespace
 
 // Returns 0, or 1 where there is no memory for intermediate values; y is then as it was. Weights in int8: for at most
 // kMaxTokens tokens.
 extern "C" int hfs_mlp(const Call* call) {
-  return call->dtype == 0 ? run<Float32>(*call) : call->dtype == 1 ? run<BFloat16>(*call) : run<Float16>(*call);
+  return by_dtype(*call);
 }
 
 // The same for at most kTokens of DenseLinear and GreedyLinear.
 extern "C" int hfs_linear(const LinearCall* call) {
-  return call->dtype == 0 ? run<Float32>(*call) : call->dtype == 1 ? run<BFloat16>(*call) : run<Float16>(*call);
+  return by_dtype(*call);
 }
 
 extern "C" int hfs_attention(const AttentionCall* call) {
-  return call->dtype == 0 ? run<Float32>(*call) : call->dtype == 1 ? run<BFloat16>(*call) : run<Float16>(*call);
+  return by_dtype(*call);
 }
 
 extern "C" void hfs_certify(const CertifyCall* call) {
-  call->dtype == 0 ? run<Float32>(*call) : call->dtype == 1 ? run<BFloat16>(*call) : run<Float16>(*call);
+  by_dtype(*call);
 }
