@@ -210,6 +210,7 @@ def variants(stock: Any, tokens: Tensor, args: argparse.Namespace) -> dict[str, 
     }
     if args.compile:
         forms["prepared, compiled"] = {"compile": True}
+        forms["prepared, compiled, all certified"] = {"compile": True, "certify": True, "greedy_output": True}
     if args.int8:
         forms[INT8] = {}
     if args.int8 and args.compile:

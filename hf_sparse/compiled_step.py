@@ -1,19 +1,34 @@
-"""The decode step of ``generate()``, compiled with a static cache, by the means of transformers."""
+"""The decode step of ``generate()``, compiled with a static cache, by the means of transformers.
+
+Certificates are no part of the graph. While it runs its operators ask for them: :mod:`triton_ops.advice`.
+"""
 
 from __future__ import annotations
 
+import gc
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
-from transformers import CompileConfig, PreTrainedModel
+from torch import Tensor
+from torch._dynamo.utils import counters
+from transformers import CompileConfig, GenerationMixin, PreTrainedModel
 
 from hf_sparse.adapters.walk import modules_of
 from hf_sparse.errors import PatchError
-from hf_sparse.modules import SparseExperts
+from hf_sparse.greedy_decoding import greedy_decoding_of
+from hf_sparse.modules import SparseExperts, SparseMLP
+from hf_sparse.modules.output_layer import asked
 from hf_sparse.modules.sparse_block import hooks_on_all_modules
 from hf_sparse.packed_attention import pack_attention, stock_attention
+from hf_sparse.run_certificates import Memory, RunCertificates
+from triton_ops import Certificate
+from triton_ops.advice import advised_by
 
 BACKEND = "inductor"
 OPTIONS = {"cpp.threads": 1}
@@ -29,29 +44,89 @@ class CompiledStep:
     of the original, and runs on its weights.
     """
 
-    def __init__(self, model: PreTrainedModel, config: CompileConfig) -> None:
-        self._model, self._config = model, config
+    def __init__(self, model: PreTrainedModel, config: CompileConfig, *, certify: bool) -> None:
+        self.model, self.certify, self.memory = model, certify, Memory()
+        self._config = config
         self._call: Any = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if hooks_on_all_modules():
-            return self._model(*args, **kwargs)
-        if self._call is None:
-            self._call = torch.compile(self._model.__call__, **self._config.to_dict())
+            return self.model(*args, **kwargs)
+        greedy = greedy_decoding_of(self.model)
+        if greedy is None:
+            return self._graph(*args, **kwargs)
+        return greedy.step(partial(self._graph, *args, **kwargs), sys._getframe(1))
+
+    def _graph(self, *args: Any, **kwargs: Any) -> Any:
+        if self._call is None:  # an attribute may be __call__, too, while the model generates
+            call = MethodType(type(self.model).__call__, self.model)
+            self._call = torch.compile(call, **self._config.to_dict())
+        advice, graphs = _advice.get(), _graphs()
         # Hooks that come later count as well: nobody who calls generate() sees that they have compiled.
-        with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
-            return self._call(*args, **kwargs)
+        with (
+            torch._dynamo.config.patch(skip_nnmodule_hook_guards=False),
+            nullcontext() if advice is None or advice.step is not self else advised_by(advice),
+        ):
+            outputs = self._call(*args, **kwargs)
+        if _graphs() != graphs:
+            gc.collect()  # Dynamo leaves modules and weights in cycles, which hold them until then
+        return outputs
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which compile anew."""
         return {**vars(self), "_call": None}
 
 
-def compile_step(model: PreTrainedModel) -> None:
-    """Have ``model.generate`` compile its decode step when it first takes one.
+def _graphs() -> int:
+    """How many graphs have been made."""
+    return counters["stats"]["unique_graphs"]
+
+
+class _Advice:
+    """What operators in the graph are told during one ``generate()``."""
+
+    def __init__(self, step: CompiledStep) -> None:
+        self.step, self.certificates = step, RunCertificates(step.memory)
+        blocks = (one for one in modules_of(step.model) if step.certify and isinstance(one, SparseMLP))
+        weights = (block.worth_certifying() for block in blocks)
+        self._certified = {weight.data_ptr() for weight in weights if weight is not None}
+
+    def certificate(self, weight: Tensor) -> Certificate | None:
+        if weight.data_ptr() not in self._certified or weight.is_inference():
+            return None
+        return self.certificates.of(weight)
+
+    def product(self, x: Tensor, weight: Tensor, _: Tensor | None) -> Tensor | None:
+        one = asked()
+        return None if one is None else one.product(x, weight)
+
+
+_advice: ContextVar[_Advice | None] = ContextVar("hf_sparse_advice", default=None)
+
+
+@contextmanager
+def compiled_steps(model: GenerationMixin) -> Iterator[None]:
+    """In here ``model`` generates, by its compiled step if it has one."""
+    step, here = vars(model).get("_compiled_call"), model
+    own: Any = step if isinstance(step, CompiledStep) and step.model is here else None
+    if own is None or own.model.device.type != "cpu":
+        yield
+        return
+    advice = _Advice(own)
+    token = _advice.set(advice)
+    try:
+        yield
+    finally:
+        _advice.reset(token)
+        advice.certificates.end()
+
+
+def compile_step(model: PreTrainedModel, *, certify: bool) -> None:
+    """Have ``model.generate`` compile its decode step when it first takes one, and ``certify`` its MLPs.
 
     Raises:
-        PatchError: transformers cannot compile this model as one graph.
+        PatchError: transformers cannot compile this model as one graph; or it is to certify where there are
+            no certificates for graphs, on another device than a CPU.
 
     """
     own: Any = getattr(model, "generation_config", None)
@@ -59,6 +134,11 @@ def compile_step(model: PreTrainedModel) -> None:
         raise PatchError(
             f"compile=True is for models that generate text with a static cache, and transformers has none "
             f"for {type(model).__name__}; leave compile out."
+        )
+    if certify and model.device.type != "cpu":
+        raise PatchError(
+            f"certify=True and compile=True go together on the CPU, and this model is on {model.device}; "
+            "leave one of them out."
         )
     stock_step(model)
     former = tuple(getattr(own, name) for name in _FIELDS)
@@ -70,7 +150,9 @@ def compile_step(model: PreTrainedModel) -> None:
     config._compile_all_devices = True  # type: ignore[assignment]  # else never on a CPU
     own.cache_implementation, own.compile_config = "static", config
     vars(model)[_FORMER] = own, former, ("static", config)
-    vars(model).update(_compiled_call=CompiledStep(model, config), _last_compile_config=config)
+    vars(model).update(
+        _compiled_call=CompiledStep(model, config, certify=certify), _last_compile_config=config
+    )
 
 
 def stock_step(model: PreTrainedModel) -> None:

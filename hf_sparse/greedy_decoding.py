@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from hf_sparse.modules.decoding_linear import become, is_linear
 from hf_sparse.modules.output_layer import asking
 from hf_sparse.modules.sparse_block import hooks_on_all_modules
 from hf_sparse.modules.surroundings import is_plain
-from triton_ops import Certificate
+from hf_sparse.run_certificates import Memory, RunCertificates
 
 WORTHWHILE = 32
 """New tokens from which a certificate, which takes as long as several tokens, is made."""
@@ -42,21 +43,27 @@ class GreedyDecoding:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         """Not the model in whose attributes this is, if that is a shallow copy."""
+        self.memory = Memory()
         self._lock = threading.Lock()
         self._runs = 0
-        self._memory: Certificate | None = None
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """In the place of ``model.__call__``, by which name the loop calls the model, while it generates."""
-        run = None if torch.compiler.is_compiling() else _run.get()
-        if run is None or run.greedy is not self or (caller := sys._getframe(1)).f_code is not _LOOP:
+        if torch.compiler.is_compiling():
             return self.model(*args, **kwargs)
+        return self.step(lambda: self.model(*args, **kwargs), sys._getframe(1))
+
+    def step(self, call: Callable[[], Any], caller: FrameType) -> Any:
+        """What ``call`` of the model gives ``caller``."""
+        run = _run.get()
+        if run is None or run.greedy is not self or caller.f_code is not _LOOP:
+            return call()
         if not run.begun:
             run.begun = True
             run.search = GreedySearch(self) if _looks_at_the_largest(caller.f_locals) else None
         if run.search is None or run.search.is_watched():
-            return self.model(*args, **kwargs)
-        return run.search.step(lambda: self.model(*args, **kwargs))
+            return call()
+        return run.search.step(call)
 
     def begin(self) -> bool:
         """Have the loop call :meth:`call`; False if somebody else has it call something else."""
@@ -68,19 +75,12 @@ class GreedyDecoding:
             self._runs += 1
         return True
 
-    def end(self, certificate: Certificate | None) -> None:
-        """Undo :meth:`begin`; keeps the memory of the certificate for the next one."""
+    def end(self) -> None:
+        """Undo :meth:`begin`."""
         with self._lock:
-            self._memory = certificate or self._memory
             self._runs -= 1
             if not self._runs:
                 vars(self.model).pop("__call__", None)
-
-    def memory(self) -> Certificate | None:
-        """That of a certificate that was, if nobody else has it; it is the caller's from here on."""
-        with self._lock:
-            held, self._memory = self._memory, None
-        return held
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which make certificates of their own."""
@@ -94,15 +94,12 @@ class GreedySearch:
     """One ``generate()`` that decodes greedily.
 
     The first step is computed in full, and compared with what the model returns: only where the output layer
-    is called once, and its logits are returned as they are, may later ones be less than all. The certificate
-    is made anew for each search: nobody can say what was done to the weight since the last one.
+    is called once, and its logits are returned as they are, may later ones be less than all.
     """
 
     def __init__(self, greedy: GreedyDecoding) -> None:
         self.greedy, self.layer = greedy, greedy.model.get_output_embeddings()
-        self.certificate: Certificate | None = None
-        self._of: tuple[Tensor, tuple[Any, ...]] | None = None
-        """The weight that it is of, and its state."""
+        self.certificates = RunCertificates(greedy.memory)
         self._may_leave_out: bool | None = None
         """None before the first step."""
         self._given: list[_Given] = []
@@ -144,17 +141,15 @@ class GreedySearch:
             y = DecodingLinear.forward(self.layer, x)
         else:
             weight, bias = found
-            y = triton_ops.greedy_linear(x, weight, bias, self._certified(weight))
+            y = triton_ops.greedy_linear(x, weight, bias, self.certificates.of(weight))
         self._given.append(_Given.of(y, whole=self._may_leave_out is None))
         return y
 
-    def _certified(self, weight: Tensor) -> Certificate:
-        state = (weight._version, weight.data_ptr(), weight.shape, weight.stride())
-        if self.certificate is None or self._of is None or self._of[0] is not weight or self._of[1] != state:
-            memory = self.certificate or self.greedy.memory()
-            fits = memory is not None and memory.rows.shape == weight.shape
-            self.certificate, self._of = triton_ops.certify(weight, memory if fits else None), (weight, state)
-        return self.certificate
+    def product(self, x: Tensor, weight: Tensor) -> Tensor | None:
+        """:meth:`logits`, if ``weight`` of a product in a graph is that of the layer."""
+        own = self.layer._parameters.get("weight")
+        is_own = own is not None and weight.data_ptr() == own.data_ptr() and weight.shape == own.shape
+        return self.logits(x) if is_own else None
 
     def _error(self, what: str) -> RuntimeError:
         return RuntimeError(
@@ -204,8 +199,8 @@ _run: ContextVar[_Run | None] = ContextVar("hf_sparse_generate", default=None)
 
 def generate(call: Callable[[], Any], model: GenerationMixin) -> Any:
     """What ``GenerationMixin.generate`` does, ``call``."""
-    found = vars(model).get(_MARK)
-    if found is None or found.model is not model or not found.begin():
+    found = greedy_decoding_of(model)
+    if found is None or not found.begin():
         return call()
     run = _Run(found)
     token = _run.set(run)
@@ -213,7 +208,15 @@ def generate(call: Callable[[], Any], model: GenerationMixin) -> Any:
         return call()
     finally:
         _run.reset(token)
-        found.end(None if run.search is None else run.search.certificate)
+        found.end()
+        if run.search is not None:
+            run.search.certificates.end()
+
+
+def greedy_decoding_of(model: object) -> GreedyDecoding | None:
+    """How ``model`` decodes greedily, if it does so in this way."""
+    found: GreedyDecoding | None = vars(model).get(_MARK)
+    return found if found is not None and found.model is model else None
 
 
 def _looks_at_the_largest(variables: Mapping[str, Any]) -> bool:

@@ -34,7 +34,7 @@ from transformers.quantizers import HfQuantizer
 from hf_sparse import greedy_decoding
 from hf_sparse.checkpoint_block import KEY, refusing
 from hf_sparse.checks import bounded
-from hf_sparse.compiled_step import stock_generation
+from hf_sparse.compiled_step import compiled_steps, stock_generation
 from hf_sparse.described import in_line
 from hf_sparse.model_card import write_model_card
 from hf_sparse.modules import ParameterLeaf, SparseBlock, stock_downs
@@ -180,7 +180,7 @@ def _save_pretrained(
 
 
 def _generate(call: Callable[[], Any], model: GenerationMixin, *_: Any, **__: Any) -> Any:
-    with generating(model):
+    with generating(model), compiled_steps(model):
         return greedy_decoding.generate(call, model)
 
 

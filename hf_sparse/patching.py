@@ -281,7 +281,8 @@ def prepare(
             report, layers and not MLPs: OPT, BERT), and those with top-k, are computed without it. It is used
             while nobody but the model holds that projection, so that no change of it goes unnoticed: with an
             optimizer or a list of its parameters at hand, decoding goes on without. False ends its use.
-            CATS has none: that a pre-activation is small does not prove its neuron silent.
+            CATS has none: that a pre-activation is small does not prove its neuron silent. With ``compile``
+            each ``model.generate`` makes them anew, and uses them in its compiled steps.
         linears: multiply a few tokens with all other weights, too (of attention, of the output, of MLPs that
             do not skip), at the speed of memory: :func:`triton_ops.linear`, where on this machine it is no
             slower than torch's, and those that torchao has rounded to int8. Only on the CPU, and without
@@ -295,18 +296,19 @@ def prepare(
             are not the largest of their token, and these are not computed. The tokens are the very same. It
             costs a byte for each weight of the layer, and is for models whose logits are its products as
             they are; others compute all, and so does whatever is not such a ``generate``. Only on the CPU,
-            with ``linears`` and without ``compile``. Not noticed is a change of that weight through ``.data``
-            while ``generate`` runs. False ends it.
+            with ``linears``. Not noticed is a change of that weight through ``.data`` while ``generate``
+            runs. False ends it.
         compile: let ``model.generate`` compile its decode step, as one graph, when it first takes one (which
             takes a minute or more, and again where sizes change), with a static cache. It pays for small
             models, whose steps are mostly Python. transformers does all of it, by fields of
             ``model.generation_config`` that ``save_pretrained`` leaves out. What cannot have a static cache
-            or be compiled fails meanwhile: assisted generation, prompt tuning, offloaded layers. Not together
-            with ``certify``. False ends it.
+            or be compiled fails meanwhile: assisted generation, prompt tuning, offloaded layers. Together
+            with ``certify`` on the CPU only. False ends it.
 
     Raises:
         PatchError: the model is not patched; or, for a certificate, it has an activation that is never
-            exactly zero, or CATS; or transformers cannot compile it. Nothing is changed.
+            exactly zero, or CATS, or is to be compiled on another device than a CPU; or transformers cannot
+            compile it. Nothing is changed.
 
     Warns:
         UserWarning: blocks cannot skip while something else holds their weights.
@@ -322,18 +324,13 @@ def prepare(
             f"{type(base).__name__} have {type(sparse[0].activation).__name__}. Patch with another one "
             'first, such as "relu".'
         )
-    if greedy_output and (compile or not linears):
+    if greedy_output and not linears:
         raise PatchError(
-            f"greedy_output=True and {'compile=True' if compile else 'linears=False'} exclude each other: a "
-            "compiled step computes all logits, and the products are those of linears=True. Leave one out."
+            "greedy_output=True and linears=False exclude each other: the products of the output layer are "
+            "those of linears=True. Leave one out."
         )
     if greedy_output:
         require_output_layer(base)
-    if certify and compile:
-        raise PatchError(
-            "certify=True and compile=True exclude each other: torch's compiler keeps references to weights, "
-            "and a certificate is used while nobody else does. Leave one of them out."
-        )
     rows = {row[0] for part in sparse if (row := row_of(part.activation)) is not None}
     if certify and not any(TABLE[name].certifiable for name in rows):
         raise PatchError(
@@ -342,10 +339,13 @@ def prepare(
         )
     if not linears:
         require_stock_linears(base)
-    (compile_step if compile else stock_step)(base)
+    if compile:
+        compile_step(base, certify=certify)
+    else:
+        stock_step(base)
     stock_decoding(base)
-    for part in sparse:
-        part.prepare(certify=certify)
+    for part in sparse:  # a compiled step has certificates of its own
+        part.prepare(certify=certify and not compile)
     (decode_linears if linears else stock_linears)(base)
     if linears and not compile:
         pack_while_generating(base)

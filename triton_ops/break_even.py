@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from triton_ops.cpu.products import torch_stalls
 from triton_ops.memo import forget, remembered
 from triton_ops.problem import Problem
 from triton_ops.processor import processor_name
@@ -50,11 +51,12 @@ def beyond(backend: Backend, problem: Problem, limits: tuple[float, ...]) -> flo
     """The break-even density for more tokens than ``limits`` of :func:`default` or :func:`measured` know of.
 
     It is built in; but where a measurement of the most tokens says less, that counts. A certificate is for
-    one token, and the dense product for a few.
+    one token, and the dense product for a few, unless torch has no fast one in this dtype.
     """
     found = backend.default(problem.dtype)
-    decoding = problem.certified or problem.form == "dense_linear"
-    if found is None or not limits or decoding or not backend.multiplies(problem.dtype):
+    if found is None or not limits or problem.certified or not backend.multiplies(problem.dtype):
+        return 0.0
+    if problem.form == "dense_linear" and not torch_stalls(problem.device, problem.dtype):
         return 0.0
     return min(found.beyond, limits[-1])
 

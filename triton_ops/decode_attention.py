@@ -3,8 +3,8 @@
 torch's attention takes a single query for each query head, and on CPUs reads, and in 16 bits converts, keys
 and values for each of them. Query heads of one head of keys are queries of the same keys.
 
-No ``torch.library`` operator: the kernel runs only where nothing would be told of a call, and elsewhere it is
-torch's attention.
+The kernel runs where nothing would be told of a call, and elsewhere it is torch's attention. In a graph that
+``torch.compile`` makes without gradient it is ``torch.ops.hf_sparse.decode_attention``.
 """
 
 from __future__ import annotations
@@ -14,11 +14,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from triton_ops import choice
-from triton_ops.ops import is_for_torch
+from triton_ops.ops import LIB, TAGS, is_for_torch
 from triton_ops.unobserved import unobserved
 
 MOST = 32
 """Query heads that share keys, at most: ``kShared`` of ``attention.h``, which says so, too."""
+
+LIB.define(
+    "decode_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale) -> Tensor", tags=TAGS
+)
 
 
 def decode_attention(
@@ -26,8 +30,9 @@ def decode_attention(
 ) -> Tensor:
     """``softmax(scale query keyᵀ + mask) value`` of one new token of each sequence.
 
-    On the CPU, without gradient, a kernel reads each key and value once; scores and sums are float32 and
-    rounded once. Elsewhere it is one call of ``F.scaled_dot_product_attention``.
+    On the CPU, without gradient, a kernel reads each key and value once, and of those before the first and
+    after the last token that a bool ``mask`` shows none; scores and sums are float32 and rounded once.
+    Elsewhere it is one call of ``F.scaled_dot_product_attention``.
 
     Args:
         query: ``[B, H, 1, D]``.
@@ -45,21 +50,45 @@ def decode_attention(
         MemoryError: there is no memory for the scores.
 
     """
-    batch, heads, tokens, size = query.shape
-    shared, rest = divmod(heads, key.shape[1])
-    if tokens != 1 or rest:
+    _, heads, tokens, size = query.shape
+    if tokens != 1 or heads % key.shape[1]:
         raise ValueError(
             f"query has shape {list(query.shape)} and key {list(key.shape)}; expected [B, H, 1, D] and "
             "[B, K, L, D], where H is a multiple of K."
         )
-    own = None
-    if not is_for_torch(query.device.type) and unobserved(query, key, value, mask):
-        own = _by_kernel(query, key, value, mask, size**-0.5 if scale is None else scale)
-    if own is not None:
-        return own
-    together = query.reshape(batch, key.shape[1], shared, size)
+    factor = size**-0.5 if scale is None else scale
+    if not is_for_torch(query.device.type):
+        if unobserved(query, key, value, mask):
+            return _decode_attention(query, key, value, mask, factor)
+        if _in_a_graph(query):
+            return torch.ops.hf_sparse.decode_attention.default(query, key, value, mask, factor)
+    return _torchs(query, key, value, mask, factor)
+
+
+def _in_a_graph(query: Tensor) -> bool:
+    """Whether ``torch.compile`` is at work, for a CPU and without gradient."""
+    compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    return compiling and query.device.type == "cpu" and not torch.is_grad_enabled()
+
+
+def _torchs(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    batch, heads, _, size = query.shape
+    together = query.reshape(batch, key.shape[1], heads // key.shape[1], size)
     y = F.scaled_dot_product_attention(together, key, value, attn_mask=mask, scale=scale)
-    return y.reshape(batch, 1, heads, value.shape[-1])
+    return y.reshape(batch, 1, heads, value.shape[-1]).contiguous()
+
+
+def _decode_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    own = _by_kernel(query, key, value, mask, scale)
+    return _torchs(query, key, value, mask, scale) if own is None else own
+
+
+LIB.impl("decode_attention", _decode_attention, "CPU")
+
+
+@torch.library.register_fake("hf_sparse::decode_attention", lib=LIB)
+def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    return query.new_empty((query.shape[0], 1, query.shape[1], value.shape[-1]))
 
 
 def _by_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor | None:

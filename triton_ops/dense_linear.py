@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from triton_ops import choice, reference
+from triton_ops.advice import adviser
 from triton_ops.backends import AUTO, DENSE, REGISTRY
 from triton_ops.memo import remembered
 from triton_ops.ops import LIB, TAGS, check_input, check_tensor, is_for_torch, linear_backward, save_linear
@@ -30,9 +31,10 @@ LIB.define("linear(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = AUTO) -> Tensor:
     """``x weightᵀ + bias``, all of it: NaN and infinity come through as in ``F.linear``, also times 0.
 
-    A backend with a kernel for it (``"cpp"``) reads the weight once for up to 8 tokens; more tokens, and
-    backends without one, are ``F.linear``. So are calls with gradient, under autocast, in forward-mode
-    differentiation, and with tensor subclasses.
+    A backend with a kernel for it (``"cpp"``) reads the weight once for up to 8 tokens. More tokens are
+    ``F.linear``, but in a dtype that this CPU has no arithmetic for, as AVX2 has none for bfloat16: there
+    they are products of 8. Backends without a kernel are ``F.linear``, and so are calls with gradient, under
+    autocast, in forward-mode differentiation, and with tensor subclasses.
 
     Args:
         x: ``[..., F]``, bfloat16, float16, float32 or float64, of any strides.
@@ -44,7 +46,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
 
     Returns:
         ``[..., D]``, the dtype of ``x``, contiguous, summed in float32 and rounded once. On the CPU the bits
-        of a token depend neither on the other tokens of a call (up to 8) nor on the number of threads.
+        of a token by the kernel depend neither on the other tokens of a call nor on the number of threads.
 
     Raises:
         ValueError: an argument does not fit in shape, dtype, device or value; the message names it.
@@ -88,10 +90,11 @@ def _few(shape: tuple[int, int], dtype: torch.dtype, forced: str) -> tuple[Conta
     # Also where it is forced: a product in another dtype is nothing that a user of it asks for.
     if found is None or found.linear is None or 0 in shape or found.obstacle("cpu", dtype):
         return (), None
-    if plan.forced:
-        return range(1, _MANY), found
     last = plan.steps[-1][0] if plan.steps else 0
-    return frozenset(n for n in range(1, last + 1) if plan.backend(n) == found.name), found
+    counts = frozenset(n for n in range(1, last + 1) if plan.backend(n) == found.name)
+    if len(counts) == last and plan.backend(_MANY) == found.name:
+        return range(1, _MANY), found
+    return counts, found
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -103,6 +106,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     _check(x, weight, bias)
+    if (one := adviser()) is not None and (advised := one.product(x, weight, bias)) is not None:
+        return advised
     outputs, inputs = weight.shape
     tokens = x.numel() // inputs if inputs else 0
     if backend == AUTO:

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 
 from triton_ops import choice, reference
 from triton_ops.activations import TABLE, check
+from triton_ops.advice import adviser
 from triton_ops.backends import AUTO, DENSE
 from triton_ops.certificate import Certificate, weight_stamp
 from triton_ops.layout import as_tokens, is_neuron_major
@@ -239,6 +240,8 @@ def run(x: Tensor, mlp: MLP, backend: str, stamp: list[int] | None = None) -> Te
         mlp = mlp._replace(certificate=None)
     neurons, hidden = mlp.first.shape
     tokens = x.numel() // hidden if hidden else 0
+    if tokens == 1 and mlp.certificate is None and (one := adviser()) is not None and _certifiable(mlp):
+        mlp = mlp._replace(certificate=one.certificate(mlp.first))
     product = DENSE
     if backend == AUTO:
         backend, product = _choose(tokens, mlp)
@@ -248,9 +251,14 @@ def run(x: Tensor, mlp: MLP, backend: str, stamp: list[int] | None = None) -> Te
     return chosen.mlp(x, mlp)
 
 
+def _certifiable(mlp: MLP) -> bool:
+    """Whether the activation is one that a certificate can speak of."""
+    return TABLE[mlp.activation].certifiable
+
+
 def _valid(mlp: MLP, stamp: list[int] | None) -> bool:
-    """Whether the certificate is of the weight as it is, and the activation one that it can speak of."""
-    return TABLE[mlp.activation].certifiable and (stamp is None or tuple(stamp) == weight_stamp(mlp.first))
+    """Whether the certificate is of the weight as it is, and of use."""
+    return _certifiable(mlp) and (stamp is None or tuple(stamp) == weight_stamp(mlp.first))
 
 
 def _choose(tokens: int, mlp: MLP) -> tuple[str, str]:

@@ -21,6 +21,9 @@ class LogitsFor(Protocol):
     def logits(self, x: Tensor) -> Tensor:
         """``x [..., D]``, what reaches the layer, to ``[..., V]``."""
 
+    def product(self, x: Tensor, weight: Tensor) -> Tensor | None:
+        """The same for a product in a graph, if ``weight`` is that of the layer; else None."""
+
 
 _asking: ContextVar[LogitsFor | None] = ContextVar("hf_sparse_logits_for", default=None)
 
@@ -35,13 +38,18 @@ def asking(one: LogitsFor) -> Iterator[None]:
         _asking.reset(token)
 
 
+def asked() -> LogitsFor | None:
+    """Who asks here and now."""
+    return _asking.get()
+
+
 @of_ours
 class OutputLayer(DecodingLinear):
     """A :class:`DecodingLinear`, but for those who are :func:`asking` in another way."""
 
     def forward(self, input: Tensor) -> Tensor:
         """``input [..., D]`` to ``[..., V]``, any dtype."""
-        one = None if torch.compiler.is_compiling() else _asking.get()
+        one = None if torch.compiler.is_compiling() else asked()
         if one is None or one.layer is not self:
             return super().forward(input)
         return one.logits(input)

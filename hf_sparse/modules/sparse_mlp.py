@@ -253,6 +253,15 @@ class SparseMLP(SparseBlock):
         kernel = self.kernel()
         return not self.selects and (kernel is None or TABLE[kernel[0]].certifiable)
 
+    def worth_certifying(self) -> Tensor | None:
+        """The weight ``[F, D]`` that decides which neurons are active, if a certificate of it pays."""
+        first = self._deciding() if self.certifiable and self.kernel() is not None else None
+        if first is None:
+            return None
+        weight = cast(Tensor, first.weight)
+        pays = triton_ops.plan(weight, self.roles.form, certified=True).backend(1, self.density) != DENSE
+        return weight if pays else None
+
     @property
     def certify(self) -> bool:
         """Whether single tokens are decoded with a certificate, as :func:`hf_sparse.prepare` was asked."""

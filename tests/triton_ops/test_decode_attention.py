@@ -117,6 +117,48 @@ def test_with_gradient_it_is_that_of_torch() -> None:
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_hidden_ends_hold_is_not_read(dtype) -> None:
+    """Of a static cache what is not written, of a padded prompt the first tokens: the bits without."""
+    query, key, value = (torch.randn(2, heads, n, 32).to(dtype) for heads, n in ((4, 1), (2, 300), (2, 300)))
+    shown = torch.zeros(2, 1, 1, 300, dtype=torch.bool)
+    shown[0, ..., 3:77], shown[1, ..., :5] = True, True
+    for b, (begin, end) in enumerate([(3, 77), (0, 5)]):
+        for one in (key, value):
+            one[b, :, :begin], one[b, :, end:] = torch.nan, torch.nan
+    with torch.no_grad():
+        found = triton_ops.decode_attention(query, key, value, shown)
+        for b, (begin, end) in enumerate([(3, 77), (0, 5)]):
+            cut = (one[b : b + 1, :, begin:end] for one in (key, value))
+            assert torch.equal(found[b : b + 1], triton_ops.decode_attention(query[b : b + 1], *cut))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_in_a_graph_it_is_an_operator(grad) -> None:
+    torch._dynamo.reset()
+    operators: list[object] = []
+
+    def backend(graph, _):
+        operators.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    query, key, value = (torch.randn(2, heads, n, 16) for heads, n in ((4, 1), (2, 9), (2, 9)))
+    shown = torch.rand(2, 1, 1, 9) < 0.8
+    shown[..., 0] = True
+    with torch.set_grad_enabled(grad):
+        found = torch.compile(triton_ops.decode_attention, backend=backend)(query, key, value, shown)
+        expected = triton_ops.decode_attention(query, key, value, shown)
+    assert torch.equal(found, expected)
+    assert (torch.ops.hf_sparse.decode_attention.default in operators) != grad
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_opcheck(masked) -> None:
+    query, key, value = (torch.randn(2, heads, n, 16) for heads, n in ((4, 1), (2, 9), (2, 9)))
+    mask = torch.randn(2, 1, 1, 9) if masked else None
+    torch.library.opcheck(torch.ops.hf_sparse.decode_attention.default, (query, key, value, mask, 0.25))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("change", ["shared", "columns", "empty", "mask", "float64"])
 def test_what_the_kernel_does_not_take_is_torchs(change) -> None:

@@ -19,7 +19,9 @@ from support.compiler import CPP, needs_compiler
 from support.pairs import pairs
 from triton_ops import AUTO, DENSE, Problem, break_even
 from triton_ops.backends import REGISTRY
+from triton_ops.cpu import products
 from triton_ops.cpu.backend import FEW
+from triton_ops.dense_linear import quick
 
 OPERATOR = torch.ops.hf_sparse.linear.default
 PATHS = [DENSE, "torch", CPP]
@@ -216,6 +218,30 @@ def test_more_tokens_are_those_of_torch():
     with triton_ops.backend("cpp"):
         assert torch.equal(triton_ops.linear(x, weight, bias), F.linear(x, weight, bias))
         assert not torch.equal(triton_ops.linear(x[:FEW], weight, bias), F.linear(x[:FEW], weight, bias))
+
+
+@needs_compiler
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_where_torch_has_no_arithmetic_more_tokens_are_products_of_a_few(layout, monkeypatch):
+    monkeypatch.setattr(products, "has_own", lambda dtype: dtype != torch.bfloat16)
+    triton_ops.forget()
+    tokens = 3 * FEW + 2
+    x, weight, bias = make(tokens, 700, 300, torch.bfloat16, layout)
+    try:
+        assert triton_ops.plan(weight, "dense_linear").backend(tokens) == "cpp"
+        assert quick(x, weight, bias) is not None
+        y = triton_ops.linear(x.view(2, -1, 300), weight, bias).view(tokens, -1)
+        assert triton_ops.plan(weight.float(), "dense_linear").backend(tokens) == "dense"
+        monkeypatch.setattr(products, "has_own", lambda dtype: True)
+        triton_ops.forget()
+        assert triton_ops.plan(weight, "dense_linear").backend(tokens) == "dense"
+        assert quick(x, weight, bias) is None
+    finally:
+        monkeypatch.undo()
+        triton_ops.forget()
+    each = [triton_ops.linear(x[t : t + 1], weight, bias, backend="cpp") for t in range(tokens)]
+    assert torch.equal(y, torch.cat(each))
 
 
 @torch.no_grad()

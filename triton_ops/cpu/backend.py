@@ -63,38 +63,40 @@ def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 FEW = 8
-"""Tokens up to which :func:`linear` is a kernel: ``kTokens`` of ``dense_linear.h``."""
+"""Tokens that :func:`linear` multiplies at once: ``kTokens`` of ``dense_linear.h``."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x [..., F]`` to ``[..., D]``; ``weight [D, F]`` is read once for up to :data:`FEW` tokens.
+    """``x [..., F]`` to ``[..., D]``; ``weight [D, F]`` is read once for :data:`FEW` tokens.
 
-    Rows or columns of ``weight`` must be contiguous; with other strides, or more tokens, torch multiplies.
+    Rows or columns of ``weight`` must be contiguous; with other strides torch multiplies. So it does with
+    more tokens in the dtypes that it has fast products in.
     """
     outputs, inputs = weight.shape
     between, step = weight.stride()
     columns = step != 1 and inputs != 1
     tokens = x.numel() // inputs
-    if tokens > FEW or (columns and between != 1 and outputs != 1):
+    if (tokens > FEW and products.has_own(x.dtype)) or (columns and between != 1 and outputs != 1):
         return F.linear(x, weight, bias).contiguous()
     y = x.new_empty((*x.shape[:-1], outputs))
     x, bias = x.contiguous(), _contiguous(bias)  # named, so that a copy lives until the kernel is done
     storage = weight.untyped_storage()  # another thread may change the layout meanwhile
-    _multiply(
-        x.data_ptr(),
-        storage.data_ptr() + weight.storage_offset() * weight.itemsize,
-        _pointer(bias),
-        0,
-        0,
-        0,
-        y.data_ptr(),
-        tokens,
-        outputs,
-        inputs,
-        step if columns else between,
-        DTYPES[x.dtype],
-        columns,
-    )
+    for first in range(0, tokens, FEW):
+        _multiply(
+            x.data_ptr() + first * inputs * x.itemsize,
+            storage.data_ptr() + weight.storage_offset() * weight.itemsize,
+            _pointer(bias),
+            0,
+            0,
+            0,
+            y.data_ptr() + first * outputs * y.itemsize,
+            min(FEW, tokens - first),
+            outputs,
+            inputs,
+            step if columns else between,
+            DTYPES[x.dtype],
+            columns,
+        )
     return y
 
 
