@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 # Two processes; tests of one file stay together, for what they share.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
-INTERPRETED := tests/triton_ops/test_gpu_kernels.py tests/triton_ops/test_gpu_certificate.py
+INTERPRETED := $(addprefix tests/triton_ops/test_gpu_,kernels.py certificate.py models.py)
 
 .PHONY: quickstart test test-fast test-interpreter lint format docs setup clean
 

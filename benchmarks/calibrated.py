@@ -23,7 +23,7 @@ import harness
 import torch
 
 import hf_sparse
-from hf_sparse.calibration.calibrate import METHODS
+from hf_sparse.calibration.calibrate import methods
 from hf_sparse.inputs import named_thresholded
 
 STOCK, DENSE, SPARSE = "stock", "dense, same kernels", "calibrated"
@@ -45,7 +45,7 @@ def nothing_skipped(model: Any) -> Any:
 def main() -> None:
     parser = harness.parser(__doc__, repeats=5)
     generate.add_model(parser)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["teal"])
+    parser.add_argument("--methods", nargs="+", choices=methods(), default=["teal"])
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--prompt-tokens", type=int, default=16)

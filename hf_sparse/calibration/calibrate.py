@@ -7,12 +7,13 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 
 from torch import nn
 from torch.utils.data import RandomSampler
 
+from hf_sparse.calibration import methods as _methods
 from hf_sparse.calibration.method import Calibration
 from hf_sparse.calibration.report import CalibrationReport
 from hf_sparse.checks import number, shown
@@ -24,9 +25,6 @@ from hf_sparse.metrics.report import perplexity
 from hf_sparse.modules import sparse_part
 from hf_sparse.observing import BlockObserver, Pass, observe
 from hf_sparse.patching import inspect, patch, transformers_model, unpatch
-
-METHODS = tuple(sorted(f.stem for f in (Path(__file__).parent / "methods").glob("[!_]*.py")))
-"""Their names, those of the files that they are in."""
 
 _HIGHEST = 0.99
 _ROUNDS = 10
@@ -97,8 +95,8 @@ def calibrate(
         UserWarning: ``target_sparsity`` was missed by more than 2 points, or there are few tokens.
 
     """
-    if method not in METHODS:
-        raise ValueError(f"method={shown(method)} is not known; choose one of {', '.join(METHODS)}.")
+    if method not in (known := methods()):
+        raise ValueError(f"method={shown(method)} is not known; choose one of {', '.join(known)}.")
     if (target_sparsity is None) == (max_perplexity_increase is None):
         raise ValueError("give target_sparsity or max_perplexity_increase: one of them is the aim.")
     if target_sparsity is not None and not 0 < number("target_sparsity", target_sparsity) < 1:
@@ -133,7 +131,7 @@ def calibrate(
             f"the activation of the model is mixed in by {before.activation.mix:.0%} only; finish the "
             "finetune, or hf_sparse.set_mix(model, 1)."
         )
-    one: Calibration = import_module(f"{__package__}.methods.{method}").Method(base, given.blocks, before)
+    one: Calibration = import_module(f"{_methods.__name__}.{method}").Method(base, given.blocks, before)
     if allocation not in one.allocations:
         raise ValueError(
             f"allocation={shown(allocation)} is none of method {method!r}; use "
@@ -188,6 +186,11 @@ def calibrate(
         perplexity=perplexity(after.loss),
         tokens=after.tokens,
     )
+
+
+def methods() -> tuple[str, ...]:
+    """Their names, those of the files that they are in."""
+    return tuple(sorted(one.name for one in iter_modules(_methods.__path__) if not one.name.startswith("_")))
 
 
 def _level_of(one: Calibration, sparsity: float) -> float:

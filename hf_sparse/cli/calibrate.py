@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from hf_sparse.calibration.calibrate import METHODS
+from hf_sparse.calibration.calibrate import methods
 from hf_sparse.cli.command import Command
 from hf_sparse.cli.options import add_model, add_text, load, passing, require_empty, texts
 from hf_sparse.texts import EMBEDDED, training_texts
@@ -22,7 +22,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_text(parser, "default: documentation of the running Python", 65_536, split="training")
     parser.set_defaults(dataset=EMBEDDED)
-    parser.add_argument("--method", choices=METHODS, default="teal", help="default: teal")
+    parser.add_argument("--method", choices=methods(), default="teal", help="default: teal")
     parser.add_argument(
         "--allocation", choices=("uniform", "greedy"), default="uniform", help="of teal and wina"
     )

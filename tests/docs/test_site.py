@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hf_sparse.activations.config import ACTIVATIONS
-from hf_sparse.calibration.calibrate import METHODS
+from hf_sparse.calibration.calibrate import methods as calibrations
 from hf_sparse.config import PARTS
 from hf_sparse.methods import methods
 from hf_sparse.sharpness.registry import CONFIGS
@@ -61,7 +61,7 @@ def test_the_index_of_methods_names_everything_that_is_one_and_every_page():
     folder = ROOT / "docs" / "methods"
     index = (folder / "index.md").read_text(encoding="utf-8")
     parts = set(PARTS) - {"activation"}
-    assert {*ACTIVATIONS, *parts, *methods(), *CONFIGS, *METHODS} <= _code(index)
+    assert {*ACTIVATIONS, *parts, *methods(), *CONFIGS, *calibrations()} <= _code(index)
     recipes = {path.stem for path in (ROOT / "training" / "recipes").glob("*.yaml")}
     assert {Path(link).stem for link in links(index) if link.endswith(".yaml")} == recipes
     assert {path.name for path in folder.glob("*.md")} - {"index.md"} <= set(links(index))

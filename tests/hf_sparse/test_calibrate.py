@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from itertools import islice
 from typing import Any
@@ -440,6 +441,27 @@ def test_a_pretrained_llama_is_calibrated_in_one_line_and_skips(method, assets) 
     with CountSkips() as skips, hf_sparse.backend("torch"):
         model.generate(torch.tensor([[1, 400, 300]]), max_new_tokens=8)
     assert skips.count > 0
+
+
+METHOD = """
+from hf_sparse.calibration.methods.teal import Method as Teal
+
+class Method(Teal):
+    mlp_alone = True
+    counts = "the weights of the MLPs that meet an input of zero"
+"""
+
+
+def test_a_method_is_one_file(tmp_path, monkeypatch) -> None:
+    (tmp_path / "mine.py").write_text(METHOD)
+    methods = importlib.import_module("hf_sparse.calibration.methods")
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
+    model = tiny("llama")
+    report = hf_sparse.calibrate(model, batches(), method="mine", target_sparsity=0.5)
+    assert report.counts == "the weights of the MLPs that meet an input of zero"
+    assert {name.partition(".")[0] for name, _ in report.config.parts["inputs"].linears} == {"mlp"}
+    with pytest.raises(ValueError, match=r"method='yours' is not known; choose one of cats, fatrelu, mine, "):
+        hf_sparse.calibrate(model, batches(), method="yours", target_sparsity=0.5)
 
 
 def test_a_choice_on_few_tokens_is_told() -> None:

@@ -24,13 +24,16 @@ pytestmark = [
 
 
 def whole_page() -> str:
-    """Every section but that on speed, with a name that is too long for a line."""
+    """Every section, with a name that is too long for a line."""
     model = relu_model("llama")
     batch = padded("right", (37, 9, 20, 34, 37, 33, 36, 35))
     report = hf_sparse.measure(model, [batch], metrics=metrics())
     before = hf_sparse.measure(tiny("llama"), [batch])
     beside = {f"runs/some-finetuning-{i}/report": replace(before, loss=5 - i / 10) for i in range(12)}
-    return report.to_html(model=model, model_name="organisation/" + "a" * 80, before=before, beside=beside)
+    names = {"model": model, "model_name": "organisation/" + "a" * 80}
+    speed = hf_sparse.tune(model, tokens=(1, 4), force=True)
+    cett = hf_sparse.cett_sparsity(model, [batch], 5.0)
+    return report.to_html(**names, before=before, beside=beside, speed=speed, cett=cett)
 
 
 def deep_page() -> str:
