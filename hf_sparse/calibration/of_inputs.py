@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from hf_sparse.adapters import Block
 from hf_sparse.adapters.bottleneck import layer_of
 from hf_sparse.adapters.copies import in_use, place
+from hf_sparse.adapters.experts import Experts
 from hf_sparse.adapters.roles import linear_size
 from hf_sparse.calibration.greedy import LayerInputs, at, path
 from hf_sparse.calibration.input_values import InputValues, Shared, tell_densities
@@ -134,6 +135,11 @@ def _linear_names(method: str, model: PreTrainedModel, blocks: Sequence[Block], 
     first: list[str] | None = None
     names: list[str]
     for block in blocks:
+        if isinstance(block.roles, Experts):
+            raise PatchError(
+                f"method={method!r} is for linear layers, and {block.name} ({block.stock_class.__name__}) "
+                "has stacked experts; choose another method."
+            )
         layer = model.get_submodule(layer_of(block.name))
         within = f"{block.name}.".removeprefix(f"{layer_of(block.name)}.") if mlp_alone else ""
         names = []
@@ -158,8 +164,8 @@ def _linear_names(method: str, model: PreTrainedModel, blocks: Sequence[Block], 
         first = names
     if not first:
         raise PatchError(
-            f"method={method!r} is for linear layers, and {blocks[0].name} has none (stacked experts, "
-            "or linear layers of another kind); choose another method."
+            f"method={method!r} is for linear layers, and {blocks[0].name} has none, or some of another "
+            "kind; choose another method."
         )
     return first
 
