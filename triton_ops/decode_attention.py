@@ -20,10 +20,6 @@ from triton_ops.unobserved import unobserved
 MOST = 32
 """Query heads that share keys, at most: ``kShared`` of ``attention.h``, which says so, too."""
 
-LIB.define(
-    "decode_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale) -> Tensor", tags=TAGS
-)
-
 
 def decode_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, scale: float | None = None
@@ -83,6 +79,9 @@ def _decode_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
     return _torchs(query, key, value, mask, scale) if own is None else own
 
 
+LIB.define(
+    "decode_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale) -> Tensor", tags=TAGS
+)
 LIB.impl("decode_attention", _decode_attention, "CPU")
 
 

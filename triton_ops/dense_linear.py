@@ -18,14 +18,21 @@ from triton_ops import choice, reference
 from triton_ops.advice import adviser
 from triton_ops.backends import AUTO, DENSE, REGISTRY
 from triton_ops.memo import remembered
-from triton_ops.ops import LIB, TAGS, check_input, check_tensor, is_for_torch, linear_backward, save_linear
+from triton_ops.ops import (
+    LIB,
+    check_input,
+    check_tensor,
+    define,
+    dispatched,
+    is_for_torch,
+    linear_backward,
+    save_linear,
+)
 from triton_ops.problem import Problem
 from triton_ops.protocol import Backend
 from triton_ops.unobserved import unobserved
 
 _MANY = 1 << 62  # tokens
-
-LIB.define("linear(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor", tags=TAGS)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = AUTO) -> Tensor:
@@ -62,7 +69,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if wanted or not all(t is None or type(t) in (Tensor, nn.Parameter) for t in tensors):
         return reference.linear(*tensors)
-    return torch.ops.hf_sparse.linear.default(*tensors, backend)
+    return dispatched(torch.ops.hf_sparse.linear)(*tensors, backend)
 
 
 def quick(x: Tensor, weight: Tensor, bias: Tensor | None) -> Backend | None:
@@ -118,18 +125,12 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Ten
     return chosen.linear(x, weight, bias)
 
 
-for _device in ("CPU", "CUDA"):
-    LIB.impl("linear", _linear, _device)
-
-
-@torch.library.register_fake("hf_sparse::linear", lib=LIB)
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     _check(x, weight, bias)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@torch.library.register_vmap("hf_sparse::linear", lib=LIB)
-def _(info: Any, dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+def _vmap(info: Any, dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
     *tensors, backend = args
     call = torch.ops.hf_sparse.linear.default
     if dims[1] is None and dims[2] is None:  # one weight for all: they are tokens of one call
@@ -141,4 +142,7 @@ def _(info: Any, dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]
     return torch.stack([call(*each(i), backend) for i in range(info.batch_size)]), 0
 
 
+define("linear", "Tensor x, Tensor weight, Tensor? bias, str backend", _linear, _fake)
 torch.library.register_autograd("hf_sparse::linear", linear_backward, setup_context=save_linear, lib=LIB)
+for _overload in ("linear", "linear.inference"):
+    torch.library.register_vmap(f"hf_sparse::{_overload}", _vmap, lib=LIB)

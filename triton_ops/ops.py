@@ -6,6 +6,7 @@ arguments and defaults. Gradients are those of the dense formula, recomputed fro
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,19 +27,24 @@ from triton_ops.unobserved import unobserved
 LIB = torch.library.Library("hf_sparse", "DEF")
 # Strides carry the neuron-major layout, so a compiler must hand the operators the strides it was given.
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
-LIB.define(
-    "gated_mlp(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor? gate_bias, Tensor? up_bias, "
-    "Tensor? down_bias, Tensor? q, Tensor? bounds, Tensor? thresholds, int[]? stamp, str activation, "
-    "float threshold, str backend) -> Tensor",
-    tags=TAGS,
-)
-LIB.define(
-    "plain_mlp(Tensor x, Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias, Tensor? q, "
-    "Tensor? bounds, Tensor? thresholds, int[]? stamp, str activation, float threshold, str backend) "
-    "-> Tensor",
-    tags=TAGS,
-)
-LIB.define("sparse_linear(Tensor h, Tensor weight, Tensor? bias, str backend) -> Tensor", tags=TAGS)
+
+
+def define(name: str, signature: str, function: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
+    """Define the operator ``name``, and its overload ``inference``, which has no gradient.
+
+    To find out that there is none to be had takes torch longer than all else that it does for a call.
+    """
+    for one in (name, f"{name}.inference"):
+        LIB.define(f"{one}({signature}) -> Tensor", tags=TAGS)
+        for device in ("CPU", "CUDA"):
+            LIB.impl(one, function, device)
+        torch.library.register_fake(f"hf_sparse::{one}", fake, lib=LIB)
+
+
+def dispatched(packet: Any) -> Any:
+    """The overload to call: ``inference`` in a graph of ``torch.compile`` that is made without gradient."""
+    in_graph = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    return packet.inference if in_graph and not torch.is_grad_enabled() else packet.default
 
 
 def gated_mlp(
@@ -95,7 +101,7 @@ def gated_mlp(
         )
     scalar, each = _threshold(threshold)
     tensors = x, gate, up, down, gate_bias, up_bias, down_bias, *(certificate or (None, None)), each
-    call = _gated_mlp if unobserved(*tensors) else torch.ops.hf_sparse.gated_mlp.default
+    call = _gated_mlp if unobserved(*tensors) else dispatched(torch.ops.hf_sparse.gated_mlp)
     return call(*tensors, stamp, activation, scalar, backend)
 
 
@@ -124,7 +130,7 @@ def plain_mlp(
         )
     scalar, each = _threshold(threshold)
     tensors = x, up, down, up_bias, down_bias, *(certificate or (None, None)), each
-    call = _plain_mlp if unobserved(*tensors) else torch.ops.hf_sparse.plain_mlp.default
+    call = _plain_mlp if unobserved(*tensors) else dispatched(torch.ops.hf_sparse.plain_mlp)
     return call(*tensors, stamp, activation, scalar, backend)
 
 
@@ -148,7 +154,7 @@ def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None = None, *, back
     """
     if is_for_torch(h.device.type):
         return reference.sparse_linear(h, weight, bias)
-    call = _sparse_linear if unobserved(h, weight, bias) else torch.ops.hf_sparse.sparse_linear.default
+    call = _sparse_linear if unobserved(h, weight, bias) else dispatched(torch.ops.hf_sparse.sparse_linear)
     return call(h, weight, bias, backend)
 
 
@@ -345,28 +351,42 @@ def _sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None, backend: str)
     return chosen.sparse_linear(h, weight, bias)
 
 
-for _device in ("CPU", "CUDA"):
-    LIB.impl("gated_mlp", _gated_mlp, _device)
-    LIB.impl("plain_mlp", _plain_mlp, _device)
-    LIB.impl("sparse_linear", _sparse_linear, _device)
-
-
-@torch.library.register_fake("hf_sparse::gated_mlp", lib=LIB)
-def _(x: Tensor, *args: Any) -> Tensor:
+def _fake_gated_mlp(x: Tensor, *args: Any) -> Tensor:
     _check_mlp(x, _gated(*args))
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("hf_sparse::plain_mlp", lib=LIB)
-def _(x: Tensor, *args: Any) -> Tensor:
+def _fake_plain_mlp(x: Tensor, *args: Any) -> Tensor:
     _check_mlp(x, _plain(*args))
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("hf_sparse::sparse_linear", lib=LIB)
-def _(h: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+def _fake_sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     _check_sparse_linear(h, weight, bias)
     return h.new_empty((*h.shape[:-1], weight.shape[0]))
+
+
+define(
+    "gated_mlp",
+    "Tensor x, Tensor gate, Tensor up, Tensor down, Tensor? gate_bias, Tensor? up_bias, Tensor? down_bias, "
+    "Tensor? q, Tensor? bounds, Tensor? thresholds, int[]? stamp, str activation, float threshold, "
+    "str backend",
+    _gated_mlp,
+    _fake_gated_mlp,
+)
+define(
+    "plain_mlp",
+    "Tensor x, Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias, Tensor? q, Tensor? bounds, "
+    "Tensor? thresholds, int[]? stamp, str activation, float threshold, str backend",
+    _plain_mlp,
+    _fake_plain_mlp,
+)
+define(
+    "sparse_linear",
+    "Tensor h, Tensor weight, Tensor? bias, str backend",
+    _sparse_linear,
+    _fake_sparse_linear,
+)
 
 
 def _save_gated_mlp(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

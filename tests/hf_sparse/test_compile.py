@@ -12,7 +12,7 @@ import hf_sparse
 from support.compiler import CPP, needs_compiler
 from support.pairs import pairs
 
-OPERATORS = (torch.ops.hf_sparse.gated_mlp.default, torch.ops.hf_sparse.plain_mlp.default)
+OPERATORS = (torch.ops.hf_sparse.gated_mlp.inference, torch.ops.hf_sparse.plain_mlp.inference)
 
 
 class Recorder:

@@ -206,7 +206,7 @@ def test_a_compiled_layer_has_the_operator_and_no_graph_break() -> None:
         found = compiled(IDS, use_cache=False).logits
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     (graph,) = graphs
-    operator = torch.ops.hf_sparse.sparse_linear.default
+    operator = torch.ops.hf_sparse.sparse_linear.inference
     assert sum(node.target is operator for node in graph.nodes) == 3
     assert layouts(model) == {True}
 

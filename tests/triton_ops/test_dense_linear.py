@@ -285,6 +285,8 @@ def test_opcheck(backend, grad, layout):
     with triton_ops.backend(backend):
         torch.library.opcheck(OPERATOR, (x, weight, bias, AUTO))
         torch.library.opcheck(OPERATOR, (x, weight, None, AUTO))
+        if not grad:
+            torch.library.opcheck(OPERATOR.overloadpacket.inference, (x, weight, bias, AUTO))
 
 
 @pytest.mark.parametrize("backend", [AUTO, "dense", CPP])

@@ -37,6 +37,9 @@ def test_mlps_pass_opcheck(backend, grad, gated):
         stamp = list(weight_stamp(block.deciding))
         torch.library.opcheck(operator, (*args, *certificate, None, None, *options))
         torch.library.opcheck(operator, (*args, *certificate, None, stamp, *options))
+        if not grad:
+            packet = operator.overloadpacket
+            torch.library.opcheck(packet.inference, (*args, *certificate, None, stamp, *options))
 
 
 @pytest.mark.slow
@@ -48,6 +51,8 @@ def test_sparse_linear_passes_opcheck(backend, grad):
     with triton_ops.backend(backend):
         torch.library.opcheck(LINEAR, (h, weight, None, AUTO))
         torch.library.opcheck(LINEAR, (h, weight, torch.randn(8, requires_grad=grad), AUTO))
+        if not grad:
+            torch.library.opcheck(LINEAR.overloadpacket.inference, (h, weight, torch.randn(8), AUTO))
 
 
 @pytest.mark.parametrize(("activation", "gated"), GATED_OR_PLAIN)
