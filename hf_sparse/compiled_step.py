@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -96,7 +96,7 @@ class _Advice:
             return None
         return self.certificates.of(weight)
 
-    def product(self, x: Tensor, weight: Tensor, _: Tensor | None) -> Tensor | None:
+    def product(self, x: Tensor, weight: Tensor) -> Tensor | None:
         one = asked()
         return None if one is None else one.product(x, weight)
 
@@ -107,12 +107,11 @@ _advice: ContextVar[_Advice | None] = ContextVar("hf_sparse_advice", default=Non
 @contextmanager
 def compiled_steps(model: GenerationMixin) -> Iterator[None]:
     """In here ``model`` generates, by its compiled step if it has one."""
-    step, here = vars(model).get("_compiled_call"), model
-    own: Any = step if isinstance(step, CompiledStep) and step.model is here else None
-    if own is None or own.model.device.type != "cpu":
+    step, here = vars(model).get("_compiled_call"), cast(PreTrainedModel, model)
+    if not isinstance(step, CompiledStep) or step.model is not here or here.device.type != "cpu":
         yield
         return
-    advice = _Advice(own)
+    advice = _Advice(step)
     token = _advice.set(advice)
     try:
         yield

@@ -282,7 +282,8 @@ def prepare(
             while nobody but the model holds that projection, so that no change of it goes unnoticed: with an
             optimizer or a list of its parameters at hand, decoding goes on without. False ends its use.
             CATS has none: that a pre-activation is small does not prove its neuron silent. With ``compile``
-            each ``model.generate`` makes them anew, and uses them in its compiled steps.
+            each ``model.generate`` makes them anew for its compiled steps, whoever holds the weights, and a
+            change through ``.data`` while it runs is not noticed.
         linears: multiply a few tokens with all other weights, too (of attention, of the output, of MLPs that
             do not skip), at the speed of memory: :func:`triton_ops.linear`, where on this machine it is no
             slower than torch's, and those that torchao has rounded to int8. Only on the CPU, and without

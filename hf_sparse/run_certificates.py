@@ -14,6 +14,7 @@ from torch import Tensor
 
 import triton_ops
 from triton_ops import Certificate
+from triton_ops.certificate import weight_stamp
 
 
 class Memory:
@@ -46,12 +47,12 @@ class RunCertificates:
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
         self._held: dict[int, tuple[Any, torch.UntypedStorage, Certificate]] = {}
-        """By address. The storage keeps any other weight from it."""
+        """By address. The storage is held, for its identity is a part of the stamp."""
 
     def of(self, weight: Tensor) -> Certificate:
         """That of ``weight [D, F]`` on the CPU as it is; no inference tensor, which counts no changes."""
         address = weight.data_ptr()
-        state = weight._version, weight.dtype, weight.shape, weight.stride()
+        state = weight_stamp(weight), weight.dtype, weight.shape, weight.stride()
         before, _, certificate = self._held.get(address, (None, None, None))
         if certificate is None or before != state:
             memory = certificate or self._memory.take(weight)

@@ -22,8 +22,8 @@ class Adviser(Protocol):
     def certificate(self, weight: Tensor) -> Certificate | None:
         """That of the deciding projection ``[F, D]`` of an MLP as it is, if it is to be used for a token."""
 
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        """What a dense product ``x weightᵀ + bias`` is to give; None: itself."""
+    def product(self, x: Tensor, weight: Tensor) -> Tensor | None:
+        """What a dense product of ``x [..., F]`` with ``weight [D, F]`` is to give; None: itself."""
 
 
 _adviser: ContextVar[Adviser | None] = ContextVar("hf_sparse_adviser", default=None)

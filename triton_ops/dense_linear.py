@@ -113,7 +113,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     _check(x, weight, bias)
-    if (one := adviser()) is not None and (advised := one.product(x, weight, bias)) is not None:
+    if (one := adviser()) is not None and (advised := one.product(x, weight)) is not None:
         return advised
     outputs, inputs = weight.shape
     tokens = x.numel() // inputs if inputs else 0
