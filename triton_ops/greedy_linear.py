@@ -6,12 +6,12 @@ dense product.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from triton_ops.certificate import Certificate
 from triton_ops.dense_linear import linear, quick
 from triton_ops.layout import view_of
+from triton_ops.ops import check_certificate
 
 
 def greedy_linear(x: Tensor, weight: Tensor, bias: Tensor | None, certificate: Certificate) -> Tensor:
@@ -33,20 +33,11 @@ def greedy_linear(x: Tensor, weight: Tensor, bias: Tensor | None, certificate: C
         MemoryError: there is no memory for a copy of ``x``.
 
     """
-    rows, bounds = certificate
-    for name, value, shape, dtype in (
-        ("rows", rows, weight.shape, torch.int8),
-        ("bounds", bounds, (*weight.shape[:1], 3), torch.float32),
-    ):
-        if value.shape != shape or value.dtype != dtype or value.device != weight.device:
-            raise ValueError(
-                f"certificate.{name} is {value.dtype} of shape {list(value.shape)} on {value.device}; "
-                f"expected {dtype} of shape {list(shape)} on {weight.device}, as triton_ops.certify makes it."
-            )
+    check_certificate(certificate, weight.shape, weight, "[D, F]")
     backend = quick(x, weight, bias)
     if backend is None or backend.greedy_linear is None:
         return linear(x, weight, bias)
     held = view_of(weight)  # another thread may change the layout meanwhile
-    if held.stride(1) != 1 or not (rows.is_contiguous() and bounds.is_contiguous()):
+    if held.stride(1) != 1 or not all(one.is_contiguous() for one in certificate):
         return linear(x, weight, bias)
     return backend.greedy_linear(x, held, bias, certificate)

@@ -127,12 +127,9 @@ def test_a_certificate_of_another_weight_is_an_error() -> None:
     x, weight = torch.randn(2, 40), torch.randn(300, 40)
     good = certify(weight)
     for wrong, message in (
-        (certify(torch.randn(301, 40)), r"certificate.rows is torch.int8 of shape \[301, 40\]"),
+        (certify(torch.randn(301, 40)), r"certificate.rows has shape \[301, 40\]"),
         (Certificate(good.rows.float(), good.bounds), "certificate.rows is torch.float32"),
-        (
-            Certificate(good.rows, good.bounds[:, :2]),
-            r"certificate.bounds is torch.float32 of shape \[300, 2\]",
-        ),
+        (Certificate(good.rows, good.bounds[:, :2]), r"certificate.bounds has shape \[300, 2\]"),
     ):
         with pytest.raises(ValueError, match=message):
             triton_ops.greedy_linear(x, weight, None, wrong)
