@@ -33,7 +33,7 @@ def greedy_linear(x: Tensor, weight: Tensor, bias: Tensor | None, certificate: C
         MemoryError: there is no memory for a copy of ``x``.
 
     """
-    check_certificate(certificate, weight.shape, weight, "[D, F]")
+    check_certificate(certificate, weight.shape, weight, "D")
     backend = quick(x, weight, bias)
     if backend is None or backend.greedy_linear is None:
         return linear(x, weight, bias)

@@ -207,14 +207,14 @@ def _check_mlp(x: Tensor, mlp: MLP) -> None:
     check_tensor("down", mlp.down, (hidden, neurons), x, "[D, F]")
     check_vectors(x, mlp, first)
     if mlp.certificate is not None:
-        check_certificate(mlp.certificate, (neurons, hidden), x, "[F, D]")
+        check_certificate(mlp.certificate, (neurons, hidden), x, "F")
 
 
-def check_certificate(certificate: Certificate, shape: tuple[int, ...], like: Tensor, what: str) -> None:
-    """Refuse one that is not of a weight of this ``shape``, called ``what``, on the device of ``like``."""
+def check_certificate(certificate: Certificate, shape: tuple[int, ...], like: Tensor, row: str) -> None:
+    """Refuse one that is not of a weight of this ``shape``, ``[row, …]``, on the device of ``like``."""
     rows, bounds = certificate
-    check_tensor("certificate.rows", rows, shape, like, what, torch.int8)
-    check_tensor("certificate.bounds", bounds, (shape[0], 3), like, "[rows, 3]", torch.float32)
+    check_tensor("certificate.rows", rows, shape, like, f"[{row}, inputs]", torch.int8)
+    check_tensor("certificate.bounds", bounds, (shape[0], 3), like, f"[{row}, 3]", torch.float32)
 
 
 def check_vectors(x: Tensor, mlp: MLP, first: str) -> None:
