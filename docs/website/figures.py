@@ -73,7 +73,7 @@ def bytes_and_tokens() -> str:
 
 def against_llama_cpp() -> str:
     """Tokens per second of every program, for the two models of benchmarks/peers.py."""
-    left, row, width = 170, 24, 300
+    left, row, width = 240, 24, 300
     parts: list[str] = []
     y = 34.0
     for name, title in (("peers", "Shape of Llama-3.2-1B"), ("peers_smollm2", "SmolLM2-135M")):
@@ -92,7 +92,7 @@ def against_llama_cpp() -> str:
         y += 2 * row
     foot = "The factor is to llama.cpp in bf16; about nine tenths of neurons are silent in the blue rows."
     parts.append(_text(24, y - 12, foot, FAINT, "start"))
-    return _svg(600, y + 4, parts)
+    return _svg(660, y + 4, parts)
 
 
 class _Axes:
