@@ -28,6 +28,7 @@ from hf_sparse.modules.output_layer import asking
 from hf_sparse.modules.sparse_block import hooks_on_all_modules
 from hf_sparse.modules.surroundings import is_plain
 from hf_sparse.run_certificates import Memory, RunCertificates
+from triton_ops.advice import advised_by
 
 WORTHWHILE = 32
 """New tokens from which a certificate, which takes as long as several tokens, is made."""
@@ -149,7 +150,10 @@ class GreedySearch:
         """:meth:`logits`, if ``weight`` of a product in a graph is that of the layer."""
         own = self.layer._parameters.get("weight")
         is_own = own is not None and weight.data_ptr() == own.data_ptr() and weight.shape == own.shape
-        return self.logits(x) if is_own else None
+        if not is_own:
+            return None
+        with advised_by(None):  # what cannot be the kernel for it is a product again
+            return self.logits(x)
 
     def _error(self, what: str) -> RuntimeError:
         return RuntimeError(

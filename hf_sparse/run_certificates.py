@@ -55,9 +55,8 @@ class RunCertificates:
         state = weight_stamp(weight), weight.dtype, weight.shape, weight.stride()
         before, _, certificate = self._held.get(address, (None, None, None))
         if certificate is None or before != state:
-            memory = certificate or self._memory.take(weight)
-            fits = memory is not None and memory.rows.shape == weight.shape
-            certificate = triton_ops.certify(weight, memory if fits else None)
+            fits = certificate is not None and certificate.rows.shape == weight.shape
+            certificate = triton_ops.certify(weight, certificate if fits else self._memory.take(weight))
             self._held[address] = state, weight.untyped_storage(), certificate
         return certificate
 

@@ -30,8 +30,8 @@ _adviser: ContextVar[Adviser | None] = ContextVar("hf_sparse_adviser", default=N
 
 
 @contextmanager
-def advised_by(adviser: Adviser) -> Iterator[None]:
-    """In here, in this thread or task, operators of graphs on the CPU ask ``adviser``."""
+def advised_by(adviser: Adviser | None) -> Iterator[None]:
+    """In here, in this thread or task, operators of graphs on the CPU ask ``adviser``, or nobody."""
     token = _adviser.set(adviser)
     try:
         yield

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from triton_ops import choice
-from triton_ops.ops import LIB, TAGS, is_for_torch
+from triton_ops.ops import LIB, TAGS, in_inference_graph, is_for_torch
 from triton_ops.unobserved import unobserved
 
 MOST = 32
@@ -56,15 +56,9 @@ def decode_attention(
     if not is_for_torch(query.device.type):
         if unobserved(query, key, value, mask):
             return _decode_attention(query, key, value, mask, factor)
-        if _in_a_graph(query):
+        if query.device.type == "cpu" and in_inference_graph():
             return torch.ops.hf_sparse.decode_attention.default(query, key, value, mask, factor)
     return _torchs(query, key, value, mask, factor)
-
-
-def _in_a_graph(query: Tensor) -> bool:
-    """Whether ``torch.compile`` is at work, for a CPU and without gradient."""
-    compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-    return compiling and query.device.type == "cpu" and not torch.is_grad_enabled()
 
 
 def _torchs(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:

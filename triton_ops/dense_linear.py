@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from triton_ops import choice, reference
 from triton_ops.advice import adviser
 from triton_ops.backends import AUTO, DENSE, REGISTRY
+from triton_ops.gradients import linear_backward, save_linear
 from triton_ops.memo import remembered
 from triton_ops.ops import (
     LIB,
@@ -25,8 +26,6 @@ from triton_ops.ops import (
     define,
     dispatched,
     is_for_torch,
-    linear_backward,
-    save_linear,
 )
 from triton_ops.problem import Problem
 from triton_ops.protocol import Backend

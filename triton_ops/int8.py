@@ -21,7 +21,7 @@ from triton_ops import choice, reference
 from triton_ops.activations import check
 from triton_ops.layout import is_neuron_major
 from triton_ops.mlp import MLP, Int8Weight, Scales
-from triton_ops.ops import LIB, TAGS, check_input, check_tensor, check_vectors
+from triton_ops.ops import LIB, TAGS, check_input, check_tensor, check_vectors, in_inference_graph
 from triton_ops.protocol import Backend
 from triton_ops.unobserved import unobserved
 
@@ -55,7 +55,7 @@ def int8_in_graph(x: Tensor) -> bool:
     Not with gradient or under autocast, for more tokens, on other devices, and in a program to be exported,
     which is to run without this package.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_exporting() or choice.autocasts(x.device.type):
+    if not in_inference_graph() or choice.autocasts(x.device.type):
         return False
     return x.device.type == "cpu" and _are_few(x) and choice.has_cpu_backend_in_graph("int8_mlp", x.dtype)
 

@@ -19,7 +19,15 @@ from triton_ops.activations import TABLE, check
 from triton_ops.advice import adviser
 from triton_ops.backends import AUTO, DENSE
 from triton_ops.certificate import Certificate, weight_stamp
-from triton_ops.layout import as_tokens, is_neuron_major
+from triton_ops.gradients import (
+    gated_mlp_backward,
+    linear_backward,
+    plain_mlp_backward,
+    save_gated_mlp,
+    save_linear,
+    save_plain_mlp,
+)
+from triton_ops.layout import is_neuron_major
 from triton_ops.mlp import MLP
 from triton_ops.problem import Form
 from triton_ops.unobserved import unobserved
@@ -42,9 +50,14 @@ def define(name: str, signature: str, function: Callable[..., Tensor], fake: Cal
 
 
 def dispatched(packet: Any) -> Any:
-    """The overload to call: ``inference`` in a graph of ``torch.compile`` that is made without gradient."""
-    in_graph = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-    return packet.inference if in_graph and not torch.is_grad_enabled() else packet.default
+    """The overload to call."""
+    return packet.inference if in_inference_graph() else packet.default
+
+
+def in_inference_graph() -> bool:
+    """Whether ``torch.compile`` makes a graph without gradient, which is not for export."""
+    compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    return compiling and not torch.is_grad_enabled()
 
 
 def gated_mlp(
@@ -394,79 +407,11 @@ define(
 )
 
 
-def _save_gated_mlp(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:7], inputs[9])
-    ctx.activation, ctx.threshold = inputs[-3:-1]
-
-
-def _gated_mlp_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, gate, up, down, gate_bias, up_bias, _, thresholds = ctx.saved_tensors
-    need = ctx.needs_input_grad
-    p, u = F.linear(x, gate, gate_bias), F.linear(x, up, up_bias)
-    row = TABLE[ctx.activation]
-    t = ctx.threshold if thresholds is None else thresholds
-    a, slope = row.value(p, t), row.slope(p, t)
-    v = torch.relu(u) if row.relu_up else u
-    grad_h = grad @ down
-    grad_p, grad_u = grad_h * v * slope, grad_h * a
-    if row.relu_up:
-        grad_u = grad_u * (u > 0)
-    return (
-        grad_p @ gate + grad_u @ up if need[0] else None,
-        as_tokens(grad_p).t() @ as_tokens(x) if need[1] else None,
-        as_tokens(grad_u).t() @ as_tokens(x) if need[2] else None,
-        as_tokens(grad).t() @ as_tokens(a * v) if need[3] else None,
-        as_tokens(grad_p).sum(0) if need[4] else None,
-        as_tokens(grad_u).sum(0) if need[5] else None,
-        as_tokens(grad).sum(0) if need[6] else None,
-        *[None] * 7,
-    )
-
-
-def _save_plain_mlp(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:4], inputs[7])
-    ctx.activation, ctx.threshold = inputs[-3:-1]
-
-
-def _plain_mlp_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, up, down, up_bias, thresholds = ctx.saved_tensors
-    need = ctx.needs_input_grad
-    p = F.linear(x, up, up_bias)
-    row = TABLE[ctx.activation]
-    t = ctx.threshold if thresholds is None else thresholds
-    a, grad_p = row.value(p, t), (grad @ down) * row.slope(p, t)
-    return (
-        grad_p @ up if need[0] else None,
-        as_tokens(grad_p).t() @ as_tokens(x) if need[1] else None,
-        as_tokens(grad).t() @ as_tokens(a) if need[2] else None,
-        as_tokens(grad_p).sum(0) if need[3] else None,
-        as_tokens(grad).sum(0) if need[4] else None,
-        *[None] * 7,
-    )
-
-
-def save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """What :func:`linear_backward` needs."""
-    ctx.save_for_backward(inputs[0], inputs[1])
-
-
-def linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of ``input, weight, bias``, and none of the backend."""
-    h, weight = ctx.saved_tensors
-    need = ctx.needs_input_grad
-    return (
-        grad @ weight if need[0] else None,
-        as_tokens(grad).t() @ as_tokens(h) if need[1] else None,
-        as_tokens(grad).sum(0) if need[2] else None,
-        None,
-    )
-
-
 torch.library.register_autograd(
-    "hf_sparse::gated_mlp", _gated_mlp_backward, setup_context=_save_gated_mlp, lib=LIB
+    "hf_sparse::gated_mlp", gated_mlp_backward, setup_context=save_gated_mlp, lib=LIB
 )
 torch.library.register_autograd(
-    "hf_sparse::plain_mlp", _plain_mlp_backward, setup_context=_save_plain_mlp, lib=LIB
+    "hf_sparse::plain_mlp", plain_mlp_backward, setup_context=save_plain_mlp, lib=LIB
 )
 torch.library.register_autograd(
     "hf_sparse::sparse_linear", linear_backward, setup_context=save_linear, lib=LIB

@@ -155,11 +155,10 @@ def _linear_names(method: str, model: PreTrainedModel, blocks: Sequence[Block], 
                     f"{type(one).__name__}; choose another method, or patch with inputs= of your own."
                 )
         if first is not None and names != first:
-            here, there = (", ".join(one) or "none" for one in (names, first))
             raise PatchError(
                 f"method={method!r} wants the same linear layers in every layer, and {layer_of(block.name)} "
-                f"has {here} where {layer_of(blocks[0].name)} has {there}; patch with inputs= and layers= of "
-                "your own."
+                f"has {', '.join(names)} where {layer_of(blocks[0].name)} has {', '.join(first)}; patch with "
+                "inputs= and layers= of your own."
             )
         first = names
     if not first:

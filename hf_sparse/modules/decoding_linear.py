@@ -16,6 +16,7 @@ from hf_sparse.errors import PatchError
 from hf_sparse.modules.surroundings import is_plain, with_own_forward
 from triton_ops.dense_linear import quick
 from triton_ops.layout import view_of
+from triton_ops.ops import in_inference_graph
 
 _LINEAR = F.linear
 _FORWARD = nn.Linear.forward
@@ -48,7 +49,7 @@ def _of_int8(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _in_graph(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if torch.is_grad_enabled() or torch.compiler.is_exporting():
+    if not in_inference_graph():
         return F.linear(x, weight, bias)
     if not is_plain(weight):
         held = int8_of(weight) if int8_runs(x) else None

@@ -259,8 +259,7 @@ class SparseMLP(SparseBlock):
         if first is None:
             return None
         weight = cast(Tensor, first.weight)
-        pays = triton_ops.plan(weight, self.roles.form, certified=True).backend(1, self.density) != DENSE
-        return weight if pays else None
+        return None if self._certified_backend(weight) == DENSE else weight
 
     @property
     def certify(self) -> bool:
@@ -355,9 +354,12 @@ class SparseMLP(SparseBlock):
         It is made if need be; none where it does not pay, or cannot be had. Nobody else held the weight at
         the mark ``since``.
         """
-        plan = triton_ops.plan(weight, self.roles.form, certified=True)
-        backend = plan.backend(1, self.density)
+        backend = self._certified_backend(weight)
         return backend, None if backend == DENSE else self._certified.of(weight, since)
+
+    def _certified_backend(self, weight: Tensor) -> str:
+        """The backend for one token with a certificate; dense where that does not pay."""
+        return triton_ops.plan(weight, self.roles.form, certified=True).backend(1, self.density)
 
     def _weights(self, x: Tensor, *names: str) -> list[tuple[Tensor, Tensor | None]] | None:
         """Weight and bias of the children ``names``, to be read for ``x``; None if one must be called."""

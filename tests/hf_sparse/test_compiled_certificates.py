@@ -242,18 +242,17 @@ def test_a_prepare_after_compiling_still_stores_for_skipping(llama, uses) -> Non
     llama.generate(IDS, **LONG)
     llama.state_dict()
     hf_sparse.prepare(llama, compile=True)
-    assert all(block.down_is_lent for block in downs(llama))
+    layers = llama.model._modules["layers"]._modules.values()  # asked otherwise, they would be given back
+    downs = [layer._modules["mlp"]._modules["down_proj"]._parameters["weight"] for layer in layers]
+    assert all(map(triton_ops.is_neuron_major, downs))
 
 
-@dataclass
-class Down:
-    down_is_lent: bool
-
-
-def downs(model: PreTrainedModel) -> list[Down]:
-    layers = model.model._modules["layers"]._modules.values()
-    blocks = [layer._modules["mlp"]._modules["down_proj"]._parameters["weight"] for layer in layers]
-    return [Down(triton_ops.is_neuron_major(weight)) for weight in blocks]
+def test_an_output_layer_of_other_strides_is_computed_in_full(llama, uses) -> None:
+    weight = llama.lm_head.weight
+    weight.data = weight.data.t().contiguous().t()
+    assert torch.equal(llama.generate(IDS, **LONG), plainly(llama))
+    assert uses.outputs == []
+    assert uses.mlps
 
 
 def test_on_another_device_it_is_an_error(tiny_model) -> None:

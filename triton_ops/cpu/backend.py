@@ -81,82 +81,69 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     y = x.new_empty((*x.shape[:-1], outputs))
     x, bias = x.contiguous(), _contiguous(bias)  # named, so that a copy lives until the kernel is done
     storage = weight.untyped_storage()  # another thread may change the layout meanwhile
-    for first in range(0, tokens, FEW):
-        _multiply(
-            x.data_ptr() + first * inputs * x.itemsize,
-            storage.data_ptr() + weight.storage_offset() * weight.itemsize,
-            _pointer(bias),
-            0,
-            0,
-            0,
-            y.data_ptr() + first * outputs * y.itemsize,
-            min(FEW, tokens - first),
-            outputs,
-            inputs,
-            step if columns else between,
-            DTYPES[x.dtype],
-            columns,
-        )
+    address = storage.data_ptr() + weight.storage_offset() * weight.itemsize
+    _multiply(x, address, bias, y, step if columns else between, columns=columns)
     return y
 
 
 def int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
     """``x [..., F]`` to ``[..., D]``, any number of tokens, :data:`FEW` at a time."""
-    outputs, inputs = weight.rows.shape
-    y = x.new_empty((*x.shape[:-1], outputs))
+    y = x.new_empty((*x.shape[:-1], weight.rows.shape[0]))
     # Of a view, which has the strides of its memory, also while another thread changes the layout.
     rows = _rows(view_of(weight.rows))
     assert rows is not None
     x, scale, bias = x.contiguous(), weight.scale.contiguous(), _contiguous(bias)
-    tokens, size = x.numel() // inputs, x.itemsize
-    for first in range(0, tokens, FEW):
-        _multiply(
-            x.data_ptr() + first * inputs * size,
-            rows.data_ptr(),
-            _pointer(bias),
-            scale.data_ptr(),
-            0,
-            0,
-            y.data_ptr() + first * outputs * size,
-            min(FEW, tokens - first),
-            outputs,
-            inputs,
-            rows.stride(0),
-            DTYPES[x.dtype],
-            False,
-        )
+    _multiply(x, rows.data_ptr(), bias, y, rows.stride(0), (scale.data_ptr(), 0, 0))
     return y
 
 
-def _multiply(*call: Any) -> None:
-    """Run ``hfs_linear`` with the fields of ``LinearCall`` from ``x`` to ``columns``."""
-    if _kernels().hfs_linear(_pack_linear(*call, _threads(), 0)):
-        _no_memory(call[7])
+def _multiply(
+    x: Tensor,
+    weight: Any,
+    bias: Tensor | None,
+    y: Tensor,
+    stride: int,
+    beside: tuple[int, ...] = (0, 0, 0),
+    *,
+    columns: bool = False,
+) -> None:
+    """Run ``hfs_linear`` on contiguous ``x`` and ``y``, :data:`FEW` tokens at a time.
+
+    ``weight`` is an address, ``beside`` those of its scales and of its certificate's rows and bounds;
+    ``stride`` is between rows or columns.
+    """
+    inputs, outputs, size = x.shape[-1], y.shape[-1], x.itemsize
+    tokens, dtype, threads = x.numel() // inputs, DTYPES[x.dtype], _threads()
+    first, last, bias_address = x.data_ptr(), y.data_ptr(), _pointer(bias)
+    for begin in range(0, tokens, FEW):
+        count = min(FEW, tokens - begin)
+        call = _pack_linear(
+            first + begin * inputs * size,
+            weight,
+            bias_address,
+            *beside,
+            last + begin * outputs * size,
+            count,
+            outputs,
+            inputs,
+            stride,
+            dtype,
+            columns,
+            threads,
+            0,
+        )
+        if _kernels().hfs_linear(call):
+            _no_memory(count)
 
 
 def greedy_linear(x: Tensor, weight: Tensor, bias: Tensor | None, certificate: Certificate) -> Tensor:
     """``x [..., F]`` to ``[..., D]``, all of it for more than :data:`FEW` tokens; rows are contiguous."""
     outputs, inputs = weight.shape
-    tokens = x.numel() // inputs
-    if tokens > FEW:
+    if x.numel() > FEW * inputs:
         return linear(x, weight, bias)
     y = x.new_empty((*x.shape[:-1], outputs))
     x, bias = x.contiguous(), _contiguous(bias)
-    _multiply(
-        x.data_ptr(),
-        weight.data_ptr(),
-        _pointer(bias),
-        0,
-        certificate.rows.data_ptr(),
-        certificate.bounds.data_ptr(),
-        y.data_ptr(),
-        tokens,
-        outputs,
-        inputs,
-        weight.stride(0),
-        DTYPES[x.dtype],
-        False,
-    )
+    _multiply(x, weight.data_ptr(), bias, y, weight.stride(0), (0, *(one.data_ptr() for one in certificate)))
     return y
 
 
