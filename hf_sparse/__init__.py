@@ -15,6 +15,7 @@ from hf_sparse.laws import SparsingLaw, fit_sparsing_law
 from hf_sparse.metrics import CETTReport, SparsityReport, cett_sparsity, measure
 from hf_sparse.patch_report import PatchReport
 from hf_sparse.patching import inspect, patch, prepare, set_mix, unpatch
+from hf_sparse.skipping_in_training import skip_in_training
 from hf_sparse.sliding_windows import sliding_windows
 from hf_sparse.tuning import TuneReport, tune
 from triton_ops import backend
@@ -48,6 +49,7 @@ __all__ = [
     "prepare",
     "push_to_hub",
     "set_mix",
+    "skip_in_training",
     "sliding_windows",
     "tune",
     "uninstall",

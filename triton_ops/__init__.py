@@ -18,6 +18,7 @@ from triton_ops.mlp import Int8Weight
 from triton_ops.ops import gated_mlp, plain_mlp, sparse_linear
 from triton_ops.problem import Problem
 from triton_ops.routed import routed_mlp
+from triton_ops.trained_mlp import trained_mlp
 
 __all__ = [
     "ACTIVATIONS",
@@ -46,4 +47,5 @@ __all__ = [
     "plan",
     "routed_mlp",
     "sparse_linear",
+    "trained_mlp",
 ]

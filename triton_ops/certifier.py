@@ -35,7 +35,7 @@ def certify(weight: Tensor, into: Certificate | None = None) -> Certificate:
     else:
         _check(into, weight)
     rows_lie = is_plain_cpu(weight) and weight.numel() and weight.stride(1) == 1
-    backend = choice.cpu_backend("certify", weight.dtype, choice.forced_backend()) if rows_lie else None
+    backend = choice.backend_with("certify", weight.dtype, choice.forced_backend()) if rows_lie else None
     if backend is None or backend.certify is None or not all(map(is_plain_cpu, into)):
         certify_(weight, into)
     else:

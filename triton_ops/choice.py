@@ -215,22 +215,22 @@ def _usable(found: Backend, problem: Problem) -> bool:
 
 
 @remembered
-def cpu_backend(function: str, dtype: torch.dtype, forced: str) -> Backend | None:
-    """The one that has this optional function, and runs in this dtype on the CPU, where ``forced`` is."""
-    for found in automatic("cpu") if forced == AUTO else [REGISTRY[forced]] if forced in REGISTRY else []:
-        if getattr(found, function) is not None and found.obstacle("cpu", dtype) is None:
+def backend_with(function: str, dtype: torch.dtype, forced: str, device: str = "cpu") -> Backend | None:
+    """The one with this optional function that runs in this dtype on the device, where it is ``forced``."""
+    for found in automatic(device) if forced == AUTO else [REGISTRY[forced]] if forced in REGISTRY else []:
+        if getattr(found, function) is not None and found.obstacle(device, dtype) is None:
             return found
     return None
 
 
 def has_cpu_backend_in_graph(function: str, dtype: torch.dtype) -> bool:
-    """Whether there is a :func:`cpu_backend`, for a graph that is being compiled, which guards on it."""
+    """Whether there is a :func:`backend_with`, for a graph that is being compiled, which guards on it."""
     return _has_cpu_backend(_of_thread.forced, memo.epoch, function, dtype)
 
 
 @torch.compiler.assume_constant_result
 def _has_cpu_backend(forced: str, epoch: str, function: str, dtype: torch.dtype) -> bool:
-    return cpu_backend(function, dtype, forced or _from_environment()) is not None
+    return backend_with(function, dtype, forced or _from_environment()) is not None
 
 
 @remembered

@@ -100,7 +100,7 @@ def _by_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, s
         fits = mask.shape[1:] == (1, 1, length) and mask.shape[0] in (1, batch)
         if not fits or mask.stride(-1) != 1 or mask.dtype not in (torch.bool, dtype):
             return None
-    backend = choice.cpu_backend("attention", dtype, choice.forced_backend())
+    backend = choice.backend_with("attention", dtype, choice.forced_backend())
     if backend is None or backend.attention is None:
         return None
     return backend.attention(query, key, value, mask, scale)

@@ -67,7 +67,7 @@ def _are_few(x: Tensor) -> bool:
 
 def _backend(dtype: torch.dtype) -> Backend | None:
     """The one whose kernels run on the CPU for activations of ``dtype``."""
-    return choice.cpu_backend("int8_mlp", dtype, choice.forced_backend())
+    return choice.backend_with("int8_mlp", dtype, choice.forced_backend())
 
 
 def int8_obstacle(device: str, dtype: torch.dtype) -> str | None:

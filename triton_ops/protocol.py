@@ -13,6 +13,7 @@ from torch import Tensor
 
 from triton_ops.certificate import Certificate
 from triton_ops.mlp import MLP, Int8Weight, Scales
+from triton_ops.pairs import PairProducts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +87,9 @@ class Backend:
 
     int8_sparse_linear: Callable[[Tensor, Int8Weight, Tensor | None], Tensor] | None = None
     """And ``sparse_linear``."""
+
+    pairs: PairProducts | None = None
+    """What :func:`triton_ops.trained_mlp` needs. None: it trains dense there."""
 
     certifies: bool = False
     """Whether it makes use of a certificate."""

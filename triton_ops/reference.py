@@ -47,10 +47,27 @@ def gated_mlp(
         ``[..., D]``.
 
     """
+    p = F.linear(x, gate, gate_bias)
+    return after_first(x, p, up, down, up_bias, down_bias, activation=activation, threshold=threshold)
+
+
+def after_first(
+    x: Tensor,
+    p: Tensor,
+    up: Tensor | None,
+    down: Tensor,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    *,
+    activation: str,
+    threshold: float | Tensor = 0.0,
+) -> Tensor:
+    """The MLP after its first projection has given ``p [..., F]``; a plain one without ``up``."""
     row = TABLE[activation]
-    u = F.linear(x, up, up_bias)
-    h = row.value(F.linear(x, gate, gate_bias), threshold)
-    h = h * (torch.relu(u) if row.relu_up else u)
+    h = row.value(p, threshold)
+    if up is not None:
+        u = F.linear(x, up, up_bias)
+        h = h * (torch.relu(u) if row.relu_up else u)
     return sparse_linear(h, down, down_bias)
 
 
@@ -65,8 +82,8 @@ def plain_mlp(
     threshold: float | Tensor = 0.0,
 ) -> Tensor:
     """The plain MLP, ``down(act(up(x)))``, dense; arguments as in :func:`gated_mlp`, without a gate."""
-    h = TABLE[activation].value(F.linear(x, up, up_bias), threshold)
-    return sparse_linear(h, down, down_bias)
+    p = F.linear(x, up, up_bias)
+    return after_first(x, p, None, down, None, down_bias, activation=activation, threshold=threshold)
 
 
 def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

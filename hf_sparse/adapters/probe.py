@@ -104,27 +104,29 @@ def own_values(module: nn.Module) -> dict[str, Any]:
     return {k: v.copy() if type(v) in kinds else v for k, v in vars(module).items()}
 
 
-def computes(module: nn.Module, roles: LayerRoles) -> bool:
+def computes(module: nn.Module, roles: LayerRoles, *, training: bool = False) -> bool:
     """Whether ``type(module).forward`` in eval mode is the formula of ``roles`` (see :class:`LayerRoles`).
 
     And nothing else: a forward that has a use for a setting, a parameter or a buffer of the module itself may
     compute it today and something else when that has changed. A dropout rate is of no use in eval mode.
+
+    Or in ``training``, where children that are dropouts count as if they did nothing.
     """
     if has_more(module, roles.names) or any(v is not None for v in module._parameters.values()):
         return False
-    spelled = _spells(module, roles)
+    spelled = _spells(module, roles, training=training)
     if spelled is not None:
         return spelled
-    return all(_agrees(module, roles, leading, dtype) for leading, dtype in _CASES)
+    return all(_agrees(module, roles, leading, dtype, training=training) for leading, dtype in _CASES)
 
 
-def _spells(module: nn.Module, roles: LayerRoles) -> bool | None:
+def _spells(module: nn.Module, roles: LayerRoles, *, training: bool) -> bool | None:
     """The answer of :func:`computes`, if the forward has no need of numbers; else None."""
     if roles.written is not None:
         return None
     asked = Asked()
     parts = {name: Child(name, asked) for name in roles.names}
-    values = own_values(module)
+    values = {**own_values(module), "training": training}
     read: set[str] = set()
     x = Term("x", asked)
     try:
@@ -138,14 +140,16 @@ def _spells(module: nn.Module, roles: LayerRoles) -> bool | None:
     return text(out) == text(wanted)
 
 
-def _agrees(module: nn.Module, roles: LayerRoles, leading: tuple[int, int], dtype: torch.dtype) -> bool:
+def _agrees(
+    module: nn.Module, roles: LayerRoles, leading: tuple[int, int], dtype: torch.dtype, *, training: bool
+) -> bool:
     sizes = roles.linears(_HIDDEN, _INTERMEDIATE)
     act = marker if roles.written is None else ACT2FN[roles.written]
     parts: dict[str, Callable[[Tensor], Tensor]] = {roles.act: act}
     parts.update((name, _TinyLinear(*size, seed, dtype)) for seed, (name, size) in enumerate(sizes.items()))
     x = inputs(leading[0] * leading[1], dtype).reshape(*leading, _HIDDEN)
     wanted = parts[roles.down](roles.hidden(parts.__getitem__, x))
-    values = own_values(module)
+    values = {**own_values(module), "training": training}
     read: set[str] = set()
     out = _run(module, {**values, "read": read}, parts, x)
     if out is None or out.shape != x.shape or out.dtype != dtype:
@@ -181,7 +185,7 @@ def _stand_in(module: nn.Module, values: dict[str, Any], parts: Mapping[str, Any
     # No instance of the class: a forward that needs more of it than the children and attributes that a
     # sparse block takes over (other methods, super()) must not pass.
     stand_in = object.__new__(_SequentialStandIn if type(module) is nn.Sequential else _StandIn)
-    stand_in.__dict__.update(values, training=False)
+    stand_in.__dict__.update(values)
     stand_in.__dict__["_modules"] = {
         name: parts.get(name, nn.Identity() if isinstance(child, nn.Dropout) else child)
         for name, child in module._modules.items()

@@ -34,7 +34,7 @@ _NOT_SHARED = ("_modules", "forward", "_old_forward", "_hf_hook", "_compiled_cal
 class Way(NamedTuple):
     """How a block runs one call."""
 
-    form: Form | Literal["int8"] | None = None
+    form: Form | Literal["int8", "trained"] | None = None
     """The operator, with ``"linear"`` after modules have computed h; None: the forward of the stock class."""
     backend: str = DENSE
     """What the operator has to use."""
@@ -218,7 +218,8 @@ class SparseBlock(GuardedModule):
         for name, child in self._modules.items():
             if name in self.roles.names or name in self.leaves or child is None:
                 continue
-            inert = type(child) is nn.Identity or (type(child) is nn.Dropout and not child.training)
+            drops = type(child) is nn.Dropout and child.training and child.p > 0
+            inert = type(child) in (nn.Identity, nn.Dropout) and not drops
             if not inert or child._forward_hooks or child._forward_pre_hooks or "forward" in vars(child):
                 return False
         return True

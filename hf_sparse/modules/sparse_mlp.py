@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 import triton_ops
 from hf_sparse.adapters.int8 import int8_of, int8_runs, is_beside, stored
+from hf_sparse.adapters.probe import computes
 from hf_sparse.adapters.roles import LayerRoles, Roles
 from hf_sparse.modules.certified import Certified
 from hf_sparse.modules.ownership import (
@@ -28,6 +29,7 @@ from hf_sparse.modules.stand_in import StandIn
 from hf_sparse.modules.surroundings import has_own_forward, is_plain, overridden, transformed
 from triton_ops import DENSE, Certificate, Int8Weight, Problem
 from triton_ops.activations import TABLE
+from triton_ops.choice import autocasts
 from triton_ops.layout import view_of
 from triton_ops.problem import Form
 
@@ -39,12 +41,14 @@ class SparseMLP(SparseBlock):
     """Common part of :class:`SparseGatedMLP` and :class:`SparsePlainMLP`, whose parts are their children."""
 
     roles: LayerRoles
+    trained_density: float
+    """Share of active pairs of token and neuron up to which it skips while it is trained; 0: never."""
 
     def __init__(
         self, stock: nn.Module, roles: Roles, activation: nn.Module, *, relu_up: bool = False
     ) -> None:
         super().__init__(stock, roles, activation, relu_up=relu_up)
-        vars(self)["_certified"] = Certified()
+        vars(self).update(_certified=Certified(), trained_density=0.0)
 
     def disclose(self) -> None:
         """Give the down projection its stock layout back, and drop the certificate."""
@@ -103,7 +107,8 @@ class SparseMLP(SparseBlock):
         if self.training or torch.is_grad_enabled():
             if not compiling:
                 self.disclose()  # the weights belong to whoever trains them
-            return _STOCK
+            trained = skip and torch.is_grad_enabled() and self.trained_density > 0 and not compiling
+            return (self._trained_way(x) if trained else None) or _STOCK
         if not self._nothing_else():
             return _STOCK
         tokens = x.numel() // x.shape[-1]
@@ -141,6 +146,29 @@ class SparseMLP(SparseBlock):
             return Way(weights=(view_of(down),))  # likewise
         return _STOCK
 
+    def _trained_way(self, x: Tensor) -> Way | None:
+        """The same with gradient: the whole block as one function of its weights, or not at all."""
+        activation = None if self.selects else self.kernel()
+        if activation is None or not self._nothing_else():
+            return None
+        read = self._weights(x, *self.roles.before_down, self.roles.down, casts=True)
+        if read is None:
+            return None
+        *first, (down, bias) = (*self.roles.split(read[:-1]), read[-1])
+        weights, biases = zip(*first, strict=True)
+        up, up_bias = (weights[1], biases[1]) if len(first) > 1 else (None, None)
+        return Way("trained", weights=(weights[0], up, down, biases[0], up_bias, bias), activation=activation)
+
+    def skip_in_training(self, max_density: float) -> bool:
+        """Skip with gradient up to this share of active pairs; whether it could as it is now.
+
+        It never does where the forward of the class has more than the formula in training.
+        """
+        formula = self.roles.itself or computes(self._stock[0], self.roles, training=True)
+        self.trained_density = max_density if formula else 0.0
+        known = formula and not self.selects and self.kernel() is not None and self._nothing_else()
+        return known and all(self.readable(name) for name in (*self.roles.before_down, self.roles.down))
+
     def _int8_way(self, x: Tensor) -> Way:
         """The same for weights that are int8, of which the down projection may be stored neuron by neuron."""
         activation = None if self.selects else self.kernel()
@@ -167,6 +195,12 @@ class SparseMLP(SparseBlock):
         if way.form == "int8":
             run: Any = triton_ops.int8_mlp
             return cast(Tensor, run(x, *way.weights, activation=name, threshold=threshold))
+        if way.form == "trained":
+            run = triton_ops.trained_mlp
+            density = self.trained_density
+            return cast(
+                Tensor, run(x, *way.weights, activation=name, threshold=threshold, max_density=density)
+            )
         if way.form == "linear":
             down, bias = cast("tuple[Tensor, Tensor | None]", way.weights)
             return triton_ops.sparse_linear(self.hidden(x), down, bias, backend=way.backend)
@@ -361,8 +395,13 @@ class SparseMLP(SparseBlock):
         """The backend for one token with a certificate; dense where that does not pay."""
         return triton_ops.plan(weight, self.roles.form, certified=True).backend(1, self.density)
 
-    def _weights(self, x: Tensor, *names: str) -> list[tuple[Tensor, Tensor | None]] | None:
-        """Weight and bias of the children ``names``, to be read for ``x``; None if one must be called."""
+    def _weights(
+        self, x: Tensor, *names: str, casts: bool = False
+    ) -> list[tuple[Tensor, Tensor | None]] | None:
+        """Weight and bias of the children ``names``, to be read for ``x``; None if one must be called.
+
+        ``casts``: autocast is not forgotten, so under it they may have another dtype.
+        """
         if hooks_on_all_modules():
             return None
         found: list[tuple[Tensor, Tensor | None]] = []
@@ -372,7 +411,8 @@ class SparseMLP(SparseBlock):
                 return None
             parameters = linear._parameters  # as attributes each takes a call of __getattr__
             weight = cast(nn.Parameter, parameters["weight"])
-            if weight.dtype != x.dtype or weight.device != x.device:
+            cast_later = casts and autocasts(x.device.type)
+            if weight.device != x.device or not (weight.dtype == x.dtype or cast_later):
                 return None
             found.append((weight if isinstance(linear, nn.Linear) else weight.t(), parameters["bias"]))
         return found

@@ -35,7 +35,10 @@ def test_machines_with_fewer_instructions(without, tmp_path):
         [
             *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", TESTS),
             "--hypothesis-profile=few",
-            *(folder / f"test_{name}.py" for name in ("cpu_kernels", "certificate", "dense_linear")),
+            *(
+                folder / f"test_{name}.py"
+                for name in ("cpu_kernels", "certificate", "dense_linear", "trained_mlp")
+            ),
         ],
         capture_output=True,
         text=True,

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import struct
 from collections.abc import Iterable
 from functools import cache
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +15,11 @@ from torch import Tensor
 from triton_ops.activations import TABLE
 from triton_ops.certificate import Certificate
 from triton_ops.cpu import build, products
+from triton_ops.cpu.calls import DTYPES, no_memory, threads
+from triton_ops.cpu.sparse_products import PAIRS
 from triton_ops.layout import view_of
 from triton_ops.mlp import MLP, Int8Weight, Scales
 from triton_ops.protocol import Backend, Default
-
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # struct Call of mlp.cpp. Between two layers of decoding nothing of Python is left in the caches, so what is
 # done here for every call is kept small: ctypes would take longer to convert twenty arguments.
@@ -28,17 +27,6 @@ _pack = struct.Struct("14P6q3if").pack
 _pack_linear = struct.Struct("7P4q4i").pack  # struct LinearCall
 _pack_certify = struct.Struct("3P3q2i").pack  # struct CertifyCall
 _pack_attention = struct.Struct("6P15q2ifi").pack  # struct AttentionCall
-
-# The threads of OpenMP do not survive a fork, and waiting for them hangs the child; it works on one instead.
-_forked = False
-
-
-def _after_fork() -> None:
-    global _forked
-    _forked = True
-
-
-os.register_at_fork(after_in_child=_after_fork)
 
 
 def unusable(device: str) -> str | None:
@@ -113,7 +101,7 @@ def _multiply(
     ``stride`` is between rows or columns.
     """
     inputs, outputs, size = x.shape[-1], y.shape[-1], x.itemsize
-    tokens, dtype, threads = x.numel() // inputs, DTYPES[x.dtype], _threads()
+    tokens, dtype, team = x.numel() // inputs, DTYPES[x.dtype], threads()
     first, last, bias_address = x.data_ptr(), y.data_ptr(), _pointer(bias)
     for begin in range(0, tokens, FEW):
         count = min(FEW, tokens - begin)
@@ -129,11 +117,11 @@ def _multiply(
             stride,
             dtype,
             columns,
-            threads,
+            team,
             0,
         )
         if _kernels().hfs_linear(call):
-            _no_memory(count)
+            no_memory(count)
 
 
 def greedy_linear(x: Tensor, weight: Tensor, bias: Tensor | None, certificate: Certificate) -> Tensor:
@@ -153,7 +141,7 @@ def certify(weight: Tensor, rows: Tensor, bounds: Tensor) -> None:
     tensors = weight, rows, bounds
     sizes = outputs, inputs, weight.stride(0)
     _kernels().hfs_certify(
-        _pack_certify(*[t.data_ptr() for t in tensors], *sizes, DTYPES[weight.dtype], _threads())
+        _pack_certify(*[t.data_ptr() for t in tensors], *sizes, DTYPES[weight.dtype], threads())
     )
 
 
@@ -181,16 +169,12 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
             *value.stride()[:3],
             mask.stride(0) if mask is not None and len(mask) == batch else 0,
             DTYPES[query.dtype],
-            _threads(),
+            threads(),
             scale,
             0,
         )
     )
-    return y if not failed else _no_memory(batch)
-
-
-def _threads() -> int:
-    return 1 if _forked else torch.get_num_threads()
+    return y if not failed else no_memory(batch)
 
 
 def int8_mlp(x: Tensor, mlp: MLP, scales: Scales) -> Tensor:
@@ -204,12 +188,6 @@ def int8_sparse_linear(h: Tensor, weight: Int8Weight, bias: Tensor | None) -> Te
     nothing: Any = None
     mlp = MLP(nothing, None, weight.rows, None, None, bias, "", 0.0)
     return _call(h, y, mlp, 0, (None, None, weight.scale))
-
-
-def _no_memory(tokens: int) -> NoReturn:
-    raise MemoryError(
-        f"no memory is left for the intermediate values of {tokens} tokens; use fewer in one call."
-    )
 
 
 def _call(x: Tensor, y: Tensor, mlp: MLP, kind: int, scales: Scales = (None, None, None)) -> Tensor:
@@ -251,11 +229,11 @@ def _run(
             down.stride(1),
             DTYPES[y.dtype],
             kind,
-            _threads(),
+            threads(),
             threshold,
         )
     )
-    return y if not failed else _no_memory(tokens)
+    return y if not failed else no_memory(tokens)
 
 
 def _rows(weight: Tensor | None) -> Tensor | None:
@@ -302,6 +280,7 @@ BACKEND = Backend(
     int8_mlp=int8_mlp,
     int8_linear=int8_linear,
     int8_sparse_linear=int8_sparse_linear,
+    pairs=PAIRS,
     certifies=True,
     multiplies=products.multiplies,
     defaults={

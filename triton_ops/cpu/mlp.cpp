@@ -2,6 +2,7 @@
 //
 // Shapes: T tokens, D hidden size, F neurons. The weights hold one neuron per contiguous row of D elements.
 
+#include "active_pairs.h"
 #include "attention.h"
 #include "certifier.h"
 #include "dense_linear.h"
@@ -11,6 +12,7 @@
 #include "down_product.h"
 #include "down_pairs.h"
 #include "scratch.h"
+#include "sparse_products.h"
 
 // One call. Weights and vectors lie in memory as their comments say; strides count elements between neurons.
 struct Call {
@@ -59,6 +61,34 @@ struct AttentionCall {
   int32_t unused;
 };
 static_assert(sizeof(AttentionCall) == 21 * 8 + 4 * 4, "backend.py packs it by hand");
+
+// The active pairs of a token and a neuron.
+struct FindCall {
+  const void *silent, *p;       // [R, C] bool, and of the dtype
+  void *start, *column, *kept;  // [R + 1]; [entries] each, or null: then only start is found
+  int64_t R, C;
+  int32_t dtype, threads;
+};
+static_assert(sizeof(FindCall) == 7 * 8 + 2 * 4, "sparse_products.py packs it by hand");
+
+struct TransposeCall {
+  const void *start, *column;      // [R + 1], [entries]
+  void *row_start, *row, *place;   // [C + 1], [entries], [entries]
+  int64_t R, C;
+};
+static_assert(sizeof(TransposeCall) == 7 * 8, "sparse_products.py packs it by hand");
+
+// A product with them, or one of which nothing else is made.
+struct SparseCall {
+  const void *start, *column;   // [R + 1], [entries]
+  void *value, *more;           // [entries], float32: factors, of which the second may be null, or the result with `a`
+  const void *a, *b, *other;    // [R, N], or null; [C, N] of either factor
+  const void* bias;             // [N], or null
+  void* y;                      // [R, N], or null with `a`
+  int64_t R, C, N, a_row, b_row, b_column, other_row, other_column, y_row, y_column;  // strides; a row of `a` lies together
+  int32_t dtype, threads;
+};
+static_assert(sizeof(SparseCall) == 19 * 8 + 2 * 4, "sparse_products.py packs it by hand");
 
 namespace {
 
@@ -275,6 +305,29 @@ void run(const CertifyCall& call) {
   certifier.run(sensible(call.threads));
 }
 
+template <class W>
+void run(const FindCall& call) {
+  typedef typename W::Type Type;
+  const Find<W> find = {(const uint8_t*)call.silent, (const Type*)call.p, (int64_t*)call.start, (int32_t*)call.column,
+                        (Type*)call.kept, call.R, call.C};
+  find.run(sensible(call.threads));
+}
+
+template <class W>
+int run(const SparseCall& call) {
+  typedef typename W::Type Type;
+  const Sparse s = {call.R, call.C, (const int64_t*)call.start, (const int32_t*)call.column};
+  const Dense<W> b = {(const Type*)call.b, call.b_row, call.b_column};
+  if (call.a) {
+    SampledProduct<W> product = {s, {(const Type*)call.a, call.a_row, 1}, b, (float*)call.value, call.N};
+    return run_whole(product, sensible(call.threads));
+  }
+  const Dense<W> other = {(const Type*)call.other, call.other_row, call.other_column};
+  SparseProduct<W> product = {s, {{(const float*)call.value, b}, {(const float*)call.more, other}},
+                              (const Type*)call.bias, (Type*)call.y, call.y_row, call.y_column, call.N};
+  return run_whole(product, sensible(call.threads));
+}
+
 template <class Any>
 auto by_dtype(const Any& call) {
   return call.dtype == 0 ? run<Float32>(call) : call.dtype == 1 ? run<BFloat16>(call) : run<Float16>(call);
@@ -299,4 +352,19 @@ extern "C" int hfs_attention(const AttentionCall* call) {
 
 extern "C" void hfs_certify(const CertifyCall* call) {
   by_dtype(*call);
+}
+
+extern "C" void hfs_find(const FindCall* call) {
+  by_dtype(*call);
+}
+
+extern "C" void hfs_transpose(const TransposeCall* call) {
+  const Transposition transposition = {call->R, call->C, (const int64_t*)call->start, (const int32_t*)call->column,
+                                       (int64_t*)call->row_start, (int32_t*)call->row, (int32_t*)call->place};
+  transposition.run();
+}
+
+// Returns 0, or 1 where there is no memory for the blocks of b; results are then as they were.
+extern "C" int hfs_sparse(const SparseCall* call) {
+  return by_dtype(*call);
 }

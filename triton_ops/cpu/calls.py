@@ -1,0 +1,33 @@
+"""What every call of the compiled kernels needs."""
+
+from __future__ import annotations
+
+import os
+from typing import NoReturn
+
+import torch
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+# The threads of OpenMP do not survive a fork, and waiting for them hangs the child; it works on one instead.
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def threads() -> int:
+    """How many a call may use."""
+    return 1 if _forked else torch.get_num_threads()
+
+
+def no_memory(tokens: int) -> NoReturn:
+    """Raise what tells it."""
+    raise MemoryError(
+        f"no memory is left for the intermediate values of {tokens} tokens; use fewer in one call."
+    )

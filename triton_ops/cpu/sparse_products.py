@@ -1,0 +1,105 @@
+"""Products with the pairs of token and active neuron: tensors in, one call of ``mlp.cpp``, tensors out."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from triton_ops.cpu import build
+from triton_ops.cpu.calls import DTYPES, no_memory, threads
+from triton_ops.pairs import PairProducts, Pairs
+
+_pack_find = struct.Struct("5P2q2i").pack  # struct FindCall
+_pack_transpose = struct.Struct("5P2q").pack  # struct TransposeCall
+_pack_sparse = struct.Struct("9P10q2i").pack  # struct SparseCall
+
+
+def find(silent: Tensor, p: Tensor, most: int) -> tuple[Pairs, Tensor] | None:
+    """As :class:`PairProducts` says."""
+    rows, columns = p.shape
+    start = torch.empty(rows + 1, dtype=torch.int64)
+    given, sizes = (silent.data_ptr(), p.data_ptr(), start.data_ptr()), (rows, columns)
+    last = DTYPES[p.dtype], threads()
+    _kernels().hfs_find(_pack_find(*given, 0, 0, *sizes, *last))
+    entries = int(start[-1])
+    if entries > most:
+        return None
+    column, kept = torch.empty(entries, dtype=torch.int32), p.new_empty(entries)
+    if entries:
+        _kernels().hfs_find(_pack_find(*given, column.data_ptr(), kept.data_ptr(), *sizes, *last))
+    return Pairs(rows, columns, start, column), kept
+
+
+def transposed(pairs: Pairs) -> tuple[Pairs, Tensor]:
+    """As :class:`PairProducts` says."""
+    start = torch.empty(pairs.columns + 1, dtype=torch.int64)
+    row, place = torch.empty_like(pairs.column), torch.empty_like(pairs.column)
+    tensors = pairs.start, pairs.column, start, row, place
+    _kernels().hfs_transpose(_pack_transpose(*[t.data_ptr() for t in tensors], pairs.rows, pairs.columns))
+    return Pairs(pairs.columns, pairs.rows, start, row), place
+
+
+def product(pairs: Pairs, terms: Sequence[tuple[Tensor, Tensor]], bias: Tensor | None, y: Tensor) -> Tensor:
+    """As :class:`PairProducts` says."""
+    _run(pairs, terms, y=y, bias=None if bias is None else bias.contiguous())
+    return y
+
+
+def sampled(pairs: Pairs, a: Tensor, b: Tensor) -> Tensor:
+    """As :class:`PairProducts` says."""
+    values = torch.empty(len(pairs.column))
+    _run(pairs, [(values, b)], a=a if a.stride(1) == 1 else a.contiguous())
+    return values
+
+
+def _run(
+    pairs: Pairs,
+    terms: Sequence[tuple[Tensor, Tensor]],
+    *,
+    a: Tensor | None = None,
+    y: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> None:
+    values, b = terms[0]
+    more, other = terms[1] if len(terms) > 1 else (None, b)
+    call = _pack_sparse(
+        pairs.start.data_ptr(),
+        pairs.column.data_ptr(),
+        values.data_ptr(),
+        0 if more is None else more.data_ptr(),
+        0 if a is None else a.data_ptr(),
+        b.data_ptr(),
+        other.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        0 if y is None else y.data_ptr(),
+        pairs.rows,
+        pairs.columns,
+        b.shape[1],
+        0 if a is None else a.stride(0),
+        *b.stride(),
+        *other.stride(),
+        *((0, 0) if y is None else y.stride()),
+        DTYPES[b.dtype],
+        threads(),
+    )
+    if _kernels().hfs_sparse(call):
+        no_memory(pairs.rows)
+
+
+@cache
+def _kernels() -> Any:
+    library = build.library()
+    assert not isinstance(library, str), library  # unusable() has been asked
+    for function in (library.hfs_find, library.hfs_transpose, library.hfs_sparse):
+        function.restype = ctypes.c_int if function is library.hfs_sparse else None
+        function.argtypes = [ctypes.c_char_p]
+    return library
+
+
+PAIRS = PairProducts(find, transposed, product, sampled)
