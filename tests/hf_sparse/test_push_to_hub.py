@@ -310,7 +310,8 @@ for _ in range(3):
 def test_an_interrupted_push_leaves_nothing_and_the_next_completes_it(tmp_path) -> None:
     with LoopbackHub() as hub:
         hub.cut = {"/upload/": 6, "/commit/": 1}  # huggingface_hub tries an upload six times
-        lines = hub.run(INTERRUPTED, TESTS, str(tmp_path / "saved"), home=tmp_path).splitlines()
+        said = hub.run(INTERRUPTED, TESTS, str(tmp_path / "saved"), home=tmp_path)
+        lines = said.splitlines()[-5:]  # DeepSpeed, where it is installed, says something when it is imported
         assert hub.cut == {"/upload/": 0, "/commit/": 0}
     for error, files in (lines[:2], lines[2:4]):
         assert error.startswith("ConnectionError the push to 'me/cut' was interrupted")

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 TRAINING = Path(__file__).resolve().parents[2] / "training"
+LIMIT = 300
+"""Seconds after which a run is taken to be stuck."""
 
 
 def sentences(count: int, seed: int) -> list[str]:
@@ -40,11 +43,19 @@ def environment() -> dict[str, str]:
 
 def run(command: list[str], *, ok: bool = True) -> str:
     """Run to the end; gives what it printed."""
-    done = subprocess.run(
-        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
+    process = subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    assert (done.returncode == 0) == ok, done.stdout
-    return done.stdout
+    try:
+        said = process.communicate(timeout=LIMIT)[0]
+    except subprocess.TimeoutExpired:
+        process.terminate()  # a launcher ends its processes then, and if it is killed it leaves them
+        said = process.communicate(timeout=60)[0]
+        raise AssertionError(f"not done after {LIMIT} seconds:\n{said}") from None
+    finally:
+        process.kill()
+    assert (process.returncode == 0) == ok, said
+    return said
 
 
 def run_on_two(module: str, *arguments: object) -> None:
@@ -54,6 +65,7 @@ def run_on_two(module: str, *arguments: object) -> None:
         port = str(free.getsockname()[1])
     path = str(Path(__file__).parents[1]) + os.pathsep + os.pathsep.join(sys.path)
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": path}
+    shared["PYTHONFAULTHANDLER"] = "1"
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", module, *map(str, arguments)],
@@ -65,8 +77,14 @@ def run_on_two(module: str, *arguments: object) -> None:
         for rank in (0, 1)
     ]
     try:
-        errors = [process.communicate(timeout=300)[1] for process in processes]
+        errors = [process.communicate(timeout=LIMIT)[1] for process in processes]
+    except subprocess.TimeoutExpired:
+        for process in processes:
+            process.send_signal(signal.SIGABRT)  # upon which it says where it stands
+        errors = [process.communicate()[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], errors[0][-3000:]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(
+        error[-3000:] for error in errors
+    )

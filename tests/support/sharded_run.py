@@ -32,14 +32,22 @@ def fsdp_on_cpu() -> None:
 
 
 def deepspeed_on_cpu() -> None:
+    """Import DeepSpeed for CPUs, without the operator that it compiles there, and on GPUs does not have.
+
+    That one adds over processes at inference, which nothing here does. To compile it takes a minute, and a
+    process that is killed meanwhile leaves a lock of PyTorch's, for which all later ones wait for ever.
+    """
     os.environ["DS_ACCELERATOR"] = "cpu"
-    os.environ.pop("ACCELERATE_USE_CPU", None)  # which means no DeepSpeed
-    PartialState(backend="gloo")
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 if __name__ == "__main__":
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         deepspeed_on_cpu()
+        os.environ.pop("ACCELERATE_USE_CPU", None)  # which means no DeepSpeed
+        PartialState(backend="gloo")
     else:
         fsdp_on_cpu()
     del sys.argv[0]

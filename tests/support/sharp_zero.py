@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
 from hf_sparse.sharpness import SamConfig
 from support.models import untrained_llama
+from support.sharded_run import deepspeed_on_cpu
 from support.zero3 import CONFIG
 
 
 def main() -> None:
-    os.environ["DS_ACCELERATOR"] = "cpu"
+    deepspeed_on_cpu()
     import deepspeed
 
     deepspeed.init_distributed("gloo")

@@ -7,7 +7,6 @@ one that was patched after loading.
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 import hf_sparse
 from hf_sparse.adapters import find_blocks
+from support.sharded_run import deepspeed_on_cpu
 from support.twins import IDS, KINDS, logits
 
 CONFIG: dict[str, Any] = {
@@ -56,7 +56,7 @@ def story(model: nn.Module) -> Tensor:
 
 
 def main() -> None:
-    os.environ["DS_ACCELERATOR"] = "cpu"
+    deepspeed_on_cpu()
     import deepspeed
 
     torch.set_num_threads(1)
