@@ -149,6 +149,7 @@ $ python benchmarks/linear.py                  # dense products of 1 to 8 tokens
 $ python benchmarks/generate.py --certify      # generate() of a randomly initialised Llama-3.2-1B; --batch
 $ python benchmarks/peers.py                   # the same against llama.cpp; --model takes one of yours
 $ python benchmarks/experts.py                 # a layer of stacked experts
+$ python benchmarks/trained_mlp.py             # a training step of an MLP with few active neurons
 $ python benchmarks/lora.py                    # a gated MLP under a LoRA adapter
 $ python benchmarks/loading.py                 # what a patch costs before the first token
 $ python benchmarks/busy_neighbour.py          # decoding with and without another process on the cores
@@ -630,6 +631,34 @@ def training_step(result: Result) -> str:
 {table(["trainer", "s an update", "time", "peak MiB", "memory"], rows)}"""
 
 
+def trained(result: Result) -> str:
+    def cell(row: Row) -> str:
+        low, high = (row["speedup"][end] for end in ("low", "high"))
+        return f"{times(row['speedup']['median'])} ({low:.2f}–{high:.2f})"
+
+    def kept(row: Row) -> str:
+        return f"{row['dense_kept_mib']:.0f} → {row['skipping_kept_mib']:.1f}"
+
+    index = {"MLP": lambda row: f"{row['hidden']} → {row['neurons']}", "dtype": lambda row: row["dtype"]}
+    dense = {(row["shape"], row["dtype"]): row["dense_gflop_per_s"] for row in result.rows}
+    rates = ", ".join(f"{rate:.0f} GFLOP/s ({shape}, {dtype})" for (shape, dtype), rate in dense.items())
+    tokens = result.rows[0]["tokens"]
+    about = f"""
+        A step of one gated MLP with {tokens:,} tokens, forward and backward, to gradients of the input and of all weights:
+        [computing only active pairs](kernels.md#training-where-few-neurons-are-active) against dense training of the same
+        block by torch, by turns, with quartiles. Dense training ran at {rates}."""
+    return f"""\
+{result.conditions} [All rows](../benchmarks/results/trained_mlp.json).
+
+{paragraph(about)}
+
+{pivot(result.rows, index, sparsity, cell)}
+
+MiB that are kept for the backward pass, dense and skipping, beside the input and the weights:
+
+{pivot(result.rows, index, sparsity, kept)}"""
+
+
 def finetuned(result: Result) -> str:
     names = {
         "dense": "dense baseline",
@@ -674,5 +703,6 @@ SECTIONS = (
     Section("A busy neighbour", ("busy_neighbour.json",), busy),
     Section("Loading", ("loading.json",), loading),
     Section("An update of a training", ("training_step.json",), training_step),
+    Section("Training one MLP", ("trained_mlp.json",), trained),
     Section("Finetuned for sparsity", ("../../docs/results/c4-stories260k.json",), finetuned),
 )

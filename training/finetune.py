@@ -137,7 +137,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         eval_every=recipe.eval_every,
     )
     acting = ActingTogether(recipe.acting_methods(), setting)
-    sparsity = TrainingSparsity(model)
+    sparsity = TrainingSparsity(model, compiled=recipe.compile)
+    if recipe.skip_in_training:
+        skipping = hf_sparse.skip_in_training(model, recipe.skip_in_training)
+        say(f"{skipping} MLP blocks skip in training where at most {recipe.skip_in_training:.0%} is active")
     if recipe.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     model, optimizer = accelerator.prepare(model, build_optimizer(recipe, model))

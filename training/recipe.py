@@ -175,6 +175,11 @@ class Recipe:
     """Train through torch.compile, which takes a minute or more at the start; not with
     gradient_checkpointing, nor sharded. Evaluation stays as it is."""
 
+    skip_in_training: float = _free(0.0)
+    """Share of active pairs of token and neuron up to which a block computes only these, in the backward pass
+    as well (hf_sparse.skip_in_training); 0: never. For models that are very sparse already, on CPUs. Not with
+    compile; methods that look at activations in every update, such as l1, have all computed."""
+
     seed: int = 42
     """Seed of the data order and of dropout."""
 
@@ -236,7 +241,7 @@ class Recipe:
             "max_skipped",
         ]:
             require(getattr(self, name) >= 1, name, getattr(self, name), "it must be at least 1")
-        for name in ("warmup", "final_learning_rate", "holdout"):
+        for name in ("warmup", "final_learning_rate", "holdout", "skip_in_training"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "it must be a fraction, 0 to 1")
         at_least_0 = ("weight_decay", "clip_norm", "eval_every", "extra_steps", "seed")
         for name in (*at_least_0, "max_bad_documents", "data_workers"):
@@ -289,6 +294,18 @@ class Recipe:
             "compile",
             self.compile,
             "it does not go with gradient_checkpointing; choose one",
+        )
+        require(
+            not (self.compile and self.skip_in_training),
+            "skip_in_training",
+            self.skip_in_training,
+            "graphs of torch.compile compute every neuron; choose one",
+        )
+        require(
+            self.patch != _DENSE or not self.skip_in_training,
+            "skip_in_training",
+            self.skip_in_training,
+            "the dense baseline has no silent neurons; patch the model, or leave it at 0",
         )
         self._check_together(methods)
         for method in methods:

@@ -16,16 +16,21 @@ from hf_sparse.adapters.experts import Experts
 class TrainingSparsity:
     """Counts, in the forwards that it is told of, the exact zeros that reach the down projections.
 
-    Give it the bare model before it is wrapped or sharded. In other forwards its hooks look at a flag; in
-    these they go over h once, which takes under 1 % of an update.
+    Give it the bare model before it is wrapped or sharded, and say whether it is ``compiled`` then: a hook
+    that comes after torch.compile may never run, so its hooks stay. In others they come and go, and a block
+    that is not watched may skip. They go over h once, which takes under 1 % of an update.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, compiled: bool) -> None:
         blocks, _ = require_blocks(model)
-        self._counts = {bare_name(block.name): _Count(block) for block in blocks}
+        self._counts = {bare_name(block.name): _Count(block, compiled) for block in blocks}
         self._seen: tuple[int, set[int]] = (-1, set())
-        # The end of the forward comes before recomputation in backward, which must not count.
-        self._handle = model.register_forward_hook(self._end, always_call=True)
+        # The end of the forward comes before recomputation in backward, which must not count, and is to find
+        # what the forward found: hooks that go do so before the next one.
+        self._handles = [
+            model.register_forward_pre_hook(self._start),
+            model.register_forward_hook(self._end, always_call=True),
+        ]
 
     def begin(self, step: int, part: int) -> None:
         """Count in the next forward, unless micro-batch ``part`` of update ``step`` had one already."""
@@ -55,9 +60,14 @@ class TrainingSparsity:
 
     def detach(self) -> None:
         """Take the hooks off the model."""
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
         for count in self._counts.values():
             count.detach()
+
+    def _start(self, *_: Any) -> None:
+        for count in self._counts.values():
+            count.start()
 
     def _end(self, *_: Any) -> None:
         for count in self._counts.values():
@@ -65,14 +75,13 @@ class TrainingSparsity:
 
 
 class _Count:
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: Block, compiled: bool) -> None:
         self._block, self._on = block, False
         self.counted: Tensor
         """int64 [2]: zeros, and values."""
         self.forget()
-        # A hook that comes after torch.compile may never run, so these stay. Experts that are watched are
-        # computed once more, so theirs come and go.
-        self._stays = not isinstance(block.roles, Experts)
+        # Experts that are watched are computed once more, so theirs always come and go.
+        self._stays = compiled and not isinstance(block.roles, Experts)
         self._handle = block.watch("h", self._count) if self._stays else None
 
     def forget(self) -> None:
@@ -80,17 +89,20 @@ class _Count:
 
     def begin(self) -> None:
         self._on = True
-        if not self._stays:
+        if self._handle is None:
             self._handle = self._block.watch("h", self._count)
 
+    def start(self) -> None:
+        if not (self._on or self._stays):
+            self.detach()
+
     def end(self) -> None:
-        if self._on and not self._stays and self._handle is not None:
-            self._handle.remove()
         self._on = False
 
     def detach(self) -> None:
         if self._handle is not None:
             self._handle.remove()
+        self._handle = None
 
     @torch.no_grad()
     def _count(self, h: Tensor, _: Tensor | None) -> None:

@@ -1,8 +1,8 @@
 """An MLP in training, where most neurons are silent: after the deciding projection only active pairs count.
 
 Of the six products of a plain MLP in a step (nine of a gated one) one is dense; the others need a pair of a
-token and a neuron only if the neuron is active for the token, five sixths of the work and more (Peng et al.,
-arXiv 2309.06692, appendix on the cost of training). What is kept for the backward pass shrinks likewise.
+token and a neuron only if the neuron is active for the token (Peng et al., arXiv 2309.06692). What is kept
+for the backward pass shrinks likewise.
 """
 
 from __future__ import annotations
@@ -119,8 +119,8 @@ class _Active(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "an MLP that skips in training has no second derivatives (create_graph=True); train it dense, "
-                "as after hf_sparse.skip_in_training(model, 0)."
+                "an MLP that skips in training has no second derivatives (create_graph=True); train it "
+                "dense, as after hf_sparse.skip_in_training(model, 0)."
             )
         x, first, up, down, p, u, start, column, each = ctx.saved_tensors
         products: PairProducts = ctx.products

@@ -276,6 +276,13 @@ def test_lora(tmp_path: Path) -> None:
     assert found == [(where, silent, where != "down") for where in places for silent in (0, 0.9)]
 
 
+def test_trained_mlp(tmp_path: Path) -> None:
+    sizes = ("--shapes", "64x96", "--tokens", "200", "--dtypes", "float32", "--sparsity", "0", "95")
+    dense, sparse = run("trained_mlp", tmp_path / "r.json", *sizes)["results"]
+    assert (round(dense["sparsity"], 2), round(sparse["sparsity"], 2)) == (0, 0.95)
+    assert sparse["skipping_kept_mib"] < 0.2 * sparse["dense_kept_mib"]
+
+
 def test_experts(tmp_path: Path) -> None:
     sizes = (
         "--shape",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from checkpoint import CheckpointError
 from data import DataExhaustedError, evaluation_data, open_documents
 from recipe import Recipe
 from run_log import read_log
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse
@@ -210,3 +212,31 @@ def test_a_bad_field_of_lora_is_named(lora, message):
 def test_fp16_is_refused_on_a_cpu(command, in_process, tmp_path):
     with pytest.raises(ValueError, match=r"precision='fp16' needs a GPU"):
         in_process(command(tmp_path, precision="fp16"))
+
+
+@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True, "micro_batch": 4}])
+def test_skipping_in_training_changes_roundings_alone(changes, command, in_process, tmp_path, capsys):
+    fields = {"patch": {"activation": {"name": "shifted_relu", "shift": 0.1}}, "log_every": 5}
+    in_process(command(tmp_path / "dense", **fields))
+    in_process(command(tmp_path / "skipping", skip_in_training=1.0, **fields, **changes))
+    assert "2 MLP blocks skip in training where at most 100% is active" in capsys.readouterr().out
+    for kind in ("train", "eval"):
+        dense, skipping = (records(tmp_path / name, kind) for name in ("dense", "skipping"))
+        for one, other in zip(dense, skipping, strict=True):
+            assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
+            assert other["sparsity"] == pytest.approx(one["sparsity"], abs=1e-3)
+    own, usual = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / f"{n}/final") for n in ("skipping", "dense")
+    )
+    assert any(not torch.equal(a, b) for a, b in zip(own.parameters(), usual.parameters(), strict=True))
+
+
+def test_a_run_that_skips_goes_on_as_if_it_had_not_stopped(command, in_process, tmp_path):
+    fields = {"patch": {"activation": {"name": "shifted_relu", "shift": 0.1}}, "skip_in_training": 1.0}
+    for name in ("whole", "stopped"):
+        in_process(command(tmp_path / name, **fields))
+    shutil.rmtree(tmp_path / "stopped/checkpoints/step-00000012")
+    shutil.rmtree(tmp_path / "stopped/final")
+    in_process(command(tmp_path / "stopped", resume=True, **fields))
+    whole, stopped = (load_file(tmp_path / name / "final/model.safetensors") for name in ("whole", "stopped"))
+    assert all(torch.equal(whole[name], stopped[name]) for name in whole)

@@ -46,7 +46,7 @@ def test_zeros_are_those_of_the_forwards_of_one_update(model, checkpointing):
     expected = [zeros_by_hand(model, ids) for ids in parts]
     if checkpointing:  # recomputed in backward, and not counted there
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    sparsity = TrainingSparsity(model)
+    sparsity = TrainingSparsity(model, compiled=False)
     model(parts[0], labels=parts[0]).loss.backward()
     assert sparsity.result(lambda own: own) == {}
     for step, both in ((1, (0, 1)), (2, (1, 2))):
@@ -66,7 +66,7 @@ def test_it_changes_no_gradient_and_leaves_no_hook(model):
     ids = torch.randint(3, 60, (2, 10))
     gradients = []
     for watched in (False, True):
-        sparsity = TrainingSparsity(model) if watched else None
+        sparsity = TrainingSparsity(model, compiled=False) if watched else None
         with L1Penalty(model) as l1:
             if sparsity is not None:
                 sparsity.begin(1, 0)

@@ -193,19 +193,22 @@ struct SparseProduct {
   }
 
  private:
+  static constexpr int64_t kSome = 128;
+
   template <int V>
   void add(int term, int64_t block, const float* rows, float* own) const {
     const int64_t* const cuts = s.cuts + block * s.R;
     const float* const value = s.values(term);
     for (int64_t r = 0; r < s.R; ++r) {
-      if (cuts[r] == cuts[r + 1]) continue;
-      Vec part[V] = {};
-      for (int64_t k = cuts[r]; k < cuts[r + 1]; ++k) {
-        const float* const row = rows + s.place[k] * kStripColumns;
-        for (int i = 0; i < V; ++i) part[i] += value[k] * *reinterpret_cast<const Vec*>(row + i * kLanes);
+      // Some at a time, so that rounding errors do not add up over all entries.
+      for (int64_t k = cuts[r]; k < cuts[r + 1];) {
+        Vec part[V] = {};
+        for (const int64_t end = std::min(k + kSome, cuts[r + 1]); k < end; ++k) {
+          const float* const row = rows + s.place[k] * kStripColumns;
+          for (int i = 0; i < V; ++i) part[i] += value[k] * *reinterpret_cast<const Vec*>(row + i * kLanes);
+        }
+        for (int i = 0; i < V; ++i) *reinterpret_cast<Vec*>(own + r * kStripColumns + i * kLanes) += part[i];
       }
-      // Block by block, so that rounding errors do not add up over all entries.
-      for (int i = 0; i < V; ++i) *reinterpret_cast<Vec*>(own + r * kStripColumns + i * kLanes) += part[i];
     }
   }
 
