@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 # Two processes; tests of one file stay together, for what they share.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
-INTERPRETED := $(addprefix tests/triton_ops/test_gpu_,kernels.py certificate.py models.py)
+INTERPRETED := $(addprefix tests/triton_ops/test_gpu_,kernels.py certificate.py models.py trained_mlp.py)
 
 .PHONY: quickstart test test-fast test-interpreter lint format docs setup clean
 

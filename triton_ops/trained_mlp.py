@@ -1,7 +1,7 @@
 """An MLP in training, where most neurons are silent: after the deciding projection only active pairs count.
 
 Of the six products of a plain MLP in a step (nine of a gated one) one is dense; the others need a pair of a
-token and a neuron only if the neuron is active for the token (Peng et al., arXiv 2309.06692). What is kept
+token and a neuron only if the neuron is active for the token (Peng et al., arXiv 2309.03004). What is kept
 for the backward pass shrinks likewise.
 """
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from triton_ops import choice, reference
 from triton_ops.activations import TABLE, check
+from triton_ops.backends import AUTO
 from triton_ops.layout import as_tokens
 from triton_ops.pairs import PairProducts, Pairs
 
@@ -82,7 +83,10 @@ def _products(p: Tensor) -> PairProducts | None:
     """Those of a backend; None where the dense formula is what there is, or what is wanted."""
     if torch.compiler.is_compiling() or not p.numel():
         return None
-    found = choice.backend_with("pairs", p.dtype, choice.forced_backend(), p.device.type)
+    forced = choice.forced_backend()
+    if forced == AUTO and p.device.type != "cpu":
+        return None  # no GPU has been measured
+    found = choice.backend_with("pairs", p.dtype, forced, p.device.type)
     return None if found is None else found.pairs
 
 

@@ -13,7 +13,7 @@ from support.kernel_blocks import DEVICE, INTERPRETED
 # Tests of the Triton kernels on values. Without a GPU they are no part of a run, unless Triton interprets:
 # it must be told so before it is first imported, so they have a run of their own, `make test-interpreter`.
 if DEVICE == "cpu" and not INTERPRETED:
-    collect_ignore = [f"test_gpu_{name}.py" for name in ("kernels", "certificate", "models")]
+    collect_ignore = [f"test_gpu_{name}.py" for name in ("kernels", "certificate", "models", "trained_mlp")]
 
 
 @pytest.fixture

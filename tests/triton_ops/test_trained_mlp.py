@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,75 +14,11 @@ from support.activations import GATED_OR_PLAIN
 from support.compiler import needs_compiler
 from support.kernel_blocks import Block, make_block
 from support.pairs import pairs
-from triton_ops import reference
+from support.passes import assert_as_exact, at, dense, in_float64, passes, skipping
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Tokens, hidden, neurons: ones, tails of every vector width, more of each than the kernels take at once.
 SHAPES = [(1, 1, 1), (3, 17, 5), (37, 65, 700), (130, 300, 64), (40, 140, 2300), (2300, 33, 70)]
-
-
-@dataclass
-class Passes:
-    """An output, and the gradients of the tensors of a block, in the order of the operators."""
-
-    y: Tensor
-    grads: list[Tensor | None]
-
-
-def passes(block: Block, run: Callable[..., Tensor], frozen: tuple[int, ...] = ()) -> Passes:
-    """Of ``run``, called as :func:`trained` is, by a gradient that is the same for every run."""
-    tensors = [None if t is None else t.detach().requires_grad_(i not in frozen) for i, t in at(block)]
-    y = run(*tensors, activation=block.activation, threshold=block.threshold)
-    direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    y.backward(direction.to(y.dtype))
-    return Passes(y.detach(), [None if t is None else t.grad for t in tensors])
-
-
-def at(block: Block) -> list[tuple[int, Tensor | None]]:
-    if block.gate is None:
-        tensors = [block.x, block.up, None, block.down, block.up_bias, None, block.down_bias]
-    else:
-        tensors = [block.x, block.gate, block.up, block.down, block.gate_bias, block.up_bias, block.down_bias]
-    return list(enumerate(tensors))
-
-
-def skipping(*tensors: Tensor | None, **options: object) -> Tensor:
-    """The sparse way, whatever the density."""
-    return triton_ops.trained_mlp(*tensors, max_density=1.0, **options)  # type: ignore[arg-type]
-
-
-def dense(*tensors: Tensor | None, activation: str, threshold: float | Tensor) -> Tensor:
-    x, first, up, down, first_bias, up_bias, down_bias = tensors
-    assert x is not None
-    assert first is not None
-    assert down is not None
-    p = torch.nn.functional.linear(x, first, first_bias)
-    return reference.after_first(
-        x, p, up, down, up_bias, down_bias, activation=activation, threshold=threshold
-    )
-
-
-def in_float64(block: Block) -> Block:
-    names = ("x", "gate", "up", "down", "gate_bias", "up_bias", "down_bias", "threshold")
-    values = {name: getattr(block, name) for name in names}
-    return replace(block, **{k: v.double() if isinstance(v, Tensor) else v for k, v in values.items()})
-
-
-def assert_as_exact(block: Block, factor: float = 3.0) -> None:
-    """Errors of the output and of every gradient are those of dense training, but for a factor."""
-    own, usual, exact = passes(block, skipping), passes(block, dense), passes(in_float64(block), dense)
-    eps = torch.finfo(block.x.dtype).eps
-    for mine, theirs, right in zip(
-        [own.y, *own.grads], [usual.y, *usual.grads], [exact.y, *exact.grads], strict=True
-    ):
-        if right is None:
-            assert mine is None
-            continue
-        assert mine is not None
-        assert mine.shape == right.shape
-        assert mine.dtype == block.x.dtype
-        error, allowed = (mine - right).abs().max(), (theirs - right).abs().max()
-        assert error <= factor * allowed + 4 * eps * right.abs().max() + 1e-30, (error, allowed)
 
 
 @needs_compiler

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from triton_ops.mlp import MLP
+from triton_ops.pairs import PairProducts
 from triton_ops.protocol import Backend
 
 
@@ -37,6 +41,17 @@ def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return operators.sparse_linear(h, weight, bias)
 
 
+def _later(name: str) -> Callable[..., Any]:
+    """A function of :mod:`triton_ops.gpu.sparse_products`."""
+
+    def call(*args: Any) -> Any:
+        from triton_ops.gpu import sparse_products
+
+        return getattr(sparse_products, name)(*args)
+
+    return call
+
+
 # No defaults: a cuBLAS product is hard to beat without a CUDA graph, so it is chosen only where a measurement
 # says so.
 BACKEND = Backend(
@@ -46,5 +61,6 @@ BACKEND = Backend(
     unusable=unusable,
     mlp=mlp,
     sparse_linear=sparse_linear,
+    pairs=PairProducts(*map(_later, PairProducts._fields)),
     certifies=True,
 )

@@ -88,9 +88,9 @@ def hidden_one(hidden: int, dtype: torch.dtype, *, certified: bool) -> HiddenOne
     """
     return HiddenOne(
         BLOCK_F=ROWS,
-        BLOCK_D=_side(ROW_BYTES // dtype.itemsize, hidden),
+        BLOCK_D=side(ROW_BYTES // dtype.itemsize, hidden),
         OWNED=OWNED if certified else ROWS,
-        BLOCK_Q=_side(QUANTISED_WIDTH, hidden),
+        BLOCK_Q=side(QUANTISED_WIDTH, hidden),
         num_warps=4,
         num_stages=1,
     )
@@ -101,7 +101,7 @@ def hidden_several(tokens: int, hidden: int, dtype: torch.dtype) -> HiddenSevera
     return HiddenSeveral(
         BLOCK_T=block_t(tokens),
         BLOCK_F=NEURONS,
-        BLOCK_D=_side(WIDTH_BYTES // dtype.itemsize, hidden),
+        BLOCK_D=side(WIDTH_BYTES // dtype.itemsize, hidden),
         num_warps=4,
         num_stages=STAGES,
     )
@@ -112,7 +112,7 @@ def down(tokens: int, hidden: int, neurons: int) -> tuple[Down, int, int]:
     one = tokens == 1
     tile = Down(
         BLOCK_T=block_t(tokens),
-        BLOCK_D=_side(DOWN_WIDTH_ONE if one else DOWN_WIDTH, hidden),
+        BLOCK_D=side(DOWN_WIDTH_ONE if one else DOWN_WIDTH, hidden),
         SPAN=SPAN,
         ROWS=DOWN_ROWS_ONE if one else DOWN_ROWS,
         num_warps=4,
@@ -132,5 +132,6 @@ def block_t(tokens: int) -> int:
     return MIN_TOKENS if tokens <= MIN_TOKENS else MAX_TOKENS
 
 
-def _side(size: int, available: int) -> int:
+def side(size: int, available: int) -> int:
+    """Of a tile, at most ``size``, for so many elements."""
     return min(size, max(triton.next_power_of_2(available), SMALLEST))
