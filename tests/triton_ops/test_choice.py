@@ -56,6 +56,12 @@ def test_auto_is_dense_for_small_blocks_other_dtypes_and_devices():
 
 
 @needs_compiler
+def test_dense_products_of_small_weights_are_torchs():
+    assert skips(1, weight(192, 576), "dense_linear")  # a key projection of SmolLM2-135M
+    assert not skips(1, weight(64, 576), "dense_linear")
+
+
+@needs_compiler
 def test_auto_is_dense_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         assert not skips(1, weight(dtype=torch.float32), "gated")
