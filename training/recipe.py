@@ -178,7 +178,8 @@ class Recipe:
     skip_in_training: float = _free(0.0)
     """Share of active pairs of token and neuron up to which a block computes only these, in the backward pass
     as well (hf_sparse.skip_in_training); 0: never. For models that are very sparse already, on CPUs. Not with
-    compile; methods that look at activations in every update, such as l1, have all computed."""
+    compile; methods that look at activations in every update, such as l1, have all computed, and so do the
+    updates that are logged."""
 
     seed: int = 42
     """Seed of the data order and of dropout."""

@@ -18,6 +18,7 @@ from triton_ops.mlp import Int8Weight
 from triton_ops.ops import gated_mlp, plain_mlp, sparse_linear
 from triton_ops.problem import Problem
 from triton_ops.routed import routed_mlp
+from triton_ops.trained_mlp import skips as skips_in_training
 from triton_ops.trained_mlp import trained_mlp
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "plain_mlp",
     "plan",
     "routed_mlp",
+    "skips_in_training",
     "sparse_linear",
     "trained_mlp",
 ]

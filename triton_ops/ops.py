@@ -112,7 +112,7 @@ def gated_mlp(
         return reference.gated_mlp(
             x, gate, up, down, gate_bias, up_bias, down_bias, activation=activation, threshold=threshold
         )
-    scalar, each = _threshold(threshold)
+    scalar, each = check_threshold(threshold)
     tensors = x, gate, up, down, gate_bias, up_bias, down_bias, *(certificate or (None, None)), each
     call = _gated_mlp if unobserved(*tensors) else dispatched(torch.ops.hf_sparse.gated_mlp)
     return call(*tensors, stamp, activation, scalar, backend)
@@ -141,7 +141,7 @@ def plain_mlp(
         return reference.plain_mlp(
             x, up, down, up_bias, down_bias, activation=activation, threshold=threshold
         )
-    scalar, each = _threshold(threshold)
+    scalar, each = check_threshold(threshold)
     tensors = x, up, down, up_bias, down_bias, *(certificate or (None, None)), each
     call = _plain_mlp if unobserved(*tensors) else dispatched(torch.ops.hf_sparse.plain_mlp)
     return call(*tensors, stamp, activation, scalar, backend)
@@ -179,8 +179,8 @@ def is_for_torch(device: str) -> bool:
     return choice.autocasts(device) or forward_ad._current_level >= 0
 
 
-def _threshold(threshold: float | Tensor) -> tuple[float, Tensor | None]:
-    """As the operators take it."""
+def check_threshold(threshold: float | Tensor) -> tuple[float, Tensor | None]:
+    """As the operators take it; one that is to get a gradient is refused."""
     if not isinstance(threshold, Tensor):
         return threshold, None
     if threshold.requires_grad and torch.is_grad_enabled():
@@ -209,7 +209,8 @@ def check_tensor(
         raise ValueError(f"{name} is on {value.device} and the input is on {like.device}; move one of them.")
 
 
-def _check_mlp(x: Tensor, mlp: MLP) -> None:
+def check_mlp(x: Tensor, mlp: MLP) -> None:
+    """Refuse what does not fit together, as :func:`gated_mlp` says."""
     gated = mlp.up is not None
     first = "gate" if gated else "up"
     check(mlp.activation, mlp.threshold, gated=gated)
@@ -259,7 +260,7 @@ def check_input(name: str, x: Tensor, weight: Tensor, weight_name: str) -> None:
 
 def run(x: Tensor, mlp: MLP, backend: str, stamp: list[int] | None = None) -> Tensor:
     """One MLP by a backend, as :func:`gated_mlp` says."""
-    _check_mlp(x, mlp)
+    check_mlp(x, mlp)
     if mlp.certificate is not None and not _valid(mlp, stamp):
         mlp = mlp._replace(certificate=None)
     neurons, hidden = mlp.first.shape
@@ -370,12 +371,12 @@ def _sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None, backend: str)
 
 
 def _fake_gated_mlp(x: Tensor, *args: Any) -> Tensor:
-    _check_mlp(x, _gated(*args))
+    check_mlp(x, _gated(*args))
     return x.new_empty(x.shape)
 
 
 def _fake_plain_mlp(x: Tensor, *args: Any) -> Tensor:
-    _check_mlp(x, _plain(*args))
+    check_mlp(x, _plain(*args))
     return x.new_empty(x.shape)
 
 

@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+MOST = 2**31 - 1
+"""Entries: their places are int32."""
+
 
 class Pairs(NamedTuple):
     """Where a matrix ``[rows, columns]`` has entries, row by row, in ascending columns."""
@@ -28,7 +31,7 @@ class PairProducts(NamedTuple):
 
     find: Callable[[Tensor, Tensor, int], tuple[Pairs, Tensor] | None]
     """Of ``silent [R, C]`` (bool) and ``p [R, C]``, both contiguous, the pairs that are not silent, and what
-    ``p`` has there, ``[entries]``; None if there are more than so many."""
+    ``p`` has there, ``[entries]``; None if there are more than so many, or than :data:`MOST`."""
 
     transposed: Callable[[Pairs], tuple[Pairs, Tensor]]
     """The pairs of the transposed matrix, and which entry of the matrix each is: int32 ``[entries]``."""
@@ -39,3 +42,9 @@ class PairProducts(NamedTuple):
 
     sampled: Callable[[Pairs, Tensor, Tensor], Tensor]
     """Of ``a [R, N]`` and ``b [C, N]``, of one dtype, the entries of ``a bᵀ``: float32 ``[entries]``."""
+
+
+def require_share(name: str, value: float) -> None:
+    """Raise ValueError if ``value`` is no share of pairs."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}={value} is not possible; it is a share of pairs, 0 to 1.")

@@ -14,10 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from triton_ops import choice, reference
-from triton_ops.activations import TABLE, check
+from triton_ops.activations import TABLE
 from triton_ops.backends import AUTO
 from triton_ops.layout import as_tokens
-from triton_ops.pairs import PairProducts, Pairs
+from triton_ops.mlp import MLP
+from triton_ops.ops import check_mlp, check_threshold
+from triton_ops.pairs import PairProducts, Pairs, require_share
+from triton_ops.unobserved import is_plain_cpu
 
 
 def trained_mlp(
@@ -55,39 +58,65 @@ def trained_mlp(
         ``[..., D]``. It has no second derivatives.
 
     Raises:
-        ValueError: the activation, its threshold or ``max_density`` is not possible.
+        ValueError: an argument does not fit in shape, dtype, device or value; the message names it.
         MemoryError: the compiled backend has no memory for its intermediate values.
         RuntimeError: in a backward pass with ``create_graph=True``.
 
     """
-    check(activation, threshold, gated=up is not None)
-    if not 0 <= max_density <= 1:
-        raise ValueError(f"max_density={max_density} is not possible; it is a share of pairs, 0 to 1.")
+    require_share("max_density", max_density)
+    if choice.autocasts(x.device.type):
+        x, first, down = (_cast(t) for t in (x, first, down))
+        up, first_bias, up_bias, down_bias = (
+            None if t is None else _cast(t) for t in (up, first_bias, up_bias, down_bias)
+        )
+    mlp = MLP(first, up, down, first_bias, up_bias, down_bias, activation, threshold)
+    check_mlp(x, mlp)
+    check_threshold(threshold)
     p = F.linear(x, first, first_bias)
-    t = threshold.detach() if isinstance(threshold, Tensor) else threshold
-    products = _products(p)
+    others = first, up, down, first_bias, up_bias, down_bias
+    products = _products(p, x, *others, threshold)
     if products is not None:
         decided = as_tokens(p.detach()).contiguous()
-        silent = TABLE[activation].silent(decided, t)
+        silent = TABLE[activation].silent(decided, threshold)
         found = products.find(silent, decided, int(max_density * decided.numel()))
         if found is not None:
-            tensors = as_tokens(x), first, up, down, first_bias, up_bias, down_bias
-            cast = [one if one is None else one.to(p.dtype) for one in tensors]
-            each = t[found[0].column] if isinstance(t, Tensor) else t
-            y: Tensor = _Active.apply(*cast, activation, each, products, *found)
+            each = threshold[found[0].column] if isinstance(threshold, Tensor) else threshold
+            y: Tensor = _Active.apply(as_tokens(x), *others, activation, each, products, *found)
             return y.reshape(*x.shape[:-1], len(down))
-    return reference.after_first(x, p, up, down, up_bias, down_bias, activation=activation, threshold=t)
+    return reference.after_first(
+        x, p, up, down, up_bias, down_bias, activation=activation, threshold=threshold
+    )
 
 
-def _products(p: Tensor) -> PairProducts | None:
+def _cast(tensor: Tensor) -> Tensor:
+    """As autocast does for a product, once for both passes."""
+    return (
+        tensor if tensor.dtype == torch.float64 else tensor.to(torch.get_autocast_dtype(tensor.device.type))
+    )
+
+
+def _products(p: Tensor, x: Tensor, *others: Any) -> PairProducts | None:
     """Those of a backend; None where the dense formula is what there is, or what is wanted."""
-    if torch.compiler.is_compiling() or not p.numel():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not (p.numel() and x.numel()):
         return None
-    forced = choice.forced_backend()
-    if forced == AUTO and p.device.type != "cpu":
+    forced, device = choice.forced_backend(), p.device.type
+    if forced == AUTO and device != "cpu":
         return None  # no GPU has been measured
-    found = choice.backend_with("pairs", p.dtype, forced, p.device.type)
+    tensors = [one for one in (p, x, *others) if isinstance(one, Tensor)]
+    if not all(is_plain_cpu(one) if device == "cpu" else _is_plain(one) for one in tensors):
+        return None
+    found = choice.backend_with("pairs", p.dtype, forced, device)
     return None if found is None else found.pairs
+
+
+def skips(weight: Tensor) -> bool:
+    """Whether :func:`trained_mlp` can skip with such a first projection ``[F, D]``."""
+    return _products(weight, weight) is not None
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it holds its very numbers."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_neg()
 
 
 class _Active(torch.autograd.Function):
@@ -113,9 +142,16 @@ class _Active(torch.autograd.Function):
         if up is not None:
             sums = products.sampled(pairs, x, up)
             u = (sums if up_bias is None else sums + up_bias.float()[pairs.column]).to(x.dtype)
-        ctx.rows, ctx.columns, ctx.products, ctx.activation = pairs.rows, pairs.columns, products, activation
+        ctx.products, ctx.activation, ctx.size = products, activation, (pairs.rows, pairs.columns)
+        ctx.weights = [None if w is None else torch.empty_like(w, device="meta") for w in (first, up, down)]
         ctx.threshold, each = (None, threshold) if isinstance(threshold, Tensor) else (threshold, None)
-        ctx.save_for_backward(x, first, up, down, p, u, pairs.start, pairs.column, each)
+        need = ctx.needs_input_grad
+        ctx.save_for_backward(
+            x if need[1] or need[2] else None,
+            *((first, up) if need[0] else (None, None)),
+            down,
+            *(p, u, pairs.start, pairs.column, each),
+        )
         h = _product(*_factors(activation, threshold, p, u))
         return products.product(pairs, [(h.float(), down.t())], down_bias, torch.empty_like(x))
 
@@ -128,34 +164,49 @@ class _Active(torch.autograd.Function):
             )
         x, first, up, down, p, u, start, column, each = ctx.saved_tensors
         products: PairProducts = ctx.products
-        pairs, need = Pairs(ctx.rows, ctx.columns, start, column), ctx.needs_input_grad
+        rows, columns = ctx.size
+        pairs, need = Pairs(rows, columns, start, column), ctx.needs_input_grad
         row, t = TABLE[ctx.activation], each if ctx.threshold is None else ctx.threshold
         a, v = _factors(ctx.activation, t, p, u)
-        grad_h = products.sampled(pairs, grad, down.t()).to(x.dtype)
-        grad_p = (_product(grad_h, v) * row.slope(p, t)).float()
-        of_layers = [(grad_p, first)]
-        if up is not None:
+        grad = _arrived(grad)
+        grad_h = products.sampled(pairs, grad, down.t()).to(p.dtype)
+        of_layers = [((_product(grad_h, v) * row.slope(p, t)).float(), first)]
+        if u is not None:
             grad_u = grad_h * a
             of_layers.append(((grad_u * (u > 0) if row.relu_up else grad_u).float(), up))
-
-        def of_weight(values: Tensor, weight: Tensor, other: Tensor) -> Tensor:
-            to = torch.empty_like(weight)  # of the strides of the weight
-            return products.product(across, [(values[place], other)], None, to)
-
-        def of_bias(values: Tensor) -> Tensor:
-            total = values.new_zeros(pairs.columns, dtype=torch.float64)
-            return total.index_add_(0, column, values.double()).to(x.dtype)
-
         grads: list[Tensor | None] = [None] * 12
         if need[0]:
-            grads[0] = products.product(pairs, of_layers, None, torch.empty_like(x))
-        across, place = products.transposed(pairs) if any(need[1:4]) else (pairs, column)
-        for i, (values, weight) in enumerate(of_layers):
-            grads[1 + i] = of_weight(values, weight, x) if need[1 + i] else None
-            grads[4 + i] = of_bias(values) if need[4 + i] else None
-        grads[3] = of_weight(_product(a, v).float(), down.t(), grad).t() if need[3] else None
+            grads[0] = products.product(pairs, of_layers, None, torch.empty_like(grad))
+        if any(need[1:4]):
+            across, place = products.transposed(pairs)
+            like_first, like_up, like_down = ctx.weights
+            values = [value for value, _ in of_layers]
+            sides = [(1, like_first, values[0], x), (3, like_down.t(), _product(a, v).float(), grad)]
+            if u is not None:
+                sides.append((2, like_up, values[1], x))
+            for i, like, value, other in sides:
+                if need[i]:
+                    to = torch.empty_like(like, device=grad.device)  # of the strides of the weight
+                    grads[i] = products.product(across, [(value[place], other)], None, to)
+            grads[3] = None if grads[3] is None else grads[3].t()
+        for i, (value, _) in enumerate(of_layers, 4):
+            if need[i]:
+                total = value.new_zeros(columns, dtype=torch.float64)
+                grads[i] = total.index_add_(0, column, value.double()).to(p.dtype)
         grads[6] = grad.sum(0) if need[6] else None
         return tuple(grads)
+
+
+def _arrived(grad: Tensor) -> Tensor:
+    """The very numbers of ``grad``, which may be lazily negated, or still be on its way from a process."""
+    grad = grad.resolve_neg()
+    grad = grad if _is_plain(grad) else grad.clone()
+    if not _is_plain(grad):
+        raise RuntimeError(
+            f"an MLP that skips in training got a gradient that is a {type(grad).__name__} and no plain "
+            "tensor; train it dense: hf_sparse.skip_in_training(model, 0)."
+        )
+    return grad
 
 
 def _factors(

@@ -275,3 +275,8 @@ class SparseBlock(GuardedModule):
 def hooks_on_all_modules() -> bool:
     """Whether hooks are to be called with every module, as ``register_module_forward_hook`` asks."""
     return bool(nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks)
+
+
+def backward_hooks_on_all_modules() -> bool:
+    """Whether hooks are to be called with the gradients of every module."""
+    return bool(nn_module._global_backward_hooks or nn_module._global_backward_pre_hooks)

@@ -24,7 +24,12 @@ from hf_sparse.modules.ownership import (
     module_held_elsewhere,
     neuron_major,
 )
-from hf_sparse.modules.sparse_block import SparseBlock, Way, hooks_on_all_modules
+from hf_sparse.modules.sparse_block import (
+    SparseBlock,
+    Way,
+    backward_hooks_on_all_modules,
+    hooks_on_all_modules,
+)
 from hf_sparse.modules.stand_in import StandIn
 from hf_sparse.modules.surroundings import has_own_forward, is_plain, overridden, transformed
 from triton_ops import DENSE, Certificate, Int8Weight, Problem
@@ -148,10 +153,11 @@ class SparseMLP(SparseBlock):
 
     def _trained_way(self, x: Tensor) -> Way | None:
         """The same with gradient: the whole block as one function of its weights, or not at all."""
-        activation = None if self.selects else self.kernel()
-        if activation is None or not self._nothing_else():
+        activation = self._trained_activation()
+        casting = autocasts(x.device.type)
+        if activation is None or (casting and isinstance(activation[1], Tensor)):
             return None
-        read = self._weights(x, *self.roles.before_down, self.roles.down, casts=True)
+        read = self._weights(x, *self.roles.before_down, self.roles.down, casts=casting)
         if read is None:
             return None
         *first, (down, bias) = (*self.roles.split(read[:-1]), read[-1])
@@ -166,8 +172,19 @@ class SparseMLP(SparseBlock):
         """
         formula = self.roles.itself or computes(self._stock[0], self.roles, training=True)
         self.trained_density = max_density if formula else 0.0
-        known = formula and not self.selects and self.kernel() is not None and self._nothing_else()
-        return known and all(self.readable(name) for name in (*self.roles.before_down, self.roles.down))
+        layers = [self.readable(name) for name in (*self.roles.before_down, self.roles.down)]
+        if not self.trained_density or self._trained_activation() is None or None in layers:
+            return False
+        return triton_ops.skips_in_training(cast(Tensor, cast(nn.Module, layers[0]).weight))
+
+    def _trained_activation(self) -> tuple[str, float] | None:
+        """What the kernels call the activation; None if the block must be called with gradient."""
+        for module in self._modules.values():
+            if module is not None and (module._backward_hooks or module._backward_pre_hooks):
+                return None
+        activation = None if self.selects or backward_hooks_on_all_modules() else self.kernel()
+        learned = activation is not None and getattr(activation[1], "requires_grad", False)
+        return None if learned or not self._nothing_else() else activation
 
     def _int8_way(self, x: Tensor) -> Way:
         """The same for weights that are int8, of which the down projection may be stored neuron by neuron."""
@@ -400,7 +417,7 @@ class SparseMLP(SparseBlock):
     ) -> list[tuple[Tensor, Tensor | None]] | None:
         """Weight and bias of the children ``names``, to be read for ``x``; None if one must be called.
 
-        ``casts``: autocast is not forgotten, so under it they may have another dtype.
+        ``casts``: they may have another dtype.
         """
         if hooks_on_all_modules():
             return None
@@ -411,8 +428,7 @@ class SparseMLP(SparseBlock):
                 return None
             parameters = linear._parameters  # as attributes each takes a call of __getattr__
             weight = cast(nn.Parameter, parameters["weight"])
-            cast_later = casts and autocasts(x.device.type)
-            if weight.device != x.device or not (weight.dtype == x.dtype or cast_later):
+            if weight.device != x.device or not (weight.dtype == x.dtype or casts):
                 return None
             found.append((weight if isinstance(linear, nn.Linear) else weight.t(), parameters["bias"]))
         return found

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_reduce
+from torch.distributed.fsdp import fully_shard
 
 import hf_sparse
 from hf_sparse import PatchError
@@ -121,6 +126,114 @@ def test_who_looks_inside_sees_every_neuron():
     assert seen[0].shape == (2, 20, 88)
     handle.remove()
     assert_trains_alike(own, usual, 3)
+
+
+@pytest.mark.parametrize("name", ["down_proj", "act_fn", "gate_proj"])
+def test_hooks_on_gradients_in_a_block_are_called(name):
+    own, usual = twins(tiny("llama"))
+    hf_sparse.skip_in_training(own, 1.0)
+    for model in (own, usual):
+        model.model.layers[1].mlp.get_submodule(name).register_full_backward_hook(
+            lambda module, grad_input, grad_output: tuple(2 * grad for grad in grad_input)
+        )
+    assert_trains_alike(own, usual, 2)
+
+
+def test_hooks_on_the_gradients_of_all_modules_are_called():
+    own, _ = twins(tiny("llama"))
+    hf_sparse.skip_in_training(own, 1.0)
+    seen = []
+    handle = torch.nn.modules.module.register_module_full_backward_hook(
+        lambda module, grad_input, grad_output: seen.append(type(module).__name__)
+    )
+    try:
+        own(IDS, labels=IDS).loss.backward()
+    finally:
+        handle.remove()
+    assert seen.count("Linear") == 3 * 7 + 1
+
+
+def test_a_learned_threshold_gets_its_gradient():
+    own, usual = twins(tiny("llama"))
+    hf_sparse.skip_in_training(own, 1.0)
+    for model in (own, usual):
+        model.model.layers[0].mlp.act_fn.shift = nn.Parameter(torch.full((88,), 0.5))
+    assert_trains_alike(own, usual, 2)
+    assert own.model.layers[0].mlp.act_fn.shift.grad.any()
+
+
+def test_blocks_of_one_weight_and_two_backward_passes():
+    own, usual = twins(tiny("llama"))
+    hf_sparse.skip_in_training(own, 1.0)
+    for model in (own, usual):
+        model.model.layers[2].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    assert_trains_alike(own, usual, 3)
+    grads = []
+    for model in (own, usual):
+        model.zero_grad()
+        loss = model(IDS, labels=IDS).loss
+        loss.backward(retain_graph=True)
+        loss.backward()
+        grads.append(model.model.layers[0].mlp.up_proj.weight.grad)
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_under_fsdp2_the_gathered_weights_are_read():
+    own, usual = twins(tiny("llama"))
+    hf_sparse.skip_in_training(own, 1.0)
+    for layer in own.model.layers:
+        fully_shard(layer, reshard_after_forward=True)
+    fully_shard(own)
+    for _ in range(2):
+        for model, blocks in ((own, 3), (usual, 0)):
+            model.zero_grad()
+            loss = model(IDS, labels=IDS).loss
+            assert skipped(loss) == blocks
+            loss.backward()
+        for mine, theirs in zip(own.parameters(), usual.parameters(), strict=True):
+            error = (mine.grad.full_tensor() - theirs.grad).abs().max()
+            assert error < 1e-4 * theirs.grad.abs().max()
+        with torch.no_grad():
+            for parameter in (*own.parameters(), *usual.parameters()):
+                parameter.sub_(parameter.grad, alpha=1e-3)
+
+
+class Reduced(torch.autograd.Function):
+    """What has its gradient summed over processes, as tensor parallelism does."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return all_reduce(grad, "sum", dist.group.WORLD)
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_gradient_that_is_still_on_its_way():
+    own, usual = twins(tiny("llama"))
+    hf_sparse.skip_in_training(own, 1.0)
+    for model in (own, usual):
+        model.model.layers[1].mlp.register_forward_hook(lambda module, args, y: Reduced.apply(y))
+    assert_trains_alike(own, usual, 3)
+
+
+def test_it_is_told_that_nothing_can_skip():
+    model = tiny("llama")
+    hf_sparse.patch(model, SPARSE)
+    assert hf_sparse.skip_in_training(model, 0) == 0
+    with hf_sparse.backend("dense"):
+        assert hf_sparse.skip_in_training(model, 0.1) == 0
+    assert hf_sparse.skip_in_training(model.double(), 0.1) == 0
 
 
 def test_under_lora_the_layers_are_called():

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 import triton_ops
 from support.activations import GATED_OR_PLAIN
@@ -192,6 +193,122 @@ def test_autocast():
     for mine, theirs in zip([own.y, *own.grads], [usual.y, *usual.grads], strict=True):
         assert mine.dtype == theirs.dtype
         assert (mine - theirs).abs().max() <= 0.02 * theirs.abs().max()
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_under_another_default_dtype(dtype):
+    block = make_block(30, 40, 64, torch.float32, bias=True)
+    usual = passes(block, skipping)
+    torch.set_default_dtype(dtype)
+    try:
+        own = passes(block, skipping)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(own.y, usual.y)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(own.grads, usual.grads, strict=True))
+
+
+@needs_compiler
+def test_under_another_default_device():
+    block = make_block(30, 40, 64, torch.float32, bias=True)
+    usual = passes(block, skipping)
+
+    def elsewhere(*tensors: Tensor | None, **options: object) -> Tensor:
+        with torch.device("meta"):
+            return skipping(*tensors, **options)
+
+    assert torch.equal(passes(block, elsewhere).y, usual.y)
+
+
+@needs_compiler
+def test_what_is_lazily_negated():
+    """As the imaginary part of a conjugate is, and with it gradients that come through complex numbers."""
+    block = make_block(10, 16, 32, torch.float32, bias=True)
+    found = []
+    for run in (skipping, dense):
+        tensors = [None if t is None else t.detach().requires_grad_() for _, t in at(block)]
+        y = run(*tensors, activation="relu", threshold=0.0)
+        z = torch.complex(torch.ones_like(y), y)
+        (z.conj() * torch.arange(16)).imag.pow(2).sum().backward()
+        found.append([t.grad for t in tensors])
+    for mine, theirs in zip(*found, strict=True):
+        assert (mine - theirs).abs().max() < 1e-5 * theirs.abs().max()
+    negated = torch.complex(block.x, -block.x).conj().imag
+    assert negated.is_neg()
+    block = replace(block, x=negated)
+    run = {"activation": "relu", "threshold": 0.0}
+    tensors = [t for _, t in at(block)]
+    assert torch.equal(skipping(*tensors, **run), dense(*tensors, **run))
+
+
+class Subclass(Tensor):
+    """One that computes as a Tensor does."""
+
+
+@needs_compiler
+def test_other_kinds_of_tensors_are_dense():
+    block = make_block(10, 16, 32, torch.float32, bias=True)
+    run = {"activation": "relu", "threshold": 0.0}
+    tensors = [t for _, t in at(block)]
+    own = replace(block, x=block.x.as_subclass(Subclass))
+    y = skipping(*[t for _, t in at(own)], **run)
+    assert type(y) is Subclass
+    assert torch.equal(y.as_subclass(Tensor), dense(*tensors, **run))
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(t) for t in tensors]
+        assert skipping(*fake, **run).shape == (10, 16)
+    x, *weights = tensors
+    mapped = torch.func.vmap(lambda one: skipping(one, *weights, **run))(x)
+    torch.testing.assert_close(mapped, dense(*tensors, **run))
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("down", torch.randn(400, 64), r"down has shape \[400, 64\]"),
+        ("up", torch.randn(32, 16), r"up has shape \[32, 16\]"),
+        ("up", torch.randn(64, 16, device="meta"), "up is on meta"),
+        ("up", torch.randn(64, 16, dtype=torch.float64), "up is torch.float64"),
+        ("up_bias", torch.randn(1), r"up_bias has shape \[1\]"),
+        ("threshold", torch.tensor(0.1), r"threshold has shape \[\]"),
+        ("threshold", torch.zeros(64, requires_grad=True), "threshold requires grad"),
+    ],
+)
+def test_what_does_not_fit_is_refused(name, value, message):
+    block = replace(make_block(40, 16, 64, torch.float32, "fatrelu", bias=True), **{name: value})
+    with pytest.raises(ValueError, match=message):
+        skipping(*[t for _, t in at(block)], activation="fatrelu", threshold=block.threshold)
+
+
+@needs_compiler
+def test_inputs_of_no_features():
+    block = make_block(5, 1, 8, torch.float32, bias=True)
+    none = {name: getattr(block, name)[:, :0] for name in ("x", "gate", "up")}
+    block = replace(block, **none, down=block.down[:0], down_bias=block.down_bias[:0])
+    own, usual = passes(block, skipping), passes(block, dense)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(own.grads, usual.grads, strict=True))
+
+
+@needs_compiler
+def test_what_needs_no_gradient_may_change_before_the_backward_pass():
+    block = make_block(10, 16, 32, torch.float32, bias=True)
+    for kept, changed in ((0, None), (3, 1), (2, 1), (1, 3)):
+        tensors = [t.clone().requires_grad_(i == kept) for i, t in at(block)]
+        loss = skipping(*tensors, activation="relu", threshold=0.0).sum()
+        if changed is None:
+            continue
+        if (kept, changed) == (1, 3):  # the gradient of the first projection is made with it
+            with torch.no_grad():
+                tensors[changed].mul_(2)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward()
+            continue
+        with torch.no_grad():
+            tensors[changed].mul_(2)
+        loss.backward()
+        assert tensors[kept].grad is not None
 
 
 @needs_compiler

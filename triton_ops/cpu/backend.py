@@ -15,7 +15,7 @@ from torch import Tensor
 from triton_ops.activations import TABLE
 from triton_ops.certificate import Certificate
 from triton_ops.cpu import build, products
-from triton_ops.cpu.calls import DTYPES, no_memory, threads
+from triton_ops.cpu.calls import DTYPES, no_memory, pointer, threads
 from triton_ops.cpu.sparse_products import PAIRS
 from triton_ops.layout import view_of
 from triton_ops.mlp import MLP, Int8Weight, Scales
@@ -47,7 +47,7 @@ def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     y = h.new_empty((*h.shape[:-1], weight.shape[0]))
     h, bias = h.contiguous(), _contiguous(bias)
     inputs = h.data_ptr(), 0, 0
-    return _run(inputs, weight, (0, 0, _pointer(bias), 0, 0, 0, 0, 0, 0), y, (0, 0), 0, 0.0)
+    return _run(inputs, weight, (0, 0, pointer(bias), 0, 0, 0, 0, 0, 0), y, (0, 0), 0, 0.0)
 
 
 FEW = 8
@@ -102,7 +102,7 @@ def _multiply(
     """
     inputs, outputs, size = x.shape[-1], y.shape[-1], x.itemsize
     tokens, dtype, team = x.numel() // inputs, DTYPES[x.dtype], threads()
-    first, last, bias_address = x.data_ptr(), y.data_ptr(), _pointer(bias)
+    first, last, bias_address = x.data_ptr(), y.data_ptr(), pointer(bias)
     for begin in range(0, tokens, FEW):
         count = min(FEW, tokens - begin)
         call = _pack_linear(
@@ -155,8 +155,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
             query.data_ptr(),
             key.data_ptr(),
             value.data_ptr(),
-            _pointer(mask) if shown else 0,
-            0 if shown else _pointer(mask),
+            pointer(mask) if shown else 0,
+            0 if shown else pointer(mask),
             y.data_ptr(),
             batch,
             heads,
@@ -200,7 +200,7 @@ def _call(x: Tensor, y: Tensor, mlp: MLP, kind: int, scales: Scales = (None, Non
         for v in (first_bias, up_bias, down_bias, each, *(certificate or (None, None)), *scales)
     ]
     between = [0 if w is None else w.stride(0) for w in tensors[1:]]
-    return _run(map(_pointer, tensors), down, map(_pointer, vectors), y, between, kind, threshold)
+    return _run(map(pointer, tensors), down, map(pointer, vectors), y, between, kind, threshold)
 
 
 def _run(
@@ -243,10 +243,6 @@ def _rows(weight: Tensor | None) -> Tensor | None:
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
-
-
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 @cache

@@ -6,6 +6,7 @@ import os
 from typing import NoReturn
 
 import torch
+from torch import Tensor
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -24,6 +25,11 @@ os.register_at_fork(after_in_child=_after_fork)
 def threads() -> int:
     """How many a call may use."""
     return 1 if _forked else torch.get_num_threads()
+
+
+def pointer(tensor: Tensor | None) -> int:
+    """Its address, 0 of None."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def no_memory(tokens: int) -> NoReturn:

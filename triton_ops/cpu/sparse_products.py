@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from triton_ops.cpu import build
-from triton_ops.cpu.calls import DTYPES, no_memory, threads
-from triton_ops.pairs import PairProducts, Pairs
+from triton_ops.cpu.calls import DTYPES, pointer, threads
+from triton_ops.pairs import MOST, PairProducts, Pairs
 
 _pack_find = struct.Struct("5P2q2i").pack  # struct FindCall
 _pack_transpose = struct.Struct("5P2q").pack  # struct TransposeCall
@@ -23,14 +23,14 @@ _pack_sparse = struct.Struct("9P10q2i").pack  # struct SparseCall
 def find(silent: Tensor, p: Tensor, most: int) -> tuple[Pairs, Tensor] | None:
     """As :class:`PairProducts` says."""
     rows, columns = p.shape
-    start = torch.empty(rows + 1, dtype=torch.int64)
+    start = p.new_empty(rows + 1, dtype=torch.int64)
     given, sizes = (silent.data_ptr(), p.data_ptr(), start.data_ptr()), (rows, columns)
     last = DTYPES[p.dtype], threads()
     _kernels().hfs_find(_pack_find(*given, 0, 0, *sizes, *last))
     entries = int(start[-1])
-    if entries > most:
+    if entries > min(most, MOST):
         return None
-    column, kept = torch.empty(entries, dtype=torch.int32), p.new_empty(entries)
+    column, kept = p.new_empty(entries, dtype=torch.int32), p.new_empty(entries)
     if entries:
         _kernels().hfs_find(_pack_find(*given, column.data_ptr(), kept.data_ptr(), *sizes, *last))
     return Pairs(rows, columns, start, column), kept
@@ -38,7 +38,7 @@ def find(silent: Tensor, p: Tensor, most: int) -> tuple[Pairs, Tensor] | None:
 
 def transposed(pairs: Pairs) -> tuple[Pairs, Tensor]:
     """As :class:`PairProducts` says."""
-    start = torch.empty(pairs.columns + 1, dtype=torch.int64)
+    start = pairs.start.new_empty(pairs.columns + 1)
     row, place = torch.empty_like(pairs.column), torch.empty_like(pairs.column)
     tensors = pairs.start, pairs.column, start, row, place
     _kernels().hfs_transpose(_pack_transpose(*[t.data_ptr() for t in tensors], pairs.rows, pairs.columns))
@@ -53,7 +53,7 @@ def product(pairs: Pairs, terms: Sequence[tuple[Tensor, Tensor]], bias: Tensor |
 
 def sampled(pairs: Pairs, a: Tensor, b: Tensor) -> Tensor:
     """As :class:`PairProducts` says."""
-    values = torch.empty(len(pairs.column))
+    values = a.new_empty(len(pairs.column), dtype=torch.float32)
     _run(pairs, [(values, b)], a=a if a.stride(1) == 1 else a.contiguous())
     return values
 
@@ -72,12 +72,12 @@ def _run(
         pairs.start.data_ptr(),
         pairs.column.data_ptr(),
         values.data_ptr(),
-        0 if more is None else more.data_ptr(),
-        0 if a is None else a.data_ptr(),
+        pointer(more),
+        pointer(a),
         b.data_ptr(),
         other.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        0 if y is None else y.data_ptr(),
+        pointer(bias),
+        pointer(y),
         pairs.rows,
         pairs.columns,
         b.shape[1],
@@ -89,7 +89,9 @@ def _run(
         threads(),
     )
     if _kernels().hfs_sparse(call):
-        no_memory(pairs.rows)
+        raise MemoryError(
+            f"no memory is left for products with {len(pairs.column)} active pairs; use fewer tokens at once."
+        )
 
 
 @cache

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from triton_ops.gpu.launch import side
 from triton_ops.gpu.numerics import round_to
-from triton_ops.pairs import Pairs
+from triton_ops.pairs import MOST, Pairs
 
 ENTRIES = 16
 """That are read together …"""
@@ -116,7 +116,7 @@ def find(silent: Tensor, p: Tensor, most: int) -> tuple[Pairs, Tensor] | None:
     active = silent.logical_not()
     start = torch.zeros(rows + 1, dtype=torch.int64, device=p.device)
     torch.cumsum(active.sum(1), 0, out=start[1:])
-    if int(start[-1]) > most:
+    if int(start[-1]) > min(most, MOST):
         return None
     column = active.nonzero()[:, 1].to(torch.int32)
     return Pairs(rows, columns, start, column), p[active]
@@ -160,7 +160,7 @@ def product(pairs: Pairs, terms: Sequence[tuple[Tensor, Tensor]], bias: Tensor |
 
 def sampled(pairs: Pairs, a: Tensor, b: Tensor) -> Tensor:
     """As :class:`triton_ops.pairs.PairProducts` says."""
-    value = torch.empty(len(pairs.column), device=a.device)
+    value = a.new_empty(len(pairs.column), dtype=torch.float32)
     N = b.shape[1]
     if len(value):
         _sample_kernel[(pairs.rows,)](
