@@ -90,9 +90,9 @@ def trained_mlp(
 
 def _cast(tensor: Tensor) -> Tensor:
     """As autocast does for a product, once for both passes."""
-    return (
-        tensor if tensor.dtype == torch.float64 else tensor.to(torch.get_autocast_dtype(tensor.device.type))
-    )
+    if tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
 def _products(p: Tensor, x: Tensor, *others: Any) -> PairProducts | None:
