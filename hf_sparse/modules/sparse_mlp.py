@@ -154,10 +154,9 @@ class SparseMLP(SparseBlock):
     def _trained_way(self, x: Tensor) -> Way | None:
         """The same with gradient: the whole block as one function of its weights, or not at all."""
         activation = self._trained_activation()
-        casting = autocasts(x.device.type)
-        if activation is None or (casting and isinstance(activation[1], Tensor)):
+        if activation is None or (autocasts(x.device.type) and isinstance(activation[1], Tensor)):
             return None
-        read = self._weights(x, *self.roles.before_down, self.roles.down, casts=casting)
+        read = self._weights(x, *self.roles.before_down, self.roles.down, trained=True)
         if read is None:
             return None
         *first, (down, bias) = (*self.roles.split(read[:-1]), read[-1])
@@ -172,7 +171,8 @@ class SparseMLP(SparseBlock):
         """
         formula = self.roles.itself or computes(self._stock[0], self.roles, training=True)
         self.trained_density = max_density if formula else 0.0
-        layers = [self.readable(name) for name in (*self.roles.before_down, self.roles.down)]
+        names = (*self.roles.before_down, self.roles.down)
+        layers = [self.readable(name, transposed=True) for name in names]
         if not self.trained_density or self._trained_activation() is None or None in layers:
             return False
         return triton_ops.skips_in_training(cast(Tensor, cast(nn.Module, layers[0]).weight))
@@ -413,17 +413,18 @@ class SparseMLP(SparseBlock):
         return triton_ops.plan(weight, self.roles.form, certified=True).backend(1, self.density)
 
     def _weights(
-        self, x: Tensor, *names: str, casts: bool = False
+        self, x: Tensor, *names: str, trained: bool = False
     ) -> list[tuple[Tensor, Tensor | None]] | None:
         """Weight and bias of the children ``names``, to be read for ``x``; None if one must be called.
 
-        ``casts``: they may have another dtype.
+        To be ``trained`` they may have any strides, and under autocast another dtype.
         """
+        casts = trained and autocasts(x.device.type)
         if hooks_on_all_modules():
             return None
         found: list[tuple[Tensor, Tensor | None]] = []
         for name in names:
-            linear = self.readable(name)
+            linear = self.readable(name, transposed=trained)
             if linear is None:
                 return None
             parameters = linear._parameters  # as attributes each takes a call of __getattr__
@@ -436,20 +437,23 @@ class SparseMLP(SparseBlock):
     def _is_linear_down(self) -> bool:
         return isinstance(self._modules[self.roles.down], nn.Linear)
 
-    def readable(self, name: str) -> nn.Linear | Conv1D | None:
+    def readable(self, name: str, *, transposed: bool = False) -> nn.Linear | Conv1D | None:
         """The child ``name`` if its weight may be read directly, None if it must be called as a module.
 
         LoRA, quantised, offloaded, tensor-parallel and hooked layers all fail one of these tests, which is
         what makes skipping right for them: they are called, and do what they do. A ``Conv1D`` stores the
-        transposed weight: as a down projection it is neuron-major as it comes, elsewhere of no use.
+        transposed weight: as a down projection it is neuron-major as it comes, elsewhere of no use but to who
+        takes it ``transposed``.
         """
-        linear = self._multiplying(name)
+        linear = self._multiplying(name, transposed=transposed)
         return linear if linear is not None and is_plain(linear._parameters.get("weight")) else None
 
-    def _multiplying(self, name: str) -> nn.Linear | Conv1D | None:
+    def _multiplying(self, name: str, *, transposed: bool = False) -> nn.Linear | Conv1D | None:
         """The child ``name`` if a call of it does no more than multiply with its weight."""
         linear = cast(nn.Linear | Conv1D, self._modules[name])
-        if not has_own_forward(linear) or (type(linear) is Conv1D and name != self.roles.down):
+        if not has_own_forward(linear):
+            return None
+        if type(linear) is Conv1D and name != self.roles.down and not transposed:
             return None
         if linear._forward_hooks or linear._forward_pre_hooks:
             return None

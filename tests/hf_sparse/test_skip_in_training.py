@@ -23,9 +23,8 @@ from support.models import tiny, tiny_t5
 SPARSE = {"activation": {"name": "shifted_relu", "shift": 0.5}}
 IDS = torch.arange(1, 41).reshape(2, 20)
 
-DENSE = ("mpt", "starcoder2", "gpt2")
-"""The blocks of the first two call the function ``dropout``, at a rate of 0 here, which may change; GPT-2's
-store their first projection transposed."""
+DENSE = ("mpt", "starcoder2")
+"""Their blocks call the function ``dropout``, at a rate of 0 here, which may change."""
 
 pytestmark = needs_compiler
 
