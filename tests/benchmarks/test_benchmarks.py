@@ -169,7 +169,7 @@ def test_several_tokens(tmp_path: Path, assets: Path) -> None:
 
 @pytest.mark.slow
 def test_step(tmp_path: Path) -> None:
-    sizes = ("--shape", "128x192", "--vocab", "256", "--layers", "2", "--new-tokens", "34")
+    sizes = ("--shape", "128x4096", "--vocab", "256", "--layers", "2", "--new-tokens", "34")
     rows = run("step", tmp_path / "r.json", *sizes)["results"]
     # MLPs, and in the prepared ones attention; other layers are too small for a kernel.
     assert [row["calls"] for row in rows] == [2, 4, 4, 4]
