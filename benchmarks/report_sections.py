@@ -634,9 +634,8 @@ def training_step(result: Result) -> str:
     about = f"""
         An update of a Llama of the shape of SmolLM2-135M: {first["batch"]} × {first["length"]} tokens in pieces of
         {first["micro_batch"]}, float32, by turns, {first["update"]["repeats"]} of each; the same loss after the first.
-        Time and memory are shares of those of transformers.Trainer without sparsity. Peak memory is as the script took
-        it before 2026-11-28, while other trainers were in memory, and varies by some per cent with what the allocator
-        does; now it takes that of each alone."""
+        Time and memory are shares of those of transformers.Trainer without sparsity; peak memory is that of each trainer
+        alone."""
     rows = []
     for row in result.rows:
         low, high = row["share_quartiles"]
