@@ -12,7 +12,8 @@ import harness
 import plots
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import triton_ops
 from triton_ops import reference
@@ -51,6 +52,24 @@ SHAPES = {
         Shape("opt-6.7b", 4096, 16384, False),
     )
 }
+
+
+def llama(shape: Shape, layers: int, dtype: torch.dtype, device: str) -> Any:
+    """Gated MLPs of this shape in a Llama with next to no attention; random weights."""
+    config = LlamaConfig(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.neurons,
+        num_hidden_layers=layers,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=8,
+        vocab_size=8,
+    )
+    model: Any = LlamaForCausalLM(config).to(dtype).to(device)
+    for weight in model.parameters():
+        if weight.dim() == 2:
+            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+    return model
 
 
 class Layer:

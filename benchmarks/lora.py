@@ -21,10 +21,9 @@ from typing import Any
 
 import harness
 import torch
-from blocks import DTYPES, SHAPES, Shape, quantile
+from blocks import DTYPES, SHAPES, Shape, llama, quantile
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_sparse
 import triton_ops
@@ -73,19 +72,8 @@ def measure(args: argparse.Namespace, dtype: torch.dtype, adapter: str) -> list[
 def build(args: argparse.Namespace, dtype: torch.dtype, adapter: str) -> nn.Module:
     """A Llama with next to no attention, and the adapter on one projection of each MLP."""
     layer_bytes = 3 * args.shape.hidden * args.shape.neurons * dtype.itemsize
-    config = LlamaConfig(
-        hidden_size=args.shape.hidden,
-        intermediate_size=args.shape.neurons,
-        num_hidden_layers=args.layers or max(4, -(-(512 << 20) // layer_bytes)),
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        head_dim=8,
-        vocab_size=8,
-    )
-    model: Any = LlamaForCausalLM(config).to(dtype).to(args.device).eval()
-    for weight in model.parameters():
-        if weight.dim() == 2:
-            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+    layers = args.layers or max(4, -(-(512 << 20) // layer_bytes))
+    model = llama(args.shape, layers, dtype, args.device).eval()
     if adapter != "merged":
         lora = LoraConfig(r=args.rank, target_modules=[f"{adapter}_proj"], init_lora_weights=False)
         model = get_peft_model(model, lora).eval()

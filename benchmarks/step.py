@@ -29,7 +29,7 @@ class Clock:
     """The compiled library, with the time that is spent in it."""
 
     def __init__(self) -> None:
-        self._library = backend._kernels()
+        self._library = backend.kernels()
         self.seconds, self.calls = 0.0, 0
 
     def __getattr__(self, name: str) -> Callable[[bytes], Any]:
@@ -70,12 +70,12 @@ def main() -> None:
 @contextmanager
 def measured() -> Iterator[Clock]:
     """In here the kernels have a clock."""
-    library, clock = backend._kernels, Clock()
-    backend._kernels = lambda: clock  # type: ignore[assignment]
+    library, clock = backend.kernels, Clock()
+    backend.kernels = lambda: clock  # type: ignore[assignment]
     try:
         yield clock
     finally:
-        backend._kernels = library
+        backend.kernels = library
 
 
 def by_turns(models: dict[str, Any], prompt: torch.Tensor, args: Any, clock: Clock) -> dict[str, list[Any]]:

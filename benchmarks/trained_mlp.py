@@ -14,14 +14,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import harness
 import torch
-from blocks import DTYPES, SHAPES, Shape, quantile
+from blocks import DTYPES, SHAPES, Shape, llama, quantile
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_sparse
 from hf_sparse.activations import ShiftedReLU
@@ -49,7 +47,7 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace, shape: Shape, dtype: torch.dtype, sparsity: float) -> dict[str, Any]:
-    stock = build(shape, dtype, args.device)
+    stock = llama(shape, 1, dtype, args.device).train()
     x = torch.randn(args.tokens, shape.hidden, device=args.device).to(dtype).requires_grad_()
     grad = torch.randn_like(x)
     mlp: Any = stock.model.layers[0].mlp
@@ -88,24 +86,6 @@ def measure(args: argparse.Namespace, shape: Shape, dtype: torch.dtype, sparsity
     }
 
 
-def build(shape: Shape, dtype: torch.dtype, device: str) -> Any:
-    """A Llama of one layer with next to no attention."""
-    config = LlamaConfig(
-        hidden_size=shape.hidden,
-        intermediate_size=shape.neurons,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        head_dim=8,
-        vocab_size=8,
-    )
-    model: Any = LlamaForCausalLM(config).to(dtype).to(device).train()
-    for weight in model.parameters():
-        if weight.dim() == 2:
-            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
-    return model
-
-
 def gradients(block: nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:
     """Of the input and of the weights."""
     return list(torch.autograd.grad(block(x), [x, *block.parameters()], grad))
@@ -120,8 +100,7 @@ def kept(block: nn.Module, x: Tensor) -> float:
         sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    unpack: Callable[[Tensor], Tensor] = lambda tensor: tensor  # noqa: E731
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = block(x)
     for there in (x, *block.parameters()):
         sizes.pop(there.untyped_storage().data_ptr(), None)

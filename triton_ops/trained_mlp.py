@@ -143,7 +143,8 @@ class _Active(torch.autograd.Function):
             sums = products.sampled(pairs, x, up)
             u = (sums if up_bias is None else sums + up_bias.float()[pairs.column]).to(x.dtype)
         ctx.products, ctx.activation, ctx.size = products, activation, (pairs.rows, pairs.columns)
-        ctx.weights = [None if w is None else torch.empty_like(w, device="meta") for w in (first, up, down)]
+        weights = first, up, down.t()
+        ctx.weights = [None if w is None else torch.empty_like(w, device="meta") for w in weights]
         ctx.threshold, each = (None, threshold) if isinstance(threshold, Tensor) else (threshold, None)
         need = ctx.needs_input_grad
         ctx.save_for_backward(
@@ -179,14 +180,11 @@ class _Active(torch.autograd.Function):
             grads[0] = products.product(pairs, of_layers, None, torch.empty_like(grad))
         if any(need[1:4]):
             across, place = products.transposed(pairs)
-            like_first, like_up, like_down = ctx.weights
-            values = [value for value, _ in of_layers]
-            sides = [(1, like_first, values[0], x), (3, like_down.t(), _product(a, v).float(), grad)]
-            if u is not None:
-                sides.append((2, like_up, values[1], x))
-            for i, like, value, other in sides:
+            factors = {1 + i: (value, x) for i, (value, _) in enumerate(of_layers)}
+            factors[3] = _product(a, v).float(), grad
+            for i, (value, other) in factors.items():
                 if need[i]:
-                    to = torch.empty_like(like, device=grad.device)  # of the strides of the weight
+                    to = torch.empty_like(ctx.weights[i - 1], device=grad.device)  # of the weight's strides
                     grads[i] = products.product(across, [(value[place], other)], None, to)
             grads[3] = None if grads[3] is None else grads[3].t()
         for i, (value, _) in enumerate(of_layers, 4):

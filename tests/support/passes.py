@@ -22,20 +22,20 @@ class Passes:
 
 
 def passes(block: Block, run: Callable[..., Tensor], frozen: tuple[int, ...] = ()) -> Passes:
-    """Of ``run``, called as :func:`trained` is, by a gradient that is the same for every run."""
-    tensors = [None if t is None else t.detach().requires_grad_(i not in frozen) for i, t in at(block)]
+    """Of ``run``, called as ``trained_mlp`` is, by a gradient that is the same for every run."""
+    given = enumerate(arguments(block))
+    tensors = [None if t is None else t.detach().requires_grad_(i not in frozen) for i, t in given]
     y = run(*tensors, activation=block.activation, threshold=block.threshold)
     direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     y.backward(direction.to(y.dtype))
     return Passes(y.detach(), [None if t is None else t.grad for t in tensors])
 
 
-def at(block: Block) -> list[tuple[int, Tensor | None]]:
+def arguments(block: Block) -> list[Tensor | None]:
+    """The tensors of ``trained_mlp``, in its order."""
     if block.gate is None:
-        tensors = [block.x, block.up, None, block.down, block.up_bias, None, block.down_bias]
-    else:
-        tensors = [block.x, block.gate, block.up, block.down, block.gate_bias, block.up_bias, block.down_bias]
-    return list(enumerate(tensors))
+        return [block.x, block.up, None, block.down, block.up_bias, None, block.down_bias]
+    return block.tensors()
 
 
 def skipping(*tensors: Tensor | None, **options: object) -> Tensor:
@@ -44,14 +44,11 @@ def skipping(*tensors: Tensor | None, **options: object) -> Tensor:
 
 
 def dense(*tensors: Tensor | None, activation: str, threshold: float | Tensor) -> Tensor:
-    x, first, up, down, first_bias, up_bias, down_bias = tensors
-    assert x is not None
-    assert first is not None
-    assert down is not None
-    p = torch.nn.functional.linear(x, first, first_bias)
-    return reference.after_first(
-        x, p, up, down, up_bias, down_bias, activation=activation, threshold=threshold
-    )
+    x, first, up, down, first_bias, _, down_bias = tensors
+    kind = {"activation": activation, "threshold": threshold}
+    if up is None:
+        return reference.plain_mlp(x, first, down, first_bias, down_bias, **kind)  # type: ignore[arg-type]
+    return reference.gated_mlp(*tensors, **kind)  # type: ignore[arg-type]
 
 
 def in_float64(block: Block) -> Block:

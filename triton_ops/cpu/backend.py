@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import struct
 from collections.abc import Iterable
-from functools import cache
 from typing import Any
 
 import torch
@@ -15,7 +13,7 @@ from torch import Tensor
 from triton_ops.activations import TABLE
 from triton_ops.certificate import Certificate
 from triton_ops.cpu import build, products
-from triton_ops.cpu.calls import DTYPES, no_memory, pointer, threads
+from triton_ops.cpu.calls import DTYPES, kernels, no_memory, pointer, threads
 from triton_ops.cpu.sparse_products import PAIRS
 from triton_ops.layout import view_of
 from triton_ops.mlp import MLP, Int8Weight, Scales
@@ -120,7 +118,7 @@ def _multiply(
             team,
             0,
         )
-        if _kernels().hfs_linear(call):
+        if kernels().hfs_linear(call):
             no_memory(count)
 
 
@@ -140,7 +138,7 @@ def certify(weight: Tensor, rows: Tensor, bounds: Tensor) -> None:
     outputs, inputs = weight.shape
     tensors = weight, rows, bounds
     sizes = outputs, inputs, weight.stride(0)
-    _kernels().hfs_certify(
+    kernels().hfs_certify(
         _pack_certify(*[t.data_ptr() for t in tensors], *sizes, DTYPES[weight.dtype], threads())
     )
 
@@ -150,7 +148,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
     batch, heads, _, size = query.shape
     y = query.new_empty((batch, 1, heads, value.shape[-1]))
     shown = mask is not None and mask.dtype is torch.bool
-    failed = _kernels().hfs_attention(
+    failed = kernels().hfs_attention(
         _pack_attention(
             query.data_ptr(),
             key.data_ptr(),
@@ -216,7 +214,7 @@ def _run(
     storage = down.untyped_storage()  # another thread may change the layout meanwhile
     hidden, neurons = down.shape
     tokens = y.numel() // hidden
-    failed = _kernels().hfs_mlp(
+    failed = kernels().hfs_mlp(
         _pack(
             *tensors,
             storage.data_ptr() + down.storage_offset() * down.itemsize,
@@ -243,18 +241,6 @@ def _rows(weight: Tensor | None) -> Tensor | None:
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
-
-
-@cache
-def _kernels() -> Any:
-    library = build.library()
-    assert not isinstance(library, str), library  # unusable() has been asked
-    for function in (library.hfs_mlp, library.hfs_linear, library.hfs_attention):
-        function.restype = ctypes.c_int
-        function.argtypes = [ctypes.c_char_p]
-    library.hfs_certify.restype = None
-    library.hfs_certify.argtypes = [ctypes.c_char_p]
-    return library
 
 
 # From one two-core machine with AVX512-BF16, at the shapes of Llama-3.2-1B and Llama-2-7B;

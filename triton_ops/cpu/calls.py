@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
-from typing import NoReturn
+from functools import cache
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+
+from triton_ops.cpu import build
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -20,6 +24,20 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
+
+
+@cache
+def kernels() -> Any:
+    """The functions of ``mlp.cpp``, each of which takes a packed struct."""
+    library = build.library()
+    assert not isinstance(library, str), library  # unusable() has been asked
+    for function in (library.hfs_mlp, library.hfs_linear, library.hfs_attention, library.hfs_sparse):
+        function.restype = ctypes.c_int
+        function.argtypes = [ctypes.c_char_p]
+    for function in (library.hfs_certify, library.hfs_find, library.hfs_transpose):
+        function.restype = None
+        function.argtypes = [ctypes.c_char_p]
+    return library
 
 
 def threads() -> int:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import struct
 from collections.abc import Sequence
-from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from triton_ops.cpu import build
-from triton_ops.cpu.calls import DTYPES, pointer, threads
+from triton_ops.cpu.calls import DTYPES, kernels, pointer, threads
 from triton_ops.pairs import MOST, PairProducts, Pairs
 
 _pack_find = struct.Struct("5P2q2i").pack  # struct FindCall
@@ -26,13 +22,13 @@ def find(silent: Tensor, p: Tensor, most: int) -> tuple[Pairs, Tensor] | None:
     start = p.new_empty(rows + 1, dtype=torch.int64)
     given, sizes = (silent.data_ptr(), p.data_ptr(), start.data_ptr()), (rows, columns)
     last = DTYPES[p.dtype], threads()
-    _kernels().hfs_find(_pack_find(*given, 0, 0, *sizes, *last))
+    kernels().hfs_find(_pack_find(*given, 0, 0, *sizes, *last))
     entries = int(start[-1])
     if entries > min(most, MOST):
         return None
     column, kept = p.new_empty(entries, dtype=torch.int32), p.new_empty(entries)
     if entries:
-        _kernels().hfs_find(_pack_find(*given, column.data_ptr(), kept.data_ptr(), *sizes, *last))
+        kernels().hfs_find(_pack_find(*given, column.data_ptr(), kept.data_ptr(), *sizes, *last))
     return Pairs(rows, columns, start, column), kept
 
 
@@ -41,7 +37,7 @@ def transposed(pairs: Pairs) -> tuple[Pairs, Tensor]:
     start = pairs.start.new_empty(pairs.columns + 1)
     row, place = torch.empty_like(pairs.column), torch.empty_like(pairs.column)
     tensors = pairs.start, pairs.column, start, row, place
-    _kernels().hfs_transpose(_pack_transpose(*[t.data_ptr() for t in tensors], pairs.rows, pairs.columns))
+    kernels().hfs_transpose(_pack_transpose(*[t.data_ptr() for t in tensors], pairs.rows, pairs.columns))
     return Pairs(pairs.columns, pairs.rows, start, row), place
 
 
@@ -88,20 +84,10 @@ def _run(
         DTYPES[b.dtype],
         threads(),
     )
-    if _kernels().hfs_sparse(call):
+    if kernels().hfs_sparse(call):
         raise MemoryError(
             f"no memory is left for products with {len(pairs.column)} active pairs; use fewer tokens at once."
         )
-
-
-@cache
-def _kernels() -> Any:
-    library = build.library()
-    assert not isinstance(library, str), library  # unusable() has been asked
-    for function in (library.hfs_find, library.hfs_transpose, library.hfs_sparse):
-        function.restype = ctypes.c_int if function is library.hfs_sparse else None
-        function.argtypes = [ctypes.c_char_p]
-    return library
 
 
 PAIRS = PairProducts(find, transposed, product, sampled)
