@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -25,6 +26,7 @@ from hf_sparse.greedy_decoding import greedy_decoding_of
 from hf_sparse.modules import SparseExperts, SparseMLP
 from hf_sparse.modules.output_layer import asked
 from hf_sparse.modules.sparse_block import hooks_on_all_modules
+from hf_sparse.modules.surroundings import is_plain
 from hf_sparse.packed_attention import pack_attention, stock_attention
 from hf_sparse.run_certificates import Memory, RunCertificates
 from triton_ops import Certificate
@@ -90,6 +92,10 @@ class _Advice:
         blocks = (one for one in modules_of(step.model) if step.certify and isinstance(one, SparseMLP))
         weights = (block.worth_certifying() for block in blocks)
         self._certified = {weight.data_ptr() for weight in weights if weight is not None}
+        output = None if greedy_decoding_of(step.model) is None else step.model.get_output_embeddings()
+        own = None if output is None else output._parameters.get("weight")
+        outputs = {own.data_ptr()} if own is not None and is_plain(own) else set()
+        self.addresses = array("q", sorted(self._certified | outputs)).tobytes()
 
     def certificate(self, weight: Tensor) -> Certificate | None:
         if weight.data_ptr() not in self._certified or weight.is_inference():

@@ -6,7 +6,7 @@ torch's compiler keeps references to weights. So whoever runs a graph can be ask
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Protocol
@@ -15,9 +15,16 @@ from torch import Tensor
 
 from triton_ops.certificate import Certificate
 
+tell: Callable[[bytes, int], None] | None = None
+"""Tells operators in C++, which ask nobody, what weights they are to leave to those in Python: takes their
+addresses and how many there are, and holds in this thread. None while there are no such operators."""
+
 
 class Adviser(Protocol):
     """Who is asked."""
+
+    addresses: bytes
+    """Of the weights that there is advice for, int64, in ascending order; others may go without."""
 
     def certificate(self, weight: Tensor) -> Certificate | None:
         """That of the deciding projection ``[F, D]`` of an MLP as it is, if it is to be used for a token."""
@@ -33,10 +40,19 @@ _adviser: ContextVar[Adviser | None] = ContextVar("hf_sparse_adviser", default=N
 def advised_by(adviser: Adviser | None) -> Iterator[None]:
     """In here, in this thread or task, operators of graphs on the CPU ask ``adviser``, or nobody."""
     token = _adviser.set(adviser)
+    _tell()
     try:
         yield
     finally:
         _adviser.reset(token)
+        _tell()
+
+
+def _tell() -> None:
+    if tell is not None:
+        one = _adviser.get()
+        addresses = b"" if one is None else one.addresses
+        tell(addresses, len(addresses) // 8)
 
 
 def adviser() -> Adviser | None:

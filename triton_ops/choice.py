@@ -223,14 +223,25 @@ def backend_with(function: str, dtype: torch.dtype, forced: str, device: str = "
     return None
 
 
-def has_cpu_backend_in_graph(function: str, dtype: torch.dtype) -> bool:
-    """Whether there is a :func:`backend_with`, for a graph that is being compiled, which guards on it."""
-    return _has_cpu_backend(_of_thread.forced, memo.epoch, function, dtype)
+def cpu_backend_in_graph(function: str, dtype: torch.dtype) -> str | None:
+    """The name of :func:`backend_with`, for a graph that is being compiled, which guards on it."""
+    return _cpu_backend(_of_thread.forced, memo.epoch, function, dtype)
 
 
 @torch.compiler.assume_constant_result
-def _has_cpu_backend(forced: str, epoch: str, function: str, dtype: torch.dtype) -> bool:
-    return backend_with(function, dtype, forced or _from_environment()) is not None
+def _cpu_backend(forced: str, epoch: str, function: str, dtype: torch.dtype) -> str | None:
+    found = backend_with(function, dtype, forced or _from_environment())
+    return None if found is None else found.name
+
+
+def is_native_in_graph(name: str | None) -> bool:
+    """Whether a graph that is being compiled for the CPU calls the overload ``native`` for this backend."""
+    return _is_native(memo.epoch, name)
+
+
+@torch.compiler.assume_constant_result
+def _is_native(epoch: str, name: str | None) -> bool:
+    return name in REGISTRY and REGISTRY[name].native()
 
 
 @remembered

@@ -18,7 +18,7 @@ from triton_ops.ops import LIB, TAGS, in_inference_graph, is_for_torch
 from triton_ops.unobserved import unobserved
 
 MOST = 32
-"""Query heads that share keys, at most: ``kShared`` of ``attention.h``, which says so, too."""
+"""Query heads that share keys, at most: ``kSharingHeads`` of ``calls.h``."""
 
 
 def decode_attention(
@@ -57,7 +57,9 @@ def decode_attention(
         if unobserved(query, key, value, mask):
             return _decode_attention(query, key, value, mask, factor)
         if query.device.type == "cpu" and in_inference_graph():
-            return torch.ops.hf_sparse.decode_attention.default(query, key, value, mask, factor)
+            packet = torch.ops.hf_sparse.decode_attention
+            own = choice.is_native_in_graph(choice.cpu_backend_in_graph("attention", query.dtype))
+            return (packet.native if own else packet.default)(query, key, value, mask, factor)
     return _torchs(query, key, value, mask, factor)
 
 
@@ -73,13 +75,15 @@ def _decode_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
     return _torchs(query, key, value, mask, scale) if own is None else own
 
 
-LIB.define(
-    "decode_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale) -> Tensor", tags=TAGS
-)
+for _overload in ("decode_attention", "decode_attention.native"):
+    LIB.define(
+        f"{_overload}(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale) -> Tensor", tags=TAGS
+    )
 LIB.impl("decode_attention", _decode_attention, "CPU")
 
 
 @torch.library.register_fake("hf_sparse::decode_attention", lib=LIB)
+@torch.library.register_fake("hf_sparse::decode_attention.native", lib=LIB)
 def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     return query.new_empty((query.shape[0], 1, query.shape[1], value.shape[-1]))
 

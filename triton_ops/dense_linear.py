@@ -68,7 +68,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if wanted or not all(t is None or type(t) in (Tensor, nn.Parameter) for t in tensors):
         return reference.linear(*tensors)
-    return dispatched(torch.ops.hf_sparse.linear)(*tensors, backend)
+    return dispatched(torch.ops.hf_sparse.linear, x, backend)(*tensors, backend)
 
 
 def quick(x: Tensor, weight: Tensor, bias: Tensor | None) -> Backend | None:
@@ -143,5 +143,5 @@ def _vmap(info: Any, dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, 
 
 define("linear", "Tensor x, Tensor weight, Tensor? bias, str backend", _linear, _fake)
 torch.library.register_autograd("hf_sparse::linear", linear_backward, setup_context=save_linear, lib=LIB)
-for _overload in ("linear", "linear.inference"):
+for _overload in ("linear", "linear.inference", "linear.native"):
     torch.library.register_vmap(f"hf_sparse::{_overload}", _vmap, lib=LIB)

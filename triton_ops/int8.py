@@ -57,7 +57,9 @@ def int8_in_graph(x: Tensor) -> bool:
     """
     if not in_inference_graph() or choice.autocasts(x.device.type):
         return False
-    return x.device.type == "cpu" and _are_few(x) and choice.has_cpu_backend_in_graph("int8_mlp", x.dtype)
+    if x.device.type != "cpu" or not _are_few(x):
+        return False
+    return choice.cpu_backend_in_graph("int8_mlp", x.dtype) is not None
 
 
 def _are_few(x: Tensor) -> bool:

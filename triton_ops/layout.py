@@ -8,11 +8,15 @@ side while name, shape, values and saved checkpoints stay as they are.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 _changing = threading.Lock()
+unseen: Callable[[], AbstractContextManager[None]] = nullcontext
+"""In here no operator in C++ looks at a weight: they do not hold the interpreter's lock."""
 
 
 def is_neuron_major(weight: Tensor) -> bool:
@@ -54,7 +58,7 @@ def neuron_major_(weight: Tensor) -> Tensor:
     # Outside of inference mode, also when called in it: a tensor made there could never be trained.
     with _changing, torch.inference_mode(weight.is_inference()):
         if not is_neuron_major(weight):  # else another thread was first, and computes with it already
-            weight.data = weight.data.transpose(-1, -2).contiguous().transpose(-1, -2)
+            _swap(weight, weight.data.transpose(-1, -2).contiguous().transpose(-1, -2))
     return weight
 
 
@@ -62,8 +66,13 @@ def neuron_major_(weight: Tensor) -> Tensor:
 def stock_layout_(weight: Tensor) -> Tensor:
     """Undo :func:`neuron_major_`, in place: ``weight`` row by row, as ``nn.Linear`` stores it; returns it."""
     with _changing, torch.inference_mode(weight.is_inference()):
-        weight.data = weight.data.contiguous()
+        _swap(weight, weight.data.contiguous())
     return weight
+
+
+def _swap(weight: Tensor, data: Tensor) -> None:
+    with unseen():
+        weight.data = data
 
 
 def as_tokens(x: Tensor) -> Tensor:

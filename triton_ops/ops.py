@@ -40,18 +40,23 @@ TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 def define(name: str, signature: str, function: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
     """Define the operator ``name``, and its overload ``inference``, which has no gradient.
 
-    To find out that there is none to be had takes torch longer than all else that it does for a call.
+    To find out that there is none to be had takes torch longer than all else that it does for a call. A third
+    overload, ``native``, is for graphs on the CPU: a backend may have it computed without Python.
     """
-    for one in (name, f"{name}.inference"):
+    for one in (name, f"{name}.inference", f"{name}.native"):
         LIB.define(f"{one}({signature}) -> Tensor", tags=TAGS)
+        torch.library.register_fake(f"hf_sparse::{one}", fake, lib=LIB)
+    for one in (name, f"{name}.inference"):
         for device in ("CPU", "CUDA"):
             LIB.impl(one, function, device)
-        torch.library.register_fake(f"hf_sparse::{one}", fake, lib=LIB)
 
 
-def dispatched(packet: Any) -> Any:
-    """The overload to call."""
-    return packet.inference if in_inference_graph() else packet.default
+def dispatched(packet: Any, x: Tensor, backend: str) -> Any:
+    """The overload to call for ``x`` and this backend."""
+    if not in_inference_graph():
+        return packet.default
+    native = x.device.type == "cpu" and choice.is_native_in_graph(backend)
+    return packet.native if native else packet.inference
 
 
 def in_inference_graph() -> bool:
@@ -114,7 +119,7 @@ def gated_mlp(
         )
     scalar, each = check_threshold(threshold)
     tensors = x, gate, up, down, gate_bias, up_bias, down_bias, *(certificate or (None, None)), each
-    call = _gated_mlp if unobserved(*tensors) else dispatched(torch.ops.hf_sparse.gated_mlp)
+    call = _gated_mlp if unobserved(*tensors) else dispatched(torch.ops.hf_sparse.gated_mlp, x, backend)
     return call(*tensors, stamp, activation, scalar, backend)
 
 
@@ -143,7 +148,7 @@ def plain_mlp(
         )
     scalar, each = check_threshold(threshold)
     tensors = x, up, down, up_bias, down_bias, *(certificate or (None, None)), each
-    call = _plain_mlp if unobserved(*tensors) else dispatched(torch.ops.hf_sparse.plain_mlp)
+    call = _plain_mlp if unobserved(*tensors) else dispatched(torch.ops.hf_sparse.plain_mlp, x, backend)
     return call(*tensors, stamp, activation, scalar, backend)
 
 
@@ -167,7 +172,8 @@ def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None = None, *, back
     """
     if is_for_torch(h.device.type):
         return reference.sparse_linear(h, weight, bias)
-    call = _sparse_linear if unobserved(h, weight, bias) else dispatched(torch.ops.hf_sparse.sparse_linear)
+    packet = torch.ops.hf_sparse.sparse_linear
+    call = _sparse_linear if unobserved(h, weight, bias) else dispatched(packet, h, backend)
     return call(h, weight, bias, backend)
 
 

@@ -91,6 +91,10 @@ class Backend:
     pairs: PairProducts | None = None
     """What :func:`triton_ops.trained_mlp` needs. None: it trains dense there."""
 
+    native: Callable[[], bool] = lambda: False
+    """Whether operators of graphs on the CPU have an overload ``native`` that calls it without Python in
+    between, and may be called wherever this backend is chosen. It may build it."""
+
     certifies: bool = False
     """Whether it makes use of a certificate."""
 

@@ -12,7 +12,8 @@ import hf_sparse
 from support.compiler import CPP, needs_compiler
 from support.pairs import pairs
 
-OPERATORS = (torch.ops.hf_sparse.gated_mlp.inference, torch.ops.hf_sparse.plain_mlp.inference)
+_PACKETS = torch.ops.hf_sparse.gated_mlp, torch.ops.hf_sparse.plain_mlp
+OPERATORS = [overload for one in _PACKETS for overload in (one.inference, one.native)]
 
 
 class Recorder:

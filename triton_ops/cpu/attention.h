@@ -8,6 +8,7 @@
 // on threads.
 #pragma once
 
+#include "calls.h"
 #include "dots.h"
 #include "smooth.h"
 #include "team.h"
@@ -18,8 +19,8 @@ template <class W>
 struct Attention {
   typedef typename W::Type Type;
   typedef typename Product<W>::In In;
-  static constexpr int64_t kShared = kMaxTokens;  // query heads of a head of keys, at most
-  static_assert(kShared == 32, "MOST of decode_attention.py");
+  static constexpr int64_t kShared = kSharingHeads;  // query heads of a head of keys, at most
+  static_assert(kShared <= kMaxTokens);
   static constexpr int64_t kBlock = 64;           // keys whose products are kept before they are scores
   static constexpr int64_t kTogether = 4;         // heads whose sums are in registers at once
   static constexpr int64_t kAlone = 128 * 1024;   // bytes of keys and values that one thread reads sooner

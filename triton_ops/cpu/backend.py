@@ -12,7 +12,7 @@ from torch import Tensor
 
 from triton_ops.activations import TABLE
 from triton_ops.certificate import Certificate
-from triton_ops.cpu import build, products
+from triton_ops.cpu import build, operators, products
 from triton_ops.cpu.calls import DTYPES, kernels, no_memory, pointer, threads
 from triton_ops.cpu.sparse_products import PAIRS
 from triton_ops.layout import view_of
@@ -49,7 +49,7 @@ def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 FEW = 8
-"""Tokens that :func:`linear` multiplies at once: ``kTokens`` of ``dense_linear.h``."""
+"""Tokens that :func:`linear` multiplies at once: ``kFewTokens`` of ``calls.h``."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -264,6 +264,7 @@ BACKEND = Backend(
     int8_linear=int8_linear,
     int8_sparse_linear=int8_sparse_linear,
     pairs=PAIRS,
+    native=operators.are_there,
     certifies=True,
     multiplies=products.multiplies,
     defaults={

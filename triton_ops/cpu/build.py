@@ -1,6 +1,6 @@
-"""Builds ``mlp.cpp`` with the system's compiler on first use, and loads it.
+"""Builds the C++ of this folder with the system's compiler on first use, and loads it.
 
-The library is cached under a name made of the source, the compiler's version, the flags, the CPU and the
+A library is cached under a name made of the source, the compiler's version, the flags, the CPU and the
 way of linking, so nothing stale is ever loaded; it is written whole or not at all, so processes may build at
 once.
 """
@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from triton_ops.processor import processor_fields
 from triton_ops.storage import cache_dir, write_atomically
 
 SOURCE = Path(__file__).with_name("mlp.cpp")
-SOURCES = (SOURCE, *sorted(SOURCE.parent.glob("*.h")))
+HEADERS = sorted(SOURCE.parent.glob("*.h"))
 # The compiler finds the formula of each activation by its name (activation.h); its place here is its code.
 ACTIVATIONS = f"-DHFS_ACTIVATIONS={','.join(TABLE)}"
 COMPILE = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", ACTIVATIONS)
@@ -43,7 +44,7 @@ class BuildError(RuntimeError):
 def library() -> ctypes.CDLL | str:
     """The loaded kernels, or the reason why there are none. Tried once per process, warned about once."""
     try:
-        return _load()
+        return load(SOURCE, COMPILE, LINKS)
     except BuildError as error:
         warnings.warn(
             f"The compiled CPU kernels are not available: {error} Skipping falls back to PyTorch operators, "
@@ -72,28 +73,43 @@ def compiler() -> list[str]:
     raise BuildError("no C++ compiler was found (tried g++, c++, clang++).")
 
 
-def _load() -> ctypes.CDLL:
+def load(source: Path, flags: Sequence[str], links: Sequence[Sequence[str]], about: str = "") -> ctypes.CDLL:
+    """The library of ``source``, built if it is not cached.
+
+    Args:
+        source: a file of this folder, which includes headers of this folder.
+        flags: of the compiler.
+        links: the options of one attempt to link after the other.
+        about: what else, unseen in the command, the binary depends on.
+
+    Raises:
+        BuildError: it cannot be built or loaded.
+
+    """
     command = compiler()
     version = _run([*command, "--version"])
-    key = "\0".join([*(s.read_text() for s in SOURCES), version, *command, *COMPILE, _cpu()])
-    name = f"mlp-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
+    texts = (file.read_text() for file in (source, *HEADERS))
+    key = "\0".join([*texts, version, *command, *flags, about, _cpu()])
+    name = f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
     folder = cache_dir() / "cpu"
     error: Exception | None = None
-    for i, link in enumerate(LINKS):
+    for i, link in enumerate(links):
         path = folder / f"{name}-{i}.so"
         try:
-            return ctypes.CDLL(str(path)) if path.is_file() else _build(command, link, path)
+            if path.is_file():
+                return ctypes.CDLL(str(path))
+            return _build(command, [*flags, "-c", str(source)], link, path)
         except OSError as caught:
             error = caught
     raise BuildError(f"the built library does not load: {error}.")
 
 
-def _build(command: list[str], link: tuple[str, ...], path: Path) -> ctypes.CDLL:
+def _build(command: list[str], flags: list[str], link: Sequence[str], path: Path) -> ctypes.CDLL:
     """Compile, load, and keep at ``path`` for the next process where that can be written."""
     with tempfile.TemporaryDirectory(prefix="hf_sparse-") as folder:
-        built, made = Path(folder, "mlp.o"), Path(folder, "mlp.so")
-        _run([*command, *COMPILE, "-c", str(SOURCE), "-o", str(built)])
-        _run([*command, *link, str(built), "-o", str(made)])
+        built, made = Path(folder, "built.o"), Path(folder, "made.so")
+        _run([*command, *flags, "-o", str(built)])
+        _run([*command, str(built), *link, "-o", str(made)])
         # Loaded first: a library that does not load must not stay behind. Once loaded, its file may go.
         loaded = ctypes.CDLL(str(made))
         with contextlib.suppress(OSError):

@@ -5,6 +5,7 @@
 // any order. The bits of an output depend on its row and its token alone: neither on threads nor on other tokens.
 #pragma once
 
+#include "calls.h"
 #include "dots.h"
 #include "team.h"
 
@@ -15,7 +16,7 @@ struct DenseLinear {
   typedef typename W::Type Type;
   typedef typename Rows::Type Row;
   typedef typename Product<Rows>::In In;
-  static constexpr int64_t kTokens = 8;              // at most
+  static constexpr int64_t kTokens = kFewTokens;  // at most
   static constexpr int64_t kBlock = 64;              // rows whose sums are kept before they are rounded
   // Bytes of inputs that stay in the first-level cache beside the weights that pass. Larger ones are read from the next
   // with every row, so four rows share them; rows of few inputs are read fastest one by one.

@@ -6,6 +6,7 @@
 // once they are rounded stay side by side, and argmax finds the first of them, as without this.
 #pragma once
 
+#include "calls.h"
 #include "certify.h"
 #include "dots.h"
 #include "team.h"
@@ -16,7 +17,7 @@ template <class W>
 struct GreedyLinear {
   typedef typename W::Type Type;
   typedef typename Product<W>::In In;
-  static constexpr int64_t kTokens = 8;  // at most
+  static constexpr int64_t kTokens = kFewTokens;  // at most
   static constexpr int64_t kBlock = 64;  // rows whose products are kept before they become bounds
   const Type *x, *bias;     // [T, F], [D] or null
   const Type* w;            // [D, F] with contiguous rows

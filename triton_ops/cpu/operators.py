@@ -1,0 +1,56 @@
+"""The operators of compiled graphs as functions of C++, ``operators.cpp``: a call takes no Python.
+
+Where they cannot be built, for want of torch's headers say, graphs call the operators in Python, which do the
+same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from triton_ops import advice, layout
+from triton_ops.cpu import build
+from triton_ops.cpu.calls import kernels
+
+SOURCE = Path(__file__).with_name("operators.cpp")
+_TORCH = Path(torch.__file__).parent
+_ABI = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+COMPILE = ("-O2", "-std=c++20", "-fPIC", "-w", f"-I{_TORCH / 'include'}", _ABI, build.ACTIVATIONS)
+LINK = ("-shared", f"-L{_TORCH / 'lib'}", "-ltorch_cpu", "-lc10")
+
+
+@cache
+def obstacle() -> str | None:
+    """Why graphs have to do without; None if they are there. The first call builds them."""
+    if isinstance(found := build.library(), str):
+        return found
+    try:
+        library = build.load(SOURCE, COMPILE, [LINK], torch.__version__)
+    except build.BuildError as error:
+        return str(error)
+    library.hfs_connect.argtypes = [ctypes.c_void_p] * 3
+    names = "hfs_mlp", "hfs_linear", "hfs_attention"
+    library.hfs_connect(*(ctypes.cast(getattr(kernels(), name), ctypes.c_void_p) for name in names))
+    library.hfs_advise.argtypes = [ctypes.c_char_p, ctypes.c_int64]
+
+    @contextmanager
+    def unseen() -> Iterator[None]:
+        library.hfs_begin_change()
+        try:
+            yield
+        finally:
+            library.hfs_end_change()
+
+    layout.unseen, advice.tell = unseen, library.hfs_advise
+    return None
+
+
+def are_there() -> bool:
+    """Whether graphs can have them."""
+    return obstacle() is None
