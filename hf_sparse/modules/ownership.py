@@ -164,10 +164,22 @@ def holds_alone(module: nn.Module, stock: tuple[nn.Module], name: str) -> bool:
         return False
     if held_elsewhere(vars(module), "_parameters", holders=2):
         return False
-    return is_held_alone(module._parameters, name)
+    return _is_held_alone(module._parameters, name)
 
 
-def is_held_alone(parameters: dict[str, Any], name: str) -> bool:
+def holds_layer_alone(children: dict[str, Any], stock: tuple[nn.Module], name: str) -> bool:
+    """Whether only a block with these ``children``, and the one that it stands for, hold a linear layer.
+
+    Or its weight, or the memory of that. To be asked likewise.
+    """
+    if held_elsewhere(stock, 0) or module_held_elsewhere(children, name, 2):
+        return False
+    if held_elsewhere(vars(children[name]), "_parameters"):  # as an iterator over it does
+        return False
+    return _is_held_alone(children[name]._parameters, "weight")
+
+
+def _is_held_alone(parameters: dict[str, Any], name: str) -> bool:
     """Whether nobody but this dictionary holds a parameter, or its memory; to be asked likewise."""
     if held_elsewhere(parameters, name):
         return False

@@ -213,7 +213,7 @@ class SparseBlock(GuardedModule):
             )
         return super().state_dict(*args, **kwargs)
 
-    def _nothing_else(self) -> bool:
+    def nothing_else(self) -> bool:
         """Whether no child but those with a role would do anything: whole-block operators call none."""
         for name, child in self._modules.items():
             if name in self.roles.names or name in self.leaves or child is None:

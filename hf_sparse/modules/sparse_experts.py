@@ -88,7 +88,7 @@ class SparseExperts(SparseBlock):
                 self.disclose()  # the weights belong to whoever trains them
             return None
         slots = call.experts.numel()
-        if not self.gives_zeros or not self._nothing_else() or not self._readable(call.x) or not slots:
+        if not self.gives_zeros or not self.nothing_else() or not self._readable(call.x) or not slots:
             return None
         if getattr(getattr(self, "config", None), "_experts_implementation", None) not in _SAME:
             return None

@@ -2,44 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import triton_ops
-from hf_sparse.adapters.int8 import int8_of, int8_runs, is_beside, stored
+from hf_sparse.adapters.int8 import stored
 from hf_sparse.adapters.probe import computes
-from hf_sparse.adapters.roles import LayerRoles, Roles
+from hf_sparse.adapters.roles import LayerRoles, Linear, Roles
 from hf_sparse.modules.certified import Certified
-from hf_sparse.modules.ownership import (
-    any_lent,
-    give_back,
-    held_elsewhere,
-    held_weakly,
-    is_held_alone,
-    is_lent,
-    lend,
-    module_held_elsewhere,
-    neuron_major,
-)
-from hf_sparse.modules.sparse_block import (
-    SparseBlock,
-    Way,
-    backward_hooks_on_all_modules,
-    hooks_on_all_modules,
-)
+from hf_sparse.modules.int8_way import int8_layer, int8_way
+from hf_sparse.modules.ownership import any_lent, give_back, holds_layer_alone, is_lent, lend, neuron_major
+from hf_sparse.modules.sparse_block import SparseBlock, Way, hooks_on_all_modules
 from hf_sparse.modules.stand_in import StandIn
-from hf_sparse.modules.surroundings import has_own_forward, is_plain, overridden, transformed
-from triton_ops import DENSE, Certificate, Int8Weight, Problem
+from hf_sparse.modules.surroundings import is_plain, only_multiplies, overridden, transformed
+from hf_sparse.modules.trained_way import can_be_trained, trained_way
+from triton_ops import DENSE, Problem
 from triton_ops.activations import TABLE
 from triton_ops.choice import autocasts
 from triton_ops.layout import view_of
 from triton_ops.problem import Form
 
 _STOCK = Way()
-_Int8Layer: TypeAlias = tuple[Int8Weight, Tensor | None]
 
 
 class SparseMLP(SparseBlock):
@@ -113,25 +99,26 @@ class SparseMLP(SparseBlock):
             if not compiling:
                 self.disclose()  # the weights belong to whoever trains them
             trained = skip and torch.is_grad_enabled() and self.trained_density > 0 and not compiling
-            return (self._trained_way(x) if trained else None) or _STOCK
-        if not self._nothing_else():
+            return (trained_way(self, x) if trained else None) or _STOCK
+        if not self.nothing_else():
             return _STOCK
         tokens = x.numel() // x.shape[-1]
         # Asked before a variable here holds a weight.
         since = None if compiling else self._certified.mark
-        certify, lendable = skip and self._may_certify(tokens), compiling or self._may_lend()
-        read = self._weights(x, self.roles.down)
+        certify = skip and self._certified.may_serve(self, self._stock, tokens)
+        lendable = compiling or self._may_lend()
+        read = self.read(x, self.roles.down)
         if read is None:
-            return self._int8_way(x) if skip and lendable else _STOCK
+            return (int8_way(self, x) if skip and lendable else None) or _STOCK
         ((down, bias),) = read
         zeros = skip and self.gives_zeros
         activation = self.kernel() if zeros and not self.selects else None
-        called = None if activation is None else self._weights(x, *self.roles.before_down)
+        called = None if activation is None else self.read(x, *self.roles.before_down)
         if activation is not None and called is not None:
             first = self.roles.split(called)
             deciding, held, form = first[0][0], None, self.roles.form
             if certify and TABLE[activation[0]].certifiable:
-                backend, held = self._certificate(deciding, since)
+                backend, held = self._certified.for_one_token(self, deciding, since)
             if held is None:
                 backend = triton_ops.plan(deciding, form).backend(tokens, self.density)
             if backend != DENSE and lendable and (rows := neuron_major(down)) is not None:
@@ -151,81 +138,23 @@ class SparseMLP(SparseBlock):
             return Way(weights=(view_of(down),))  # likewise
         return _STOCK
 
-    def _trained_way(self, x: Tensor) -> Way | None:
-        """The same with gradient: the whole block as one function of its weights, or not at all."""
-        activation = self._trained_activation()
-        if activation is None or (autocasts(x.device.type) and isinstance(activation[1], Tensor)):
-            return None
-        read = self._weights(x, *self.roles.before_down, self.roles.down, trained=True)
-        if read is None:
-            return None
-        *first, (down, bias) = (*self.roles.split(read[:-1]), read[-1])
-        weights, biases = zip(*first, strict=True)
-        up, up_bias = (weights[1], biases[1]) if len(first) > 1 else (None, None)
-        return Way("trained", weights=(weights[0], up, down, biases[0], up_bias, bias), activation=activation)
-
-    def skip_in_training(self, max_density: float) -> bool:
-        """Skip with gradient up to this share of active pairs; whether it could as it is now.
-
-        It never does where the forward of the class has more than the formula in training.
-        """
-        formula = self.roles.itself or computes(self._stock[0], self.roles, training=True)
-        self.trained_density = max_density if formula else 0.0
-        names = (*self.roles.before_down, self.roles.down)
-        layers = [self.readable(name, transposed=True) for name in names]
-        if not self.trained_density or self._trained_activation() is None or None in layers:
-            return False
-        return triton_ops.skips_in_training(cast(Tensor, cast(nn.Module, layers[0]).weight))
-
-    def _trained_activation(self) -> tuple[str, float] | None:
-        """What the kernels call the activation; None if the block must be called with gradient."""
-        for module in self._modules.values():
-            if module is not None and (module._backward_hooks or module._backward_pre_hooks):
-                return None
-        activation = None if self.selects or backward_hooks_on_all_modules() else self.kernel()
-        learned = activation is not None and getattr(activation[1], "requires_grad", False)
-        return None if learned or not self._nothing_else() else activation
-
-    def _int8_way(self, x: Tensor) -> Way:
-        """The same for weights that are int8, of which the down projection may be stored neuron by neuron."""
-        activation = None if self.selects else self.kernel()
-        if activation is None or not int8_runs(x):
-            return _STOCK
-        held = [self._int8(name) for name in (*self.roles.before_down, self.roles.down)]
-        if any(one is None or not is_beside(*one, x) for one in held):
-            return _STOCK
-        *called, ((down, scale), bias) = cast("list[_Int8Layer]", held)
-        rows = self.roles.split([(weight.rows, b) for weight, b in called])
-        scales = self.roles.split([(weight.scale, None) for weight, _ in called])
-        weights = [Int8Weight(w, s) for (w, _), (s, _) in zip(rows, scales, strict=True)]
-        lent = neuron_major(down)
-        if lent is None:
-            return _STOCK
-        first, up = (*weights, None)[:2]
-        biases = (*[b for _, b in rows], None)[:2]
-        return Way("int8", weights=(first, up, Int8Weight(lent, scale), *biases, bias), activation=activation)
-
     def _run(self, x: Tensor, way: Way) -> Tensor:
+        weights: Any = way.weights
         if way.form is None:
-            return self._stock_forward(x, *cast("tuple[Tensor, ...]", way.weights))
+            return self._stock_forward(x, *weights)
+        if way.form == "linear":
+            return triton_ops.sparse_linear(self.hidden(x), *weights, backend=way.backend)
         name, threshold = way.activation
         if way.form == "int8":
-            run: Any = triton_ops.int8_mlp
-            return cast(Tensor, run(x, *way.weights, activation=name, threshold=threshold))
+            return triton_ops.int8_mlp(x, *weights, activation=name, threshold=threshold)
         if way.form == "trained":
-            run = triton_ops.trained_mlp
-            density = self.trained_density
-            return cast(
-                Tensor, run(x, *way.weights, activation=name, threshold=threshold, max_density=density)
-            )
-        if way.form == "linear":
-            down, bias = cast("tuple[Tensor, Tensor | None]", way.weights)
-            return triton_ops.sparse_linear(self.hidden(x), down, bias, backend=way.backend)
-        operator: Any = triton_ops.gated_mlp if way.form == "gated" else triton_ops.plain_mlp
+            most = self.trained_density
+            return triton_ops.trained_mlp(x, *weights, activation=name, threshold=threshold, max_density=most)
         certificate, stamp = way.certificate or (None, None)
+        operator: Any = triton_ops.gated_mlp if way.form == "gated" else triton_ops.plain_mlp
         return operator(
             x,
-            *way.weights,
+            *weights,
             activation=name,
             threshold=threshold,
             certificate=certificate,
@@ -239,9 +168,7 @@ class SparseMLP(SparseBlock):
         if down is not None:
             own = vars(self._child(self.roles.down))
             layer = object.__new__(type(self._child(self.roles.down)))
-            object.__setattr__(
-                layer, "__dict__", {**own, "_parameters": {**own["_parameters"], "weight": down}}
-            )
+            vars(layer).update(own, _parameters={**own["_parameters"], "weight": down})
         if self._computes_itself():
             return cast(Tensor, (layer or self._child(self.roles.down))(self.hidden(x)))
         return cast(Tensor, self._stock_function(self._as_stock(layer), x))
@@ -283,20 +210,27 @@ class SparseMLP(SparseBlock):
             return a * u
         return a.mul_(u)
 
+    def skip_in_training(self, max_density: float) -> bool:
+        """Skip with gradient up to this share of active pairs; whether it could as it is now.
+
+        It never does where the forward of the class has more than the formula in training.
+        """
+        formula = self.roles.itself or computes(self._stock[0], self.roles, training=True)
+        self.trained_density = max_density if formula else 0.0
+        return self.trained_density > 0 and can_be_trained(self)
+
     def prepare(self, *, certify: bool) -> None:
         """Store the down projection neuron-major and certify; else the first call that skips does so."""
         self._certified.wanted = certify = certify and self.certifiable
         self._certified.drop()
         if not self.gives_zeros:
             return
-        if self._may_lend() and self._is_linear_down():
-            if down := self.readable(self.roles.down):
-                lend(down.weight)
-            elif self.skips_int8:
-                lend(cast(Tensor, self._down_weight()))
+        readable = self.readable(self.roles.down) is not None or self.skips_int8
+        if readable and self._may_lend() and self._is_linear_down():
+            lend(cast(Tensor, self._down_weight()))
         since = self._certified.mark
-        if certify and self._may_certify(1) and (first := self._deciding()) is not None:
-            self._certificate(cast(Tensor, first.weight), since)
+        if certify and self._certified.may_serve(self, self._stock, 1) and (first := self.deciding()):
+            self._certified.for_one_token(self, first.weight, since)
 
     @property
     def certifiable(self) -> bool:
@@ -306,11 +240,10 @@ class SparseMLP(SparseBlock):
 
     def worth_certifying(self) -> Tensor | None:
         """The weight ``[F, D]`` that decides which neurons are active, if a certificate of it pays."""
-        first = self._deciding() if self.certifiable and self.kernel() is not None else None
-        if first is None:
+        first = self.deciding() if self.certifiable and self.kernel() is not None else None
+        if first is None or self._certified.backend(self, first.weight) == DENSE:
             return None
-        weight = cast(Tensor, first.weight)
-        return None if self._certified_backend(weight) == DENSE else weight
+        return first.weight
 
     @property
     def certify(self) -> bool:
@@ -322,7 +255,7 @@ class SparseMLP(SparseBlock):
         certified.wanted = self.certify
         return {**super().__getstate__(), "_certified": certified}
 
-    def _deciding(self) -> nn.Module | None:
+    def deciding(self) -> nn.Linear | Conv1D | None:
         """The layer that decides which neurons are active, if there is such a one and it may be read."""
         name = self.roles.deciding
         return None if name is None else self.readable(name)
@@ -333,33 +266,9 @@ class SparseMLP(SparseBlock):
         Then no change of it goes unnoticed, and its layout is nobody's business. Not to be asked while a
         variable of the caller holds it.
         """
-        modules = self._modules
-        if name is None or (self.readable(name) is None and self._int8(name) is None):
+        if name is None or (self.readable(name) is None and int8_layer(self._child(name)) is None):
             return False
-        # The stock block is the second holder of the layer.
-        if held_elsewhere(self._stock, 0) or module_held_elsewhere(modules, name, 2):
-            return False
-        if held_elsewhere(vars(modules[name]), "_parameters"):  # as an iterator over it does
-            return False
-        return is_held_alone(self._child(name)._parameters, "weight")
-
-    def _may_certify(self, tokens: int) -> bool:
-        """Whether a certificate may be used for so many tokens; to be asked before fetching the weights."""
-        if not self.certify or torch.compiler.is_compiling():
-            return self.certify and tokens == 1
-        if self._deciding_held_weakly() or not self.owns(self.roles.deciding):
-            self._certified.drop()  # whoever holds it now may have changed it when this is asked again
-            return False
-        return tokens == 1
-
-    def _deciding_held_weakly(self) -> bool:
-        """Whether a weak reference leads to the deciding layer, to its weight or to the stock block."""
-        linear = self._deciding()
-        if linear is None:
-            return False
-        weight = cast(Tensor, linear._parameters["weight"])
-        own = self._certified.references(weight)
-        return held_weakly(weight, own) or held_weakly(linear) or held_weakly(self._stock[0])
+        return holds_layer_alone(self._modules, self._stock, name)
 
     @property
     def is_held(self) -> bool:
@@ -372,7 +281,7 @@ class SparseMLP(SparseBlock):
         """As of any block; what holds its weights is not asked."""
         if self.selects or self.kernel() is None:
             return False
-        return all(self._int8(name) is not None for name in (*self.roles.before_down, self.roles.down))
+        return all(int8_layer(self._child(name)) for name in (*self.roles.before_down, self.roles.down))
 
     def problems(self) -> tuple[list[Problem], str | None]:
         if not self.gives_zeros:
@@ -397,24 +306,7 @@ class SparseMLP(SparseBlock):
         del weight
         return self.owns(self.roles.down)
 
-    def _certificate(
-        self, weight: Tensor, since: object
-    ) -> tuple[str, tuple[Certificate, tuple[int, int]] | None]:
-        """The backend for one token with a certificate of the deciding projection ``[F, D]``, and that.
-
-        It is made if need be; none where it does not pay, or cannot be had. Nobody else held the weight at
-        the mark ``since``.
-        """
-        backend = self._certified_backend(weight)
-        return backend, None if backend == DENSE else self._certified.of(weight, since)
-
-    def _certified_backend(self, weight: Tensor) -> str:
-        """The backend for one token with a certificate; dense where that does not pay."""
-        return triton_ops.plan(weight, self.roles.form, certified=True).backend(1, self.density)
-
-    def _weights(
-        self, x: Tensor, *names: str, trained: bool = False
-    ) -> list[tuple[Tensor, Tensor | None]] | None:
+    def read(self, x: Tensor, *names: str, trained: bool = False) -> list[Linear] | None:
         """Weight and bias of the children ``names``, to be read for ``x``; None if one must be called.
 
         To be ``trained`` they may have any strides, and under autocast another dtype.
@@ -422,7 +314,7 @@ class SparseMLP(SparseBlock):
         casts = trained and autocasts(x.device.type)
         if hooks_on_all_modules():
             return None
-        found: list[tuple[Tensor, Tensor | None]] = []
+        found: list[Linear] = []
         for name in names:
             linear = self.readable(name, transposed=trained)
             if linear is None:
@@ -445,25 +337,10 @@ class SparseMLP(SparseBlock):
         transposed weight: as a down projection it is neuron-major as it comes, elsewhere of no use but to who
         takes it ``transposed``.
         """
-        linear = self._multiplying(name, transposed=transposed)
-        return linear if linear is not None and is_plain(linear._parameters.get("weight")) else None
-
-    def _multiplying(self, name: str, *, transposed: bool = False) -> nn.Linear | Conv1D | None:
-        """The child ``name`` if a call of it does no more than multiply with its weight."""
         linear = cast(nn.Linear | Conv1D, self._modules[name])
-        if not has_own_forward(linear):
+        if not only_multiplies(linear, transposed=transposed or name == self.roles.down):
             return None
-        if type(linear) is Conv1D and name != self.roles.down and not transposed:
-            return None
-        if linear._forward_hooks or linear._forward_pre_hooks:
-            return None
-        return None if "forward" in vars(linear) or "bias" not in linear._parameters else linear
-
-    def _int8(self, name: str) -> _Int8Layer | None:
-        """Weight and bias of the child ``name``, if the weight is int8 and may be read."""
-        linear = None if hooks_on_all_modules() else self._multiplying(name)
-        held = None if linear is None else int8_of(linear._parameters.get("weight"))
-        return None if held is None else (held, cast(nn.Linear, linear)._parameters["bias"])
+        return linear if is_plain(linear._parameters.get("weight")) else None
 
 
 class SparseGatedMLP(SparseMLP):

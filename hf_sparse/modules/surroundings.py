@@ -71,6 +71,18 @@ def has_own_forward(module: nn.Module) -> bool:
     return known is not None and cls.forward is known
 
 
+def only_multiplies(linear: nn.Module, *, transposed: bool = False) -> bool:
+    """Whether a call of ``linear`` does no more than multiply with its weight.
+
+    That of a ``Conv1D`` is transposed, and of no use but to who takes it so.
+    """
+    if not has_own_forward(linear) or (type(linear) is Conv1D and not transposed):
+        return False
+    if linear._forward_hooks or linear._forward_pre_hooks:
+        return False
+    return "forward" not in vars(linear) and "bias" in linear._parameters
+
+
 def _multiplies(cls: type[nn.Linear]) -> bool:
     """Whether the forward of ``cls`` needs a weight and a bias only, and computes what ``Linear`` does."""
     x, weight, bias = (torch.linspace(-1, 2, n, dtype=torch.float64, device="cpu") for n in (6, 15, 5))

@@ -31,7 +31,13 @@ def kernels() -> Any:
     """The functions of ``mlp.cpp``, each of which takes a packed struct."""
     library = build.library()
     assert not isinstance(library, str), library  # unusable() has been asked
-    for function in (library.hfs_mlp, library.hfs_linear, library.hfs_attention, library.hfs_sparse):
+    for function in (
+        library.hfs_mlp,
+        library.hfs_linear,
+        library.hfs_attention,
+        library.hfs_sparse_product,
+        library.hfs_sampled_product,
+    ):
         function.restype = ctypes.c_int
         function.argtypes = [ctypes.c_char_p]
     for function in (library.hfs_certify, library.hfs_find, library.hfs_transpose):

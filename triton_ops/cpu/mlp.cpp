@@ -40,17 +40,29 @@ struct TransposeCall {
 };
 static_assert(sizeof(TransposeCall) == 7 * 8, "sparse_products.py packs it by hand");
 
-// A product with them, or one of which nothing else is made.
-struct SparseCall {
-  const void *start, *column;   // [R + 1], [entries]
-  void *value, *more;           // [entries], float32: factors, of which the second may be null, or the result with `a`
-  const void *a, *b, *other;    // [R, N], or null; [C, N] of either factor
+// A product with them, or the sum of two.
+struct SparseProductCall {
+  const int64_t* start;         // [R + 1]
+  const int32_t* column;        // [entries]
+  const float *value, *more;    // [entries], of which the second may be null
+  const void *b, *other;        // [C, N]; what these and those are multiplied with
   const void* bias;             // [N], or null
-  void* y;                      // [R, N], or null with `a`
-  int64_t R, C, N, a_row, b_row, b_column, other_row, other_column, y_row, y_column;  // strides; a row of `a` lies together
+  void* y;                      // [R, N]
+  int64_t R, C, N, b_row, b_column, other_row, other_column, y_row, y_column;  // strides
   int32_t dtype, threads;
 };
-static_assert(sizeof(SparseCall) == 19 * 8 + 2 * 4, "sparse_products.py packs it by hand");
+static_assert(sizeof(SparseProductCall) == 17 * 8 + 2 * 4, "sparse_products.py packs it by hand");
+
+// The values that they have in a product.
+struct SampledProductCall {
+  const int64_t* start;         // [R + 1]
+  const int32_t* column;        // [entries]
+  const void *a, *b;            // [R, N], of which rows are contiguous; [C, N]
+  float* value;                 // [entries]
+  int64_t R, C, N, a_row, b_row, b_column;  // strides
+  int32_t dtype, threads;
+};
+static_assert(sizeof(SampledProductCall) == 11 * 8 + 2 * 4, "sparse_products.py packs it by hand");
 
 namespace {
 
@@ -276,17 +288,20 @@ void run(const FindCall& call) {
 }
 
 template <class W>
-int run(const SparseCall& call) {
+int run(const SparseProductCall& call) {
   typedef typename W::Type Type;
-  const Sparse s = {call.R, call.C, (const int64_t*)call.start, (const int32_t*)call.column};
   const Dense<W> b = {(const Type*)call.b, call.b_row, call.b_column};
-  if (call.a) {
-    SampledProduct<W> product = {s, {(const Type*)call.a, call.a_row, 1}, b, (float*)call.value, call.N};
-    return run_whole(product, sensible(call.threads));
-  }
   const Dense<W> other = {(const Type*)call.other, call.other_row, call.other_column};
-  SparseProduct<W> product = {s, {{(const float*)call.value, b}, {(const float*)call.more, other}},
+  SparseProduct<W> product = {{call.R, call.C, call.start, call.column}, {{call.value, b}, {call.more, other}},
                               (const Type*)call.bias, (Type*)call.y, call.y_row, call.y_column, call.N};
+  return run_whole(product, sensible(call.threads));
+}
+
+template <class W>
+int run(const SampledProductCall& call) {
+  typedef typename W::Type Type;
+  SampledProduct<W> product = {{call.R, call.C, call.start, call.column}, {(const Type*)call.a, call.a_row, 1},
+                               {(const Type*)call.b, call.b_row, call.b_column}, call.value, call.N};
   return run_whole(product, sensible(call.threads));
 }
 
@@ -327,6 +342,10 @@ extern "C" void hfs_transpose(const TransposeCall* call) {
 }
 
 // Returns 0, or 1 where there is no memory for the blocks of b; results are then as they were.
-extern "C" int hfs_sparse(const SparseCall* call) {
+extern "C" int hfs_sparse_product(const SparseProductCall* call) {
+  return by_dtype(*call);
+}
+
+extern "C" int hfs_sampled_product(const SampledProductCall* call) {
   return by_dtype(*call);
 }

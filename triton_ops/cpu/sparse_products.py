@@ -13,7 +13,8 @@ from triton_ops.pairs import MOST, PairProducts, Pairs
 
 _pack_find = struct.Struct("5P2q2i").pack  # struct FindCall
 _pack_transpose = struct.Struct("5P2q").pack  # struct TransposeCall
-_pack_sparse = struct.Struct("9P10q2i").pack  # struct SparseCall
+_pack_product = struct.Struct("8P9q2i").pack  # struct SparseProductCall
+_pack_sampled = struct.Struct("5P6q2i").pack  # struct SampledProductCall
 
 
 def find(silent: Tensor, p: Tensor, most: int) -> tuple[Pairs, Tensor] | None:
@@ -43,48 +44,29 @@ def transposed(pairs: Pairs) -> tuple[Pairs, Tensor]:
 
 def product(pairs: Pairs, terms: Sequence[tuple[Tensor, Tensor]], bias: Tensor | None, y: Tensor) -> Tensor:
     """As :class:`PairProducts` says."""
-    _run(pairs, terms, y=y, bias=None if bias is None else bias.contiguous())
+    values, b = terms[0]
+    more, other = terms[1] if len(terms) > 1 else (None, b)
+    bias = None if bias is None else bias.contiguous()
+    tensors = pairs.start, pairs.column, values, more, b, other, bias, y
+    sizes = pairs.rows, pairs.columns, b.shape[1], *b.stride(), *other.stride(), *y.stride()
+    call = _pack_product(*map(pointer, tensors), *sizes, DTYPES[b.dtype], threads())
+    _require_memory(kernels().hfs_sparse_product(call), pairs)
     return y
 
 
 def sampled(pairs: Pairs, a: Tensor, b: Tensor) -> Tensor:
     """As :class:`PairProducts` says."""
+    a = a if a.stride(1) == 1 else a.contiguous()
     values = a.new_empty(len(pairs.column), dtype=torch.float32)
-    _run(pairs, [(values, b)], a=a if a.stride(1) == 1 else a.contiguous())
+    tensors = pairs.start, pairs.column, a, b, values
+    sizes = pairs.rows, pairs.columns, b.shape[1], a.stride(0), *b.stride()
+    call = _pack_sampled(*map(pointer, tensors), *sizes, DTYPES[b.dtype], threads())
+    _require_memory(kernels().hfs_sampled_product(call), pairs)
     return values
 
 
-def _run(
-    pairs: Pairs,
-    terms: Sequence[tuple[Tensor, Tensor]],
-    *,
-    a: Tensor | None = None,
-    y: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> None:
-    values, b = terms[0]
-    more, other = terms[1] if len(terms) > 1 else (None, b)
-    call = _pack_sparse(
-        pairs.start.data_ptr(),
-        pairs.column.data_ptr(),
-        values.data_ptr(),
-        pointer(more),
-        pointer(a),
-        b.data_ptr(),
-        other.data_ptr(),
-        pointer(bias),
-        pointer(y),
-        pairs.rows,
-        pairs.columns,
-        b.shape[1],
-        0 if a is None else a.stride(0),
-        *b.stride(),
-        *other.stride(),
-        *((0, 0) if y is None else y.stride()),
-        DTYPES[b.dtype],
-        threads(),
-    )
-    if kernels().hfs_sparse(call):
+def _require_memory(failed: int, pairs: Pairs) -> None:
+    if failed:
         raise MemoryError(
             f"no memory is left for products with {len(pairs.column)} active pairs; use fewer tokens at once."
         )

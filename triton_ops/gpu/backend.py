@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from triton_ops.mlp import MLP
 from triton_ops.pairs import PairProducts
 from triton_ops.protocol import Backend
 
@@ -27,27 +26,11 @@ def unusable(device: str) -> str | None:
     return None if device in ("cpu", "cuda") else f"it has not been written for {device} devices"
 
 
-def mlp(x: Tensor, mlp: MLP) -> Tensor:
-    """:func:`triton_ops.gpu.operators.mlp`."""
-    from triton_ops.gpu import operators
-
-    return operators.mlp(x, mlp)
-
-
-def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """:func:`triton_ops.gpu.operators.sparse_linear`."""
-    from triton_ops.gpu import operators
-
-    return operators.sparse_linear(h, weight, bias)
-
-
-def _later(name: str) -> Callable[..., Any]:
-    """A function of :mod:`triton_ops.gpu.sparse_products`."""
+def _later(module: str, name: str) -> Callable[..., Any]:
+    """A function of a module beside this one, which a call imports."""
 
     def call(*args: Any) -> Any:
-        from triton_ops.gpu import sparse_products
-
-        return getattr(sparse_products, name)(*args)
+        return getattr(import_module(f"triton_ops.gpu.{module}"), name)(*args)
 
     return call
 
@@ -59,8 +42,8 @@ BACKEND = Backend(
     devices=("cuda",),
     dtypes=(torch.bfloat16, torch.float16, torch.float32),
     unusable=unusable,
-    mlp=mlp,
-    sparse_linear=sparse_linear,
-    pairs=PairProducts(*map(_later, PairProducts._fields)),
+    mlp=_later("operators", "mlp"),
+    sparse_linear=_later("operators", "sparse_linear"),
+    pairs=PairProducts(*[_later("sparse_products", name) for name in PairProducts._fields]),
     certifies=True,
 )
