@@ -277,6 +277,18 @@ def test_a_sparsity_below_what_relu_has_is_told() -> None:
     assert reasons["fatrelu"].startswith("it would need a sparsity of 30.7%, and has ")
 
 
+def test_a_method_that_misses_the_target_by_far_is_left_out() -> None:
+    model = llama()
+    hf_sparse.patch(model, "original", topk={"share": 0.1})  # after which 22 % of the weights are unread
+    stays(
+        model,
+        batches(),
+        ValueError,
+        r"(?s)cats: 2\d\.\d% of the weights is the nearest .*teal: it would need .* of 10.0%, and has 2",
+        target_sparsity=0.1,
+    )
+
+
 METHOD = """
 from hf_sparse.calibration.methods.teal import Method as Teal
 
@@ -298,7 +310,7 @@ def test_a_method_that_is_one_file_takes_part(tmp_path, monkeypatch) -> None:
 
 @pytest.mark.slow
 def test_the_command_takes_it_for_a_method(tmp_path, capsys) -> None:
-    arguments = ["--method", "best", "--target-sparsity", "0.2", "--max-tokens", "600"]
+    arguments = ["--method", "best", "--target-sparsity", "0.2", "--max-tokens", "300"]
     file, output = tmp_path / "report.json", tmp_path / "model"
     options = ["--sequence-length", "64", "--json", str(file), "--output", str(output)]
     assert main(["calibrate", "tiny", *arguments, *options]) == 0
