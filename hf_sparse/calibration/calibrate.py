@@ -71,9 +71,9 @@ def calibrate(
             in each layer more where it changes the output of the layer less, found in some hundred forwards
             of each layer. Of ``"best"`` it is uniform.
         target_sparsity: reach this sparsity, 0 to 1, of what the method prunes, on ``data``; with ``"best"``
-            of the weights, and a method that has no such sparsity is left out. What is pruned
-            changes what the next layer gets, so it is measured, and corrected in some passes more. What is
-            zero for another reason counts as well, such as what another method prunes.
+            of the weights, and a method that cannot reach it is left out. What is pruned changes what the
+            next layer gets, so it is measured, and corrected in some passes more. What is zero for another
+            reason counts as well, such as what another method prunes.
         max_perplexity_increase: or be as sparse as possible, with a perplexity on ``data`` that is at most
             this many percent above that of the model without thresholds of this method.
         tokenizer: for texts; None loads the one of ``model.name_or_path``.
