@@ -23,7 +23,7 @@ import harness
 import torch
 
 import hf_sparse
-from hf_sparse.calibration.calibrate import methods
+from hf_sparse.calibration.search import methods
 from hf_sparse.inputs import named_thresholded
 
 STOCK, DENSE, SPARSE = "stock", "dense, same kernels", "calibrated"

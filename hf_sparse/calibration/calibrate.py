@@ -2,39 +2,26 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from importlib import import_module
-from pkgutil import iter_modules
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
 from torch.utils.data import RandomSampler
 
-from hf_sparse.calibration import methods as _methods
-from hf_sparse.calibration.method import Calibration
-from hf_sparse.calibration.report import CalibrationReport
+from hf_sparse.calibration.best import BEST, MISSED, best
+from hf_sparse.calibration.report import CalibrationReport, TriedMethod
+from hf_sparse.calibration.search import Aim, method_on, methods, search
+from hf_sparse.calibration.state import undone_on_failure
 from hf_sparse.checks import number, shown
 from hf_sparse.composite import LANGUAGE
-from hf_sparse.config import SparsityConfig
 from hf_sparse.errors import PatchError
-from hf_sparse.inputs import named_thresholded
 from hf_sparse.metrics.report import perplexity
-from hf_sparse.modules import sparse_part
 from hf_sparse.observing import BlockObserver, Pass, observe
-from hf_sparse.patching import inspect, patch, transformers_model, unpatch
+from hf_sparse.patching import inspect, transformers_model
 
-_HIGHEST = 0.99
-_ROUNDS = 10
-_CORRECTIONS = 5
-_MISSED = 0.02
-"""From which distance on that is told."""
 _FEW = 256
 """Tokens below which what is found says little about other text."""
-_NEAR = 0.005
-"""How far from the target a sparsity may be that is not corrected."""
 
 
 def calibrate(
@@ -65,20 +52,28 @@ def calibrate(
                     with either
     ``"fatrelu"``   a threshold in the place of ReLU's zero (ProSparse, arXiv 2402.13516); for models with
                     ReLU
+    ``"best"``      each of these that suits the model is tried, and the best one kept
     ==============  =========================================================================================
+
+    The sparsities of methods are shares of different things. With ``"best"`` the measure is the share of the
+    weights of the linear layers of attention and MLP that a token does not need. Where a target is given,
+    each method prunes as much as that takes, and the one with the least perplexity on ``data`` is kept; where
+    a rise of perplexity is given, the one that leaves most weights unread.
 
     Args:
         model: a causal language model of transformers, stock or patched; a patched one keeps what it has.
         data: texts, rows with a ``"text"`` or batches, as :func:`hf_sparse.measure` takes them. They are gone
             through several times, so an iterator is refused, and a ``DataLoader`` that shuffles. Nothing is
             shared between processes: calibrate in one, and load the result in the others.
-        method: the name of one.
+        method: the name of one, or ``"best"``, which takes as long as all of them and is for a model without
+            thresholds.
         allocation: how the sparsity is spread; ``"uniform"``, or, of ``"teal"`` and ``"wina"``, ``"greedy"``:
             in each layer more where it changes the output of the layer less, found in some hundred forwards
-            of each layer.
-        target_sparsity: reach this sparsity, 0 to 1, of what the method prunes, on ``data``. What is pruned
-            changes what the next layer gets, so it is measured, and corrected in some passes more. What is
-            zero for another reason counts as well, such as what another method prunes.
+            of each layer. Of ``"best"`` it is uniform.
+        target_sparsity: reach this sparsity, 0 to 1, of what the method prunes, on ``data``; with ``"best"``
+            of the weights, and a method that cannot reach it is left out. What is pruned changes what the
+            next layer gets, so it is measured, and corrected in some passes more. What is zero for another
+            reason counts as well, such as what another method prunes.
         max_perplexity_increase: or be as sparse as possible, with a perplexity on ``data`` that is at most
             this many percent above that of the model without thresholds of this method.
         tokenizer: for texts; None loads the one of ``model.name_or_path``.
@@ -87,7 +82,8 @@ def calibrate(
         max_tokens: of ``data``; None means all.
 
     Raises:
-        PatchError: the model cannot be patched, or the method does not suit it.
+        PatchError: the model cannot be patched, or the method does not suit it; of ``"best"``, no method
+            does, or it has thresholds already.
         ValueError: not one of the two aims is given, or it is out of range; no such method; see also
             :func:`hf_sparse.measure`.
 
@@ -95,7 +91,7 @@ def calibrate(
         UserWarning: ``target_sparsity`` was missed by more than 2 points, or there are few tokens.
 
     """
-    if method not in (known := methods()):
+    if method not in (known := (*methods(), BEST)):
         raise ValueError(f"method={shown(method)} is not known; choose one of {', '.join(known)}.")
     if (target_sparsity is None) == (max_perplexity_increase is None):
         raise ValueError("give target_sparsity or max_perplexity_increase: one of them is the aim.")
@@ -113,7 +109,7 @@ def calibrate(
         )
     base = transformers_model(model)
 
-    def run(observers: list[BlockObserver]) -> Pass:
+    def run(observers: Sequence[BlockObserver]) -> Pass:
         return observe(
             model,
             data,
@@ -131,135 +127,48 @@ def calibrate(
             f"the activation of the model is mixed in by {before.activation.mix:.0%} only; finish the "
             "finetune, or hf_sparse.set_mix(model, 1)."
         )
-    one: Calibration = import_module(f"{_methods.__name__}.{method}").Method(base, given.blocks, before)
-    if allocation not in one.allocations:
-        raise ValueError(
-            f"allocation={shown(allocation)} is none of method {method!r}; use "
-            f"{' or '.join(one.allocations)}."
-        )
-    one.allocation = allocation
-
-    def loss(level: float) -> float:
-        _set(base, one.config(level))
-        return run([]).loss
-
-    def sparsity(level: float) -> tuple[float, Pass]:
-        _set(base, one.config(level))
-        counters = one.counters(inspect(base, part=LANGUAGE).blocks)
-        found = run(counters)
-        return one.counted(counters), found
-
-    with _undone_on_failure(base, before):
-        _set(base, one.base)
-        dense = run(one.observers(inspect(base, part=LANGUAGE).blocks))
-        if dense.tokens < _FEW:
+    aim = Aim(sparsity=target_sparsity, increase=most, of_weights=method == BEST)
+    tried: tuple[TriedMethod, ...] = ()
+    with undone_on_failure(base, before):
+        if method == BEST:
+            _require_allocation(method, allocation, ("uniform",))
+            found, tried = best(methods(), base, before, run, aim)
+        else:
+            one = method_on(method, base, before)
+            _require_allocation(method, allocation, one.allocations)
+            one.allocation = allocation
+            found = search(one, run, aim)
+        if found.dense.tokens < _FEW:
             warnings.warn(
-                f"thresholds are chosen on {dense.tokens} tokens, and on other text they may give another "
-                f"sparsity and perplexity than the report says; give some thousand, at least {_FEW}.",
+                f"thresholds are chosen on {found.dense.tokens} tokens, and on other text they may give "
+                "another sparsity and perplexity than the report says; give some thousand, at least "
+                f"{_FEW}.",
                 stacklevel=2,
             )
-        one.finish(_HIGHEST if target_sparsity is None else target_sparsity)
-        if target_sparsity is not None:
-            level, reached, after = _corrected(one, sparsity, target_sparsity)
-            if abs(reached - target_sparsity) > _MISSED:
-                warnings.warn(
-                    f"target_sparsity={target_sparsity} was asked for, and the nearest that was found is "
-                    f"{reached:.3f}, of {one.counts}. What other methods prune already counts as well: ask "
-                    "for more than that, or calibrate this method first.",
-                    stacklevel=2,
-                )
-        else:
-            assert max_perplexity_increase is not None
-            level = _level_within(loss, dense.loss + math.log1p(max_perplexity_increase / 100))
-            reached, after = sparsity(level)
-        _set(base, one.config(level))
-        one.blocks = inspect(base, part=LANGUAGE).blocks
-        one.settle(level)
+        if not tried and target_sparsity is not None and abs(found.sparsity - target_sparsity) > MISSED:
+            warnings.warn(
+                f"target_sparsity={target_sparsity} was asked for, and the nearest that was found is "
+                f"{found.sparsity:.3f}, of {found.one.counts}. What other methods prune already counts as "
+                "well: ask for more than that, or calibrate this method first.",
+                stacklevel=2,
+            )
+        found.apply()
         config = inspect(base, part=LANGUAGE).config
         assert config is not None
     return CalibrationReport(
-        method=method,
-        counts=one.counts,
+        method=tried[0].method if tried else method,
+        counts=found.one.counts,
         config=config,
-        sparsity=reached,
-        perplexity_before=perplexity(dense.loss),
-        perplexity=perplexity(after.loss),
-        tokens=after.tokens,
+        sparsity=found.sparsity,
+        perplexity_before=perplexity(found.dense.loss),
+        perplexity=perplexity(found.after.loss),
+        tokens=found.after.tokens,
+        tried=tried,
     )
 
 
-def methods() -> tuple[str, ...]:
-    """Their names, those of the files that they are in."""
-    return tuple(sorted(one.name for one in iter_modules(_methods.__path__) if not one.name.startswith("_")))
-
-
-def _level_of(one: Calibration, sparsity: float) -> float:
-    """Where ``sparsity`` is expected."""
-    low, high = 0.0, 1.0
-    if one.expected(high) < sparsity - 0.005:
+def _require_allocation(method: str, allocation: str, known: Sequence[str]) -> None:
+    if allocation not in known:
         raise ValueError(
-            f"target_sparsity={sparsity} is above the {one.expected(high):.1%} that this method and "
-            "allocation reach; ask for less."
+            f"allocation={shown(allocation)} is none of method {method!r}; use {' or '.join(known)}."
         )
-    if one.expected(low) > sparsity + 0.005:
-        raise ValueError(
-            f"target_sparsity={sparsity} is below the {one.expected(low):.1%} that the model has without any "
-            "threshold; ask for more."
-        )
-    for _ in range(30):
-        middle = (low + high) / 2
-        low, high = (middle, high) if one.expected(middle) <= sparsity else (low, middle)
-    return low
-
-
-def _corrected(
-    one: Calibration, measured: Callable[[float], tuple[float, Pass]], target: float
-) -> tuple[float, float, Pass]:
-    """The level of the measured sparsity nearest to ``target``, that sparsity, and the pass that found it."""
-    wanted, found = target, []
-    for _ in range(_CORRECTIONS):
-        level = _level_of(one, wanted)
-        found.append((level, *measured(level)))
-        missed = target - found[-1][1]
-        if abs(missed) <= _NEAR:
-            break
-        wanted = min(max(wanted + missed, one.expected(0.0)), one.expected(1.0))
-    return min(found, key=lambda tried: abs(target - tried[1]))
-
-
-def _level_within(loss: Callable[[float], float], allowed: float) -> float:
-    """The highest level, to 0.1 %, whose loss is at most ``allowed``; the loss is taken to grow with it."""
-    low, high = 0.0, _HIGHEST
-    for _ in range(_ROUNDS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if loss(middle) <= allowed else (low, middle)
-    return low
-
-
-@contextmanager
-def _undone_on_failure(base: Any, before: SparsityConfig | None) -> Iterator[None]:
-    known = {name: part.density for name, part in _parts(base)}
-    try:
-        yield
-    except BaseException:
-        _set(base, before)
-        raise
-    finally:
-        for name, part in _parts(base):  # patching again makes them anew
-            if part.density is None:
-                part.density = known.get(name)
-
-
-def _parts(base: Any) -> list[tuple[str, Any]]:
-    """What keeps a density: patched blocks, and linear layers with thresholds."""
-    blocks = [(block.name, sparse_part(block.module)) for block in inspect(base, part=LANGUAGE).blocks]
-    return [(name, part) for name, part in blocks if part is not None] + list(named_thresholded(base))
-
-
-def _set(base: Any, config: SparsityConfig | None) -> None:
-    now = inspect(base, part=LANGUAGE).config
-    if config is None:
-        if now is not None:
-            unpatch(base, part=LANGUAGE)
-    elif config != now:
-        patch(base, config, part=LANGUAGE)

@@ -65,5 +65,13 @@ class Calibration(ABC):
     def counted(self, counters: Sequence[BlockObserver]) -> float:
         """The sparsity that ``counters`` found."""
 
+    @abstractmethod
+    def reach(self, tokens: int) -> float:
+        """How much a sparsity of 1 would be of the weights that a token needs, so that methods compare.
+
+        At sparsity s a token does not need ``s * reach`` of the weights of the linear layers in the layers of
+        the blocks, attention and MLP alike. Asked when the observers have seen ``tokens`` of text.
+        """
+
     def settle(self, level: float) -> None:  # noqa: B027 - most have nothing to tell
         """Tell the patched modules what is known of their density, so that they choose well at once."""

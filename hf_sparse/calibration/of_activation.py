@@ -10,8 +10,10 @@ from torch import Tensor
 
 from hf_sparse.activations import ActivationConfig
 from hf_sparse.adapters import Block
+from hf_sparse.adapters.experts import Experts
 from hf_sparse.calibration.magnitudes import Magnitudes, counted, require_finite
 from hf_sparse.calibration.method import Calibration
+from hf_sparse.calibration.weights import in_layers, of_neuron, of_silent_neuron
 from hf_sparse.config import SparsityConfig
 from hf_sparse.metrics.sparsity import ZeroCounter
 from hf_sparse.modules import sparse_part
@@ -57,6 +59,17 @@ class OfActivation(Calibration):
     def counted(self, counters: Sequence[BlockObserver]) -> float:
         layers = [one.result() for one in cast(Sequence[ZeroCounter], counters)]
         return sum(one.zeros for one in layers) / sum(one.tokens * one.neurons for one in layers)
+
+    def reach(self, tokens: int) -> float:
+        every: float = in_layers(self.model, self.blocks)
+        silent = 0.0
+        for one in self._seen:
+            neurons: float = one.block.intermediate_size
+            if isinstance(one.block.roles, Experts):  # as many as tokens are routed to
+                neurons = one.magnitudes.total / tokens
+                every += neurons * of_neuron(one.block)
+            silent += neurons * of_silent_neuron(one.block)
+        return silent / every
 
     def settle(self, level: float) -> None:
         for block, silent in zip(self.blocks, self._silent(level), strict=True):

@@ -17,6 +17,7 @@ from hf_sparse.adapters.roles import linear_size
 from hf_sparse.calibration.greedy import LayerInputs, at, path
 from hf_sparse.calibration.input_values import InputValues, Shared, tell_densities
 from hf_sparse.calibration.method import Calibration
+from hf_sparse.calibration.weights import in_layers
 from hf_sparse.config import SparsityConfig
 from hf_sparse.errors import PatchError
 from hf_sparse.inputs import linear_places
@@ -103,6 +104,9 @@ class OfInputs(Calibration):
 
     def counted(self, counters: Sequence[BlockObserver]) -> float:
         return _by_size((one, one.pruned) for one in cast(Sequence[InputValues], counters))
+
+    def reach(self, tokens: int) -> float:
+        return sum(one.size for one in chain(*self._seen)) / in_layers(self.model, self.blocks)
 
     def settle(self, level: float) -> None:
         for block, seen in zip(self.blocks, self._seen, strict=True):

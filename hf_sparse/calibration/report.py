@@ -4,11 +4,28 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from hf_sparse.config import SparsityConfig
+from triton_ops.table import table
+
+
+@dataclass(frozen=True, kw_only=True)
+class TriedMethod:
+    """What became of one method where ``method="best"`` was asked for."""
+
+    method: str
+    sparsity: float | None = None
+    """Of what the method prunes, 0 to 1; None if it was left out."""
+    unread: float | None = None
+    """The share of the weights of the linear layers of attention and MLP that a token does not need, 0 to 1,
+    in the layers whose blocks are patched; of experts, those that the token is routed to."""
+    perplexity: float | None = None
+    """With it, on the data."""
+    left_out: str | None = None
+    """Why it was left out, if it was."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +45,8 @@ class CalibrationReport:
     """Of the calibrated model on the data."""
     tokens: int
     """Tokens of the data."""
+    tried: tuple[TriedMethod, ...] = ()
+    """Of ``method="best"``, the methods that were tried, the kept one first and those left out last."""
 
     @property
     def increase(self) -> float:
@@ -39,6 +58,20 @@ class CalibrationReport:
             f"{self.method}: sparsity {self.sparsity:.1%}, perplexity {self.perplexity_before:.4g} -> "
             f"{self.perplexity:.4g} ({self.increase:+.1f} %), {self.tokens:,} tokens\n"
             f"sparsity: share of {self.counts}"
+        ) + (f"\n{self._comparison()}" if self.tried else "")
+
+    def _comparison(self) -> str:
+        rows: list[list[str] | None] = [["method", "sparsity", "unread", "perplexity", ""], None]
+        for one in self.tried:
+            if one.left_out is None:
+                numbers = f"{one.sparsity:.1%}", f"{one.unread:.1%}", f"{one.perplexity:.4g}"
+                rows.append([one.method, *numbers, "kept" if one.method == self.method else ""])
+        return "\n".join(
+            [
+                table(rows, left=(0, -1)),
+                "unread: share of the weights of attention and MLP that a token does not need",
+                *(f"left out: {one.method}, {one.left_out}" for one in self.tried if one.left_out),
+            ]
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -51,6 +84,7 @@ class CalibrationReport:
             "perplexity_before": self.perplexity_before,
             "perplexity": self.perplexity,
             "tokens": self.tokens,
+            "tried": [asdict(one) for one in self.tried],
         }
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from hf_sparse.calibration.calibrate import methods
+from hf_sparse.calibration.best import BEST
+from hf_sparse.calibration.search import methods
 from hf_sparse.cli.command import Command
 from hf_sparse.cli.options import add_model, add_text, load, passing, require_empty, texts
 from hf_sparse.texts import EMBEDDED, training_texts
@@ -22,12 +23,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_text(parser, "default: documentation of the running Python", 65_536, split="training")
     parser.set_defaults(dataset=EMBEDDED)
-    parser.add_argument("--method", choices=methods(), default="teal", help="default: teal")
+    parser.add_argument(
+        "--method",
+        choices=(*methods(), BEST),
+        default="teal",
+        help=f"default: teal; {BEST}: each that suits the model is tried",
+    )
     parser.add_argument(
         "--allocation", choices=("uniform", "greedy"), default="uniform", help="of teal and wina"
     )
     aim = parser.add_mutually_exclusive_group(required=True)
-    aim.add_argument("--target-sparsity", type=float, metavar="S", help="a share, as 0.5")
+    aim.add_argument(
+        "--target-sparsity",
+        type=float,
+        metavar="S",
+        help=f"a share, as 0.5, of what the method prunes; with {BEST} of the weights",
+    )
     aim.add_argument(
         "--max-perplexity-increase", type=float, metavar="P", help="in percent: as sparse as that allows"
     )

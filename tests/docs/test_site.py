@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hf_sparse.activations.config import ACTIVATIONS
-from hf_sparse.calibration.calibrate import methods as calibrations
+from hf_sparse.calibration.search import methods as calibrations
 from hf_sparse.config import PARTS
 from hf_sparse.methods import methods
 from hf_sparse.sharpness.registry import CONFIGS
