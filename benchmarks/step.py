@@ -7,11 +7,13 @@ The forms of a model with FATReLU thresholds that silence ``--sparsity`` of its 
 prepared, whose other linear layers use the kernels as well; certified, output included; compiled. All take
 turns. A step is a token after the first, of greedy ``generate()``. "Around" is what is no call of a kernel:
 norms, attention and other operators of torch, the Python of transformers and ours, ``generate()`` itself.
-The clock is read before and after each call of the compiled library, which takes less than a microsecond.
+The clock is read before and after each call of the compiled library, which takes less than a microsecond, and
+some where a graph calls it, which otherwise has no Python there.
 """
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +24,9 @@ import harness
 import peers
 import torch
 
-from triton_ops.cpu import backend
+from triton_ops.cpu import backend, operators
+
+KERNEL = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
 
 
 class Clock:
@@ -33,16 +37,19 @@ class Clock:
         self.seconds, self.calls = 0.0, 0
 
     def __getattr__(self, name: str) -> Callable[[bytes], Any]:
-        function = getattr(self._library, name)
+        return self.timed(getattr(self._library, name))
 
-        def timed(call: bytes) -> Any:
+    def timed(self, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """The function with the clock."""
+
+        def run(call: Any) -> Any:
             start = time.perf_counter()
             result = function(call)
             self.seconds += time.perf_counter() - start
             self.calls += 1
             return result
 
-        return timed
+        return run
 
 
 def main() -> None:
@@ -70,12 +77,18 @@ def main() -> None:
 @contextmanager
 def measured() -> Iterator[Clock]:
     """In here the kernels have a clock."""
-    library, clock = backend.kernels, Clock()
+    library, clock, native = backend.kernels, Clock(), operators.library()
+    kernels = [ctypes.cast(getattr(library(), name), ctypes.c_void_p) for name in operators.KERNELS]
+    with_clock = [KERNEL(clock.timed(KERNEL(one.value))) for one in kernels]
     backend.kernels = lambda: clock  # type: ignore[assignment]
     try:
+        if not isinstance(native, str):
+            native.hfs_connect(*(ctypes.cast(one, ctypes.c_void_p) for one in with_clock))
         yield clock
     finally:
         backend.kernels = library
+        if not isinstance(native, str):
+            native.hfs_connect(*kernels)
 
 
 def by_turns(models: dict[str, Any], prompt: torch.Tensor, args: Any, clock: Clock) -> dict[str, list[Any]]:

@@ -92,10 +92,15 @@ class _Advice:
         blocks = (one for one in modules_of(step.model) if step.certify and isinstance(one, SparseMLP))
         weights = (block.worth_certifying() for block in blocks)
         self._certified = {weight.data_ptr() for weight in weights if weight is not None}
-        output = None if greedy_decoding_of(step.model) is None else step.model.get_output_embeddings()
-        own = None if output is None else output._parameters.get("weight")
-        outputs = {own.data_ptr()} if own is not None and is_plain(own) else set()
-        self.addresses = array("q", sorted(self._certified | outputs)).tobytes()
+        greedy = greedy_decoding_of(step.model) is not None
+        self._output = step.model.get_output_embeddings() if greedy else None
+
+    @property
+    def addresses(self) -> bytes:
+        """As :class:`triton_ops.advice.Adviser` says; the weight of the output layer may have moved."""
+        weight = None if self._output is None else self._output._parameters.get("weight")
+        outputs = {weight.data_ptr()} if weight is not None and is_plain(weight) else set()
+        return array("q", sorted(self._certified | outputs)).tobytes()
 
     def certificate(self, weight: Tensor) -> Certificate | None:
         if weight.data_ptr() not in self._certified or weight.is_inference():

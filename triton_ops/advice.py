@@ -23,8 +23,9 @@ addresses and how many there are, and holds in this thread. None while there are
 class Adviser(Protocol):
     """Who is asked."""
 
-    addresses: bytes
-    """Of the weights that there is advice for, int64, in ascending order; others may go without."""
+    @property
+    def addresses(self) -> bytes:
+        """Of the weights that there is advice for now, int64, in ascending order; others may go without."""
 
     def certificate(self, weight: Tensor) -> Certificate | None:
         """That of the deciding projection ``[F, D]`` of an MLP as it is, if it is to be used for a token."""

@@ -32,7 +32,7 @@ CPP = "cpp"
 
 pytestmark = [
     needs_compiler,
-    pytest.mark.skipif(not operators.are_there(), reason=f"not built: {operators.obstacle()}"),
+    pytest.mark.skipif(not operators.are_there(), reason=f"not built: {operators.library()}"),
 ]
 
 

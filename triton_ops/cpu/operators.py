@@ -25,18 +25,21 @@ COMPILE = ("-O2", "-std=c++20", "-fPIC", "-w", f"-I{_TORCH / 'include'}", _ABI, 
 LINK = ("-shared", f"-L{_TORCH / 'lib'}", "-ltorch_cpu", "-lc10")
 
 
+KERNELS = "hfs_mlp", "hfs_linear", "hfs_attention"
+"""Those of ``mlp.cpp`` that they call."""
+
+
 @cache
-def obstacle() -> str | None:
-    """Why graphs have to do without; None if they are there. The first call builds them."""
+def library() -> ctypes.CDLL | str:
+    """Them, ready to be called, or the reason why graphs have to do without. The first call builds them."""
     if isinstance(found := build.library(), str):
         return found
     try:
         library = build.load(SOURCE, COMPILE, [LINK], torch.__version__)
     except build.BuildError as error:
         return str(error)
-    library.hfs_connect.argtypes = [ctypes.c_void_p] * 3
-    names = "hfs_mlp", "hfs_linear", "hfs_attention"
-    library.hfs_connect(*(ctypes.cast(getattr(kernels(), name), ctypes.c_void_p) for name in names))
+    library.hfs_connect.argtypes = [ctypes.c_void_p] * len(KERNELS)
+    library.hfs_connect(*(ctypes.cast(getattr(kernels(), name), ctypes.c_void_p) for name in KERNELS))
     library.hfs_advise.argtypes = [ctypes.c_char_p, ctypes.c_int64]
 
     @contextmanager
@@ -48,9 +51,9 @@ def obstacle() -> str | None:
             library.hfs_end_change()
 
     layout.unseen, advice.tell = unseen, library.hfs_advise
-    return None
+    return library
 
 
 def are_there() -> bool:
     """Whether graphs can have them."""
-    return obstacle() is None
+    return not isinstance(library(), str)
