@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
+from triton_ops.cpu.products import has_matrix_unit
 from triton_ops.processor import processor_name
 from triton_ops.table import table as columns
 
@@ -243,7 +244,7 @@ def provenance(device: str) -> dict[str, Any]:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": device,
         "cpu": processor_name(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "instructions": torch.backends.cpu.get_cpu_capability() + (", AMX" if has_matrix_unit() else ""),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_before": round(os.getloadavg()[0], 2),

@@ -378,7 +378,13 @@ def loading(result: Result) -> str:
 {paragraph(about)}"""
 
 
-PEERS = "peers.json", "peers_smollm2.json", "peers_avx512.json", "peers_smollm2_avx512.json"
+PEERS = (
+    "peers.json",
+    "peers_smollm2.json",
+    "peers_avx512.json",
+    "peers_amx.json",
+    "peers_smollm2_amx.json",
+)
 
 
 def peers(*results: Result) -> str:
@@ -412,7 +418,7 @@ def peers(*results: Result) -> str:
         be read for a token over the time it took, and that against a streaming read in the same turns; of what a
         certificate speaks of, gate or output layer, all is counted, though a half or less of it is not read. Ratios are of
         medians."""
-    large, small, large_512, small_512 = (
+    large, small, large_512, large_amx, small_amx = (
         {row["model"]: row["to_llama_cpp"] for row in result.rows} for result in results
     )
     ratio, fast = (
@@ -428,11 +434,17 @@ def peers(*results: Result) -> str:
         model as small as SmolLM2-135M is for the most part [what lies around the kernels](#a-step):
         {times(small["prepared"])}, and {times(best)} compiled.
 
-        On the machine with AVX-512, which has bfloat16 arithmetic, the compiled step with all certificates is at
-        {times(large_512["prepared, compiled, all certified"])} of llama.cpp at 1B and at
-        {times(small_512["prepared, compiled, all certified"])} with SmolLM2; in int8 at 1B,
-        {times(large_512["prepared, int8"] / large_512["llama.cpp, Q8_0"])} of Q8_0. There the step reads more than a plain
-        read could, in the sense of the last column: rows that certificates leave out are counted."""
+        On the machines with AVX-512, which have bfloat16 arithmetic, the compiled step with all certificates is at
+        {times(large_512["prepared, compiled, all certified"])} and
+        {times(large_amx["prepared, compiled, all certified"])} of llama.cpp at 1B. In int8 at 1B the faster way is at
+        {times(large_512["prepared, int8"] / large_512["llama.cpp, Q8_0"])} and
+        {times(large_amx["prepared, int8, compiled"] / large_amx["llama.cpp, Q8_0"])} of Q8_0: on the one with AMX we lose.
+        "Of a read" can be more than all: rows that certificates leave out are counted, and memory that others use as well
+        is not as fast in every turn.
+
+        Graphs call operators in C++ since the first two machines were measured, which counts most in a small model: the
+        compiled step of SmolLM2 is at {times(small_amx["prepared, compiled, all certified"])} of llama.cpp on the last. There
+        llama.cpp is a good deal slower in bfloat16 than in Q8_0, more than the bytes explain."""
     head = [
         "CPU",
         "weights",

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from triton_ops import choice
-from triton_ops.ops import LIB, TAGS, in_inference_graph, is_for_torch
+from triton_ops.ops import LIB, TAGS, in_inference_graph, is_for_torch, native_or_default
 from triton_ops.unobserved import unobserved
 
 MOST = 32
@@ -57,9 +57,8 @@ def decode_attention(
         if unobserved(query, key, value, mask):
             return _decode_attention(query, key, value, mask, factor)
         if query.device.type == "cpu" and in_inference_graph():
-            packet = torch.ops.hf_sparse.decode_attention
-            own = choice.is_native_in_graph(choice.cpu_backend_in_graph("attention", query.dtype))
-            return (packet.native if own else packet.default)(query, key, value, mask, factor)
+            call = native_or_default(torch.ops.hf_sparse.decode_attention, "attention", query.dtype)
+            return call(query, key, value, mask, factor)
     return _torchs(query, key, value, mask, factor)
 
 

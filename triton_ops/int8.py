@@ -21,21 +21,32 @@ from triton_ops import choice, reference
 from triton_ops.activations import check
 from triton_ops.layout import is_neuron_major
 from triton_ops.mlp import MLP, Int8Weight, Scales
-from triton_ops.ops import LIB, TAGS, check_input, check_tensor, check_vectors, in_inference_graph
+from triton_ops.ops import (
+    LIB,
+    TAGS,
+    check_input,
+    check_tensor,
+    check_vectors,
+    in_inference_graph,
+    native_or_default,
+)
 from triton_ops.protocol import Backend
 from triton_ops.unobserved import unobserved
 
 INT8_TOKENS = 32
-"""Tokens up to which kernels are used; more are for whoever multiplies many."""
+"""Tokens up to which kernels are used, ``kMaxTokens`` of ``calls.h``; more are for who multiplies many."""
 
-for _linear in ("int8_linear", "int8_sparse_linear"):
-    LIB.define(f"{_linear}(Tensor x, Tensor rows, Tensor scale, Tensor? bias) -> Tensor", tags=TAGS)
-LIB.define(
-    "int8_mlp(Tensor x, Tensor first, Tensor first_scale, Tensor? up, Tensor? up_scale, Tensor down, "
-    "Tensor down_scale, Tensor? first_bias, Tensor? up_bias, Tensor? down_bias, Tensor? thresholds, "
-    "str activation, float threshold) -> Tensor",
-    tags=TAGS,
-)
+for _overload in ("", ".native"):
+    for _linear in ("int8_linear", "int8_sparse_linear"):
+        LIB.define(
+            f"{_linear}{_overload}(Tensor x, Tensor rows, Tensor scale, Tensor? bias) -> Tensor", tags=TAGS
+        )
+    LIB.define(
+        f"int8_mlp{_overload}(Tensor x, Tensor first, Tensor first_scale, Tensor? up, Tensor? up_scale, "
+        "Tensor down, Tensor down_scale, Tensor? first_bias, Tensor? up_bias, Tensor? down_bias, "
+        "Tensor? thresholds, str activation, float threshold) -> Tensor",
+        tags=TAGS,
+    )
 
 
 def int8_kernels(x: Tensor, *biases: Tensor | None) -> Backend | None:
@@ -60,6 +71,12 @@ def int8_in_graph(x: Tensor) -> bool:
     if x.device.type != "cpu" or not _are_few(x):
         return False
     return choice.cpu_backend_in_graph("int8_mlp", x.dtype) is not None
+
+
+def _in_graph(packet: Any, x: Tensor) -> Any:
+    """The overload to call in a graph without gradient."""
+    own = x.device.type == "cpu" and in_inference_graph()
+    return native_or_default(packet, "int8_mlp", x.dtype) if own else packet.default
 
 
 def _are_few(x: Tensor) -> bool:
@@ -100,7 +117,7 @@ def int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Te
 
     """
     if torch.compiler.is_compiling() and not torch.is_grad_enabled():
-        return torch.ops.hf_sparse.int8_linear.default(x, *weight, bias)
+        return _in_graph(torch.ops.hf_sparse.int8_linear, x)(x, *weight, bias)
     _check_linear("x", x, weight, bias)
     backend = int8_kernels(x, bias) if len(weight.rows) else None
     if backend is None or backend.int8_linear is None:
@@ -121,7 +138,7 @@ def int8_sparse_linear(h: Tensor, weight: Int8Weight, bias: Tensor | None = None
 
     """
     if torch.compiler.is_compiling() and not torch.is_grad_enabled():
-        return torch.ops.hf_sparse.int8_sparse_linear.default(h, *weight, bias)
+        return _in_graph(torch.ops.hf_sparse.int8_sparse_linear, h)(h, *weight, bias)
     _check_linear("h", h, weight, bias)
     skips = len(weight.rows) and is_neuron_major(weight.rows)
     backend = int8_kernels(h, bias) if skips else None
@@ -167,7 +184,8 @@ def int8_mlp(
     if torch.compiler.is_compiling() and not torch.is_grad_enabled():
         scalar, each = (0.0, threshold) if isinstance(threshold, Tensor) else (threshold, None)
         weights = *first, *(up or (None, None)), *down
-        return torch.ops.hf_sparse.int8_mlp.default(x, *weights, *biases, each, activation, scalar)
+        call = _in_graph(torch.ops.hf_sparse.int8_mlp, x)
+        return call(x, *weights, *biases, each, activation, scalar)
     mlp = _checked_mlp(x, first, up, down, *biases, activation, threshold)
     skips = len(first.rows) and is_neuron_major(down.rows)
     backend = int8_kernels(x, *biases) if skips else None
@@ -254,13 +272,16 @@ LIB.impl("int8_mlp", _mlp_op, "CPU")
 
 
 @torch.library.register_fake("hf_sparse::int8_linear", lib=LIB)
+@torch.library.register_fake("hf_sparse::int8_linear.native", lib=LIB)
 @torch.library.register_fake("hf_sparse::int8_sparse_linear", lib=LIB)
+@torch.library.register_fake("hf_sparse::int8_sparse_linear.native", lib=LIB)
 def _(x: Tensor, rows: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     _check_linear("x", x, Int8Weight(rows, scale), bias)
     return x.new_empty((*x.shape[:-1], rows.shape[0]))
 
 
 @torch.library.register_fake("hf_sparse::int8_mlp", lib=LIB)
+@torch.library.register_fake("hf_sparse::int8_mlp.native", lib=LIB)
 def _(x: Tensor, *args: Any) -> Tensor:
     _checked_mlp(x, *_mlp_of(args))
     return x.new_empty(x.shape)

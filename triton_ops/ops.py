@@ -59,6 +59,12 @@ def dispatched(packet: Any, x: Tensor, backend: str) -> Any:
     return packet.native if native else packet.inference
 
 
+def native_or_default(packet: Any, function: str, dtype: torch.dtype) -> Any:
+    """The overload to call in a graph without gradient on the CPU, of what a backend has ``function`` for."""
+    backend = choice.cpu_backend_in_graph(function, dtype)
+    return packet.native if choice.is_native_in_graph(backend) else packet.default
+
+
 def in_inference_graph() -> bool:
     """Whether ``torch.compile`` makes a graph without gradient, which is not for export."""
     compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()

@@ -20,6 +20,7 @@ from hf_sparse.modules import sparse_parts
 from support.compiler import needs_compiler
 from support.twins import IDS, assert_close, stock
 from triton_ops.backends import REGISTRY
+from triton_ops.cpu import operators
 
 torchao = pytest.importorskip("torchao.quantization")
 pytestmark = [needs_compiler, pytest.mark.usefixtures("own_cache")]
@@ -37,7 +38,7 @@ FEW = IDS[:, :8]
 
 @pytest.fixture
 def calls(monkeypatch) -> Iterator[Counter[str]]:
-    """How often each kernel has run."""
+    """How often each kernel has run: from Python, graphs included."""
     count: Counter[str] = Counter()
     found = REGISTRY["cpp"]
 
@@ -49,7 +50,8 @@ def calls(monkeypatch) -> Iterator[Counter[str]]:
         return call
 
     names = ("int8_mlp", "int8_linear", "int8_sparse_linear")
-    monkeypatch.setitem(REGISTRY, "cpp", replace(found, **{name: counted(name) for name in names}))
+    kernels: dict[str, Any] = {name: counted(name) for name in names}
+    monkeypatch.setitem(REGISTRY, "cpp", replace(found, native=lambda: False, **kernels))
     triton_ops.forget()
     yield count
     monkeypatch.undo()
@@ -306,6 +308,26 @@ def test_graphs_call_them(kind, calls) -> None:
     logits(model)  # has the layout for decoding again, where nothing holds it
     assert_close(in_graph(), logits(model, backend="dense"))
     assert calls[MLPS[kind]] >= 1
+
+
+@pytest.mark.skipif(not operators.are_there(), reason="operators in C++ are not built")
+@pytest.mark.parametrize("kind", KINDS)
+def test_graphs_call_operators_in_cpp(kind) -> None:
+    torch._dynamo.reset()
+    model = quantised(kind)
+    hf_sparse.patch(model, "relu")
+    hf_sparse.prepare(model)
+    called: list[object] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        called.extend(node.target for node in graph.graph.nodes)
+        return graph.forward
+
+    with torch.inference_mode():
+        found = torch.compile(model, backend=keep, fullgraph=True)(input_ids=FEW, use_cache=False).logits
+    assert_close(found, logits(model, backend="dense"))
+    assert called.count(getattr(torch.ops.hf_sparse, MLPS[kind]).native) == 2
+    assert called.count(torch.ops.hf_sparse.int8_linear.native) >= 5
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -24,6 +24,7 @@ from triton_ops import AUTO, advice, layout
 from triton_ops.activations import TABLE
 from triton_ops.cpu import operators
 from triton_ops.decode_attention import MOST
+from triton_ops.int8 import INT8_TOKENS
 from triton_ops.layout import stock_layout_
 
 OPS = torch.ops.hf_sparse
@@ -48,7 +49,7 @@ def called(call: Callable[[], Tensor]) -> tuple[Tensor, bool]:
 
 
 def in_python(packet: Any, *args: Any) -> Tensor:
-    return (packet.default if packet is OPS.decode_attention else packet.inference)(*args)
+    return (packet.inference if "inference" in packet.overloads() else packet.default)(*args)
 
 
 def assert_own(packet: Any, *args: Any) -> None:
@@ -144,6 +145,37 @@ def test_attention(batch, keys, shared, length, dtype, mask, seed) -> None:
     assert_own(OPS.decode_attention, query, key, value, given, 0.3)
 
 
+def in_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and scale."""
+    scale = weight.float().abs().amax(1).clamp(min=1e-6) / 127
+    return (weight / scale[:, None]).round().to(torch.int8), scale
+
+
+@settings(deadline=None)
+@given(
+    kind=st.sampled_from(GATED_OR_PLAIN),
+    tokens=st.sampled_from([1, 3, 8, INT8_TOKENS]),
+    hidden=st.sampled_from([1, 8, 65]),
+    neurons=st.sampled_from([1, 12, 300]),
+    dtype=st.sampled_from(DTYPES),
+    bias=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_int8(kind, tokens, hidden, neurons, dtype, bias, seed) -> None:
+    (activation, gated), _ = kind, torch.manual_seed(seed)
+    block = make_block(tokens, hidden, neurons, dtype, activation, gated=gated, bias=bias)
+    up = in_int8(block.up)
+    first, second = (in_int8(block.deciding), up) if gated else (up, (None, None))
+    rows, scale = in_int8(block.down)
+    down = triton_ops.neuron_major_(rows), scale
+    biases = block.deciding_bias, block.up_bias if gated else None, block.down_bias
+    args = *first, *second, *down, *biases, None, activation, block.threshold
+    assert_own(OPS.int8_mlp, block.x, *args)
+    h = torch.relu(torch.randn(tokens, neurons)).to(dtype)
+    assert_own(OPS.int8_sparse_linear, h, *down, block.down_bias)
+    assert_own(OPS.int8_linear, block.x[:8], *first, block.deciding_bias)
+
+
 def gated(**changes: Any) -> list[Any]:
     """Arguments of ``gated_mlp``, which the operator in C++ takes, but for what is changed."""
     torch.manual_seed(0)
@@ -186,6 +218,9 @@ def certificate() -> dict[str, Tensor]:
         (OPS.linear, linear(weight=torch.ones(8, 12, 2)[..., 0])),
         (OPS.linear, [torch.ones(2, 12).double(), torch.ones(8, 12).double(), None, "dense"]),
         (OPS.sparse_linear, linear()),
+        (OPS.int8_linear, [torch.ones(9, 12), *in_int8(torch.ones(8, 12)), None]),
+        (OPS.int8_linear, [torch.ones(2, 12), *in_int8(torch.ones(8, 12).t().contiguous().t()), None]),
+        (OPS.int8_sparse_linear, [torch.ones(2, 12), *in_int8(torch.ones(8, 12)), None]),
         (OPS.decode_attention, attention(mask=torch.ones(2, 1, 1, 10)[..., ::2])),
         (OPS.decode_attention, attention(key=torch.ones(2, 2, 8, 5).transpose(2, 3))),
         (OPS.decode_attention, attention(key=torch.ones(1, 2, 5, 8), value=torch.ones(1, 2, 5, 8))),
@@ -193,6 +228,24 @@ def certificate() -> dict[str, Tensor]:
 )
 def test_what_it_does_not_know_python_computes(packet, args) -> None:
     assert_left(packet, *args)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("packet", "args"),
+    [
+        (OPS.gated_mlp, gated()),
+        (OPS.gated_mlp, gated(x=torch.ones(1, 8), **certificate())),
+        (OPS.plain_mlp, [*gated()[:1], *gated()[2:4], *[None] * 6, "relu", 0.0, CPP]),
+        (OPS.linear, linear()),
+        (OPS.sparse_linear, linear(weight=triton_ops.neuron_major_(torch.ones(8, 12)))),
+        (OPS.decode_attention, attention()),
+        (OPS.int8_linear, [torch.ones(2, 12), *in_int8(torch.ones(8, 12)), None]),
+        (OPS.int8_sparse_linear, [torch.ones(2, 12), *in_int8(torch.ones(8, 12)), None]),
+    ],
+)
+def test_opcheck(packet, args) -> None:
+    torch.library.opcheck(packet.native, args)
 
 
 @pytest.mark.parametrize(
@@ -206,6 +259,8 @@ def test_what_it_does_not_know_python_computes(packet, args) -> None:
         (OPS.linear, linear(weight=torch.ones(8, 12).half()), "weight is torch.float16"),
         (OPS.linear, linear(weight=torch.ones(8, 13)), "weight has shape"),
         (OPS.sparse_linear, linear(bias=torch.ones(3)), "bias has shape"),
+        (OPS.int8_linear, [torch.ones(2, 12), *in_int8(torch.ones(8, 13)), None], "weight.rows is"),
+        (OPS.int8_linear, [torch.ones(2, 12), *in_int8(torch.ones(8, 12).half()), torch.ones(7)], "bias has"),
     ],
 )
 def test_what_does_not_fit_python_refuses(packet, args, message) -> None:

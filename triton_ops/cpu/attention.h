@@ -8,7 +8,6 @@
 // on threads.
 #pragma once
 
-#include "calls.h"
 #include "dots.h"
 #include "smooth.h"
 #include "team.h"
@@ -20,7 +19,6 @@ struct Attention {
   typedef typename W::Type Type;
   typedef typename Product<W>::In In;
   static constexpr int64_t kShared = kSharingHeads;  // query heads of a head of keys, at most
-  static_assert(kShared <= kMaxTokens);
   static constexpr int64_t kBlock = 64;           // keys whose products are kept before they are scores
   static constexpr int64_t kTogether = 4;         // heads whose sums are in registers at once
   static constexpr int64_t kAlone = 128 * 1024;   // bytes of keys and values that one thread reads sooner

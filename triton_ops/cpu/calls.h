@@ -6,8 +6,10 @@
 
 #include <cstdint>
 
+constexpr int64_t kMaxTokens = 32;     // that a block works on at once
 constexpr int64_t kFewTokens = 8;      // that a dense product is made of at once: FEW of backend.py
 constexpr int64_t kSharingHeads = 32;  // of queries with the same keys, at most: MOST of decode_attention.py
+static_assert(kSharingHeads <= kMaxTokens, "they are worked on as tokens are");
 
 // One call. Weights and vectors lie in memory as their comments say; strides count elements between neurons.
 struct Call {

@@ -5,7 +5,6 @@
 // any order. The bits of an output depend on its row and its token alone: neither on threads nor on other tokens.
 #pragma once
 
-#include "calls.h"
 #include "dots.h"
 #include "team.h"
 

@@ -6,11 +6,11 @@
 #include <cmath>
 #include <type_traits>
 
+#include "calls.h"
 #include "vector.h"
 
 namespace {
 
-constexpr int64_t kMaxTokens = 32;
 constexpr int kAhead = 6;                      // rows worked on at most; every list has as many more pointers
 constexpr int kTile = kManyRegisters ? 4 : 2;  // tokens worked on at once
 

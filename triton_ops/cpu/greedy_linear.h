@@ -6,7 +6,6 @@
 // once they are rounded stay side by side, and argmax finds the first of them, as without this.
 #pragma once
 
-#include "calls.h"
 #include "certify.h"
 #include "dots.h"
 #include "team.h"

@@ -84,6 +84,11 @@ struct Matrix {
   }
 };
 
+// Of weights that are int8, one for each output; null where there is no such weight.
+struct Scales {
+  const Tensor *first, *up, *down;
+};
+
 bool is_advised(const void* address) {
   return std::binary_search(advised.begin(), advised.end(), int64_t(address));
 }
@@ -93,9 +98,10 @@ struct Contiguous {
   Tensor held;
   const void* address = nullptr;
 
-  Contiguous(const Maybe& t) {
+  Contiguous(const Tensor* t) {
     if (t) held = t->contiguous(), address = held.const_data_ptr();
   }
+  Contiguous(const Maybe& t) : Contiguous(t ? &*t : nullptr) {}
 };
 
 Tensor empty(const Tensor& x, int64_t last) {
@@ -107,13 +113,16 @@ Tensor empty(const Tensor& x, int64_t last) {
 // [..., D] of an MLP, of which `first` and `up` are null if all that there is to do is the down projection of x = h.
 std::optional<Tensor> mlp(const Tensor& x, const Tensor* first, const Tensor* up, const Tensor& down,
                           const Maybe& first_bias, const Maybe& up_bias, const Maybe& down_bias, const Maybe& thresholds,
-                          int kind, double threshold) {
-  const auto dtype = x.scalar_type();
+                          int kind, double threshold, const Scales* scales = nullptr) {
+  const auto dtype = x.scalar_type(), stored = scales ? at::kChar : dtype;
   if (code_of(dtype) < 0 || kind < 0 || x.dim() < 1 || down.dim() != 2 || !x.numel() || !down.numel()) return {};
-  const int64_t D = down.size(0), F = down.size(1);
-  if (x.size(-1) != (first ? D : F) || down.scalar_type() != dtype) return {};
+  const int64_t D = down.size(0), F = down.size(1), T = x.numel() / x.size(-1);
+  if (x.size(-1) != (first ? D : F) || down.scalar_type() != stored || (scales && T > kMaxTokens)) return {};
   for (const Tensor* w : {first, up})
-    if (w && !fits(*w, dtype, {F, D})) return {};
+    if (w && !fits(*w, stored, {F, D})) return {};
+  if (scales && ((first && !fits(*scales->first, at::kFloat, {F})) || (up && !fits(*scales->up, at::kFloat, {F})) ||
+                 !fits(*scales->down, at::kFloat, {D})))
+    return {};
   for (const Maybe* v : {&first_bias, &up_bias, &thresholds})
     if (!fits(*v, dtype, {F})) return {};
   if (!fits(down_bias, dtype, {D})) return {};
@@ -130,37 +139,42 @@ std::optional<Tensor> mlp(const Tensor& x, const Tensor* first, const Tensor* up
   const bool neuron_major = (last->row == 1 || D == 1) && (last->column == D || F == 1);
   if (!neuron_major || !in_rows(gate, D) || !in_rows(second, D)) return {};
   const Contiguous input(x), biases[] = {first_bias, up_bias, down_bias}, each(thresholds);
-  const void* const deciding = gate ? gate->address(dtype) : nullptr;
-  const int64_t T = x.numel() / x.size(-1);
+  const void* const deciding = gate ? gate->address(stored) : nullptr;
   if (T == 1 && gate && is_advised(deciding)) return {};
   Tensor y = empty(x, D);
   Call call = {};
-  call.x = input.address, call.gate = deciding, call.up = second ? second->address(dtype) : nullptr;
-  call.down = last->address(dtype), call.y = y.mutable_data_ptr();
+  call.x = input.address, call.gate = deciding, call.up = second ? second->address(stored) : nullptr;
+  call.down = last->address(stored), call.y = y.mutable_data_ptr();
   call.gate_bias = biases[0].address, call.up_bias = biases[1].address, call.down_bias = biases[2].address;
   call.thresholds = each.address, call.threshold = float(threshold);
+  const Scales none = {}, &all = scales ? *scales : none;
+  const Contiguous factors[] = {all.first, all.up, all.down};
+  call.gate_scales = (const float*)factors[0].address, call.up_scales = (const float*)factors[1].address;
+  call.down_scales = (const float*)factors[2].address;
   call.T = T, call.D = D, call.F = F;
   call.gate_stride = gate ? gate->row : 0, call.up_stride = second ? second->row : 0, call.down_stride = last->column;
   call.dtype = code_of(dtype), call.kind = kind, call.threads = threads();
   return run_mlp(&call) ? std::optional<Tensor>() : y;
 }
 
-std::optional<Tensor> product(const Tensor& x, const Tensor& weight, const Maybe& bias) {
-  const auto dtype = x.scalar_type();
+std::optional<Tensor> product(const Tensor& x, const Tensor& weight, const Maybe& bias, const Tensor* scale = nullptr) {
+  const auto dtype = x.scalar_type(), stored = scale ? at::kChar : dtype;
   if (code_of(dtype) < 0 || x.dim() < 1 || weight.dim() != 2 || !x.numel() || !weight.numel()) return {};
   const int64_t D = weight.size(0), F = weight.size(1), T = x.numel() / x.size(-1);
-  if (x.size(-1) != F || T > kFewTokens || weight.scalar_type() != dtype || !fits(bias, dtype, {D})) return {};
+  if (x.size(-1) != F || T > kFewTokens || weight.scalar_type() != stored || !fits(bias, dtype, {D})) return {};
+  if (scale && !fits(*scale, at::kFloat, {D})) return {};
   std::optional<Matrix> w;
   {
     std::shared_lock lock(changing);
     w.emplace(weight);
   }
   const bool columns = w->column != 1 && F != 1;
-  if ((columns && w->row != 1 && D != 1) || is_advised(w->address(dtype))) return {};
-  const Contiguous input(x), each(bias);
+  if ((columns && (scale || (w->row != 1 && D != 1))) || is_advised(w->address(stored))) return {};
+  const Contiguous input(x), each(bias), factors(scale);
   Tensor y = empty(x, D);
   LinearCall call = {};
-  call.x = input.address, call.w = w->address(dtype), call.bias = each.address, call.y = y.mutable_data_ptr();
+  call.x = input.address, call.w = w->address(stored), call.bias = each.address, call.y = y.mutable_data_ptr();
+  call.scales = (const float*)factors.address;
   call.T = T, call.D = D, call.F = F, call.stride = columns ? w->column : w->row;
   call.dtype = code_of(dtype), call.columns = columns, call.threads = threads();
   return run_linear(&call) ? std::optional<Tensor>() : y;
@@ -241,12 +255,42 @@ Tensor decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const
   return y ? *y : in_python<decltype(decode_attention)>("hf_sparse::decode_attention", "").call(q, k, v, mask, scale);
 }
 
+Tensor int8_mlp(const Tensor& x, const Tensor& first, const Tensor& first_scale, const Maybe& up, const Maybe& up_scale,
+                const Tensor& down, const Tensor& down_scale, const Maybe& first_bias, const Maybe& up_bias,
+                const Maybe& down_bias, const Maybe& thresholds, std::string_view activation, double threshold) {
+  std::optional<Tensor> y;
+  if (bool(up) == bool(up_scale)) {
+    const Scales scales = {&first_scale, up ? &*up_scale : nullptr, &down_scale};
+    y = mlp(x, &first, up ? &*up : nullptr, down, first_bias, up_bias, down_bias, thresholds, code_of(activation),
+            threshold, &scales);
+  }
+  if (y) return *y;
+  return in_python<decltype(int8_mlp)>("hf_sparse::int8_mlp", "")
+      .call(x, first, first_scale, up, up_scale, down, down_scale, first_bias, up_bias, down_bias, thresholds,
+            activation, threshold);
+}
+
+Tensor int8_sparse_linear(const Tensor& h, const Tensor& rows, const Tensor& scale, const Maybe& bias) {
+  const Scales scales = {nullptr, nullptr, &scale};
+  const auto y = mlp(h, nullptr, nullptr, rows, {}, {}, bias, {}, 0, 0.0, &scales);
+  if (y) return *y;
+  return in_python<decltype(int8_sparse_linear)>("hf_sparse::int8_sparse_linear", "").call(h, rows, scale, bias);
+}
+
+Tensor int8_linear(const Tensor& x, const Tensor& rows, const Tensor& scale, const Maybe& bias) {
+  const auto y = product(x, rows, bias, &scale);
+  return y ? *y : in_python<decltype(int8_linear)>("hf_sparse::int8_linear", "").call(x, rows, scale, bias);
+}
+
 TORCH_LIBRARY_IMPL(hf_sparse, CPU, library) {
   library.impl("gated_mlp.native", gated_mlp);
   library.impl("plain_mlp.native", plain_mlp);
   library.impl("sparse_linear.native", sparse_linear);
   library.impl("linear.native", linear);
   library.impl("decode_attention.native", decode_attention);
+  library.impl("int8_mlp.native", int8_mlp);
+  library.impl("int8_sparse_linear.native", int8_sparse_linear);
+  library.impl("int8_linear.native", int8_linear);
 }
 
 }  // namespace
