@@ -83,12 +83,12 @@ def measured() -> Iterator[Clock]:
     backend.kernels = lambda: clock  # type: ignore[assignment]
     try:
         if not isinstance(native, str):
-            native.hfs_connect(*(ctypes.cast(one, ctypes.c_void_p) for one in with_clock))
+            native.hfs_connect(*(ctypes.cast(one, ctypes.c_void_p) for one in with_clock), False)
         yield clock
     finally:
         backend.kernels = library
         if not isinstance(native, str):
-            native.hfs_connect(*kernels)
+            native.hfs_connect(*kernels, False)
 
 
 def by_turns(models: dict[str, Any], prompt: torch.Tensor, args: Any, clock: Clock) -> dict[str, list[Any]]:

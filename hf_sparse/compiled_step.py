@@ -91,7 +91,8 @@ class _Advice:
         self.step, self.certificates = step, RunCertificates(step.memory)
         blocks = (one for one in modules_of(step.model) if step.certify and isinstance(one, SparseMLP))
         weights = (block.worth_certifying() for block in blocks)
-        self._certified = {weight.data_ptr() for weight in weights if weight is not None}
+        # Of an inference tensor torch counts no changes.
+        self._certified = {w.data_ptr() for w in weights if w is not None and not w.is_inference()}
         greedy = greedy_decoding_of(step.model) is not None
         self._output = step.model.get_output_embeddings() if greedy else None
 
@@ -103,9 +104,7 @@ class _Advice:
         return array("q", sorted(self._certified | outputs)).tobytes()
 
     def certificate(self, weight: Tensor) -> Certificate | None:
-        if weight.data_ptr() not in self._certified or weight.is_inference():
-            return None
-        return self.certificates.of(weight)
+        return self.certificates.of(weight) if weight.data_ptr() in self._certified else None
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor | None:
         one = asked()

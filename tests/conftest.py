@@ -43,6 +43,7 @@ def _cache_of_the_suite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pa
     (folder / "cpu").symlink_to(compiled.resolve(), target_is_directory=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(storage.ENVIRONMENT, str(folder))
+        triton_ops.forget()
         yield folder
 
 

@@ -41,8 +41,8 @@ _adviser: ContextVar[Adviser | None] = ContextVar("hf_sparse_adviser", default=N
 def advised_by(adviser: Adviser | None) -> Iterator[None]:
     """In here, in this thread or task, operators of graphs on the CPU ask ``adviser``, or nobody."""
     token = _adviser.set(adviser)
-    _tell()
     try:
+        _tell()
         yield
     finally:
         _adviser.reset(token)

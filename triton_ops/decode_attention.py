@@ -46,13 +46,8 @@ def decode_attention(
         MemoryError: there is no memory for the scores.
 
     """
-    _, heads, tokens, size = query.shape
-    if tokens != 1 or heads % key.shape[1]:
-        raise ValueError(
-            f"query has shape {list(query.shape)} and key {list(key.shape)}; expected [B, H, 1, D] and "
-            "[B, K, L, D], where H is a multiple of K."
-        )
-    factor = size**-0.5 if scale is None else scale
+    _check(query, key)
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
     if not is_for_torch(query.device.type):
         if unobserved(query, key, value, mask):
             return _decode_attention(query, key, value, mask, factor)
@@ -60,6 +55,15 @@ def decode_attention(
             call = native_or_default(torch.ops.hf_sparse.decode_attention, "attention", query.dtype)
             return call(query, key, value, mask, factor)
     return _torchs(query, key, value, mask, factor)
+
+
+def _check(query: Tensor, key: Tensor) -> None:
+    own, theirs = query.shape, key.shape
+    if len(own) != 4 or len(theirs) != 4 or own[2] != 1 or not theirs[1] or own[1] % theirs[1]:
+        raise ValueError(
+            f"query has shape {list(own)} and key {list(theirs)}; expected [B, H, 1, D] and [B, K, L, D], "
+            "where H is a multiple of K."
+        )
 
 
 def _torchs(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -70,6 +74,7 @@ def _torchs(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scal
 
 
 def _decode_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    _check(query, key)
     own = _by_kernel(query, key, value, mask, scale)
     return _torchs(query, key, value, mask, scale) if own is None else own
 
@@ -84,6 +89,7 @@ LIB.impl("decode_attention", _decode_attention, "CPU")
 @torch.library.register_fake("hf_sparse::decode_attention", lib=LIB)
 @torch.library.register_fake("hf_sparse::decode_attention.native", lib=LIB)
 def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    _check(query, key)
     return query.new_empty((query.shape[0], 1, query.shape[1], value.shape[-1]))
 
 

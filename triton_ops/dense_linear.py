@@ -18,6 +18,7 @@ from triton_ops import choice, reference
 from triton_ops.advice import adviser
 from triton_ops.backends import AUTO, DENSE, REGISTRY
 from triton_ops.gradients import linear_backward, save_linear
+from triton_ops.layout import view_of
 from triton_ops.memo import remembered
 from triton_ops.ops import (
     LIB,
@@ -112,6 +113,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     _check(x, weight, bias)
+    weight = view_of(weight)  # as of the other operators
     if (one := adviser()) is not None and (advised := one.product(x, weight)) is not None:
         return advised
     outputs, inputs = weight.shape

@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 
 from triton_ops import choice, reference
 from triton_ops.activations import check
-from triton_ops.layout import is_neuron_major
+from triton_ops.layout import is_neuron_major, view_of
 from triton_ops.mlp import MLP, Int8Weight, Scales
 from triton_ops.ops import (
     LIB,
@@ -237,6 +237,7 @@ def _linear_op(x: Tensor, rows: Tensor, scale: Tensor, bias: Tensor | None) -> T
 
 
 def _sparse_linear_op(x: Tensor, rows: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    rows = view_of(rows)  # whose layout another thread may change
     weight = Int8Weight(rows, scale)
     _check_linear("h", x, weight, bias)
     backend = _of_op(x, rows) if is_neuron_major(rows) else None
@@ -248,7 +249,7 @@ def _sparse_linear_op(x: Tensor, rows: Tensor, scale: Tensor, bias: Tensor | Non
 def _mlp_of(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments of :func:`_checked_mlp` after x, from those of the operator."""
     first, first_scale, up, up_scale, down, down_scale, *biases, thresholds, activation, threshold = args
-    second = None if up is None else Int8Weight(up, up_scale)
+    second, down = None if up is None else Int8Weight(up, up_scale), view_of(down)
     own = threshold if thresholds is None else thresholds
     return Int8Weight(first, first_scale), second, Int8Weight(down, down_scale), *biases, activation, own
 

@@ -7,6 +7,7 @@ side while name, shape, values and saved checkpoints stay as they are.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 _changing = threading.Lock()
+if hasattr(os, "register_at_fork"):  # another thread of the parent may have held it
+    os.register_at_fork(after_in_child=_changing._at_fork_reinit)  # type: ignore[attr-defined]
 unseen: Callable[[], AbstractContextManager[None]] = nullcontext
 """In here no operator in C++ looks at a weight: they do not hold the interpreter's lock."""
 

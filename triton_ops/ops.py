@@ -27,7 +27,7 @@ from triton_ops.gradients import (
     save_linear,
     save_plain_mlp,
 )
-from triton_ops.layout import is_neuron_major
+from triton_ops.layout import is_neuron_major, view_of
 from triton_ops.mlp import MLP
 from triton_ops.problem import Form
 from triton_ops.unobserved import unobserved
@@ -320,12 +320,16 @@ def _dense(x: Tensor, mlp: MLP, product: str) -> Tensor:
     return reference.sparse_linear(h, mlp.down, mlp.down_bias)
 
 
+# Strides and memory are read one after the other, and the interpreter may change threads meanwhile. A graph,
+# unlike a module, has no view of a weight whose layout may change, but the parameter.
 def _gated_mlp(x: Tensor, *args: Any) -> Tensor:
-    return run(x, _gated(*args), args[-1], args[9])
+    mlp = _gated(*args)
+    return run(x, mlp._replace(down=view_of(mlp.down)), args[-1], args[9])
 
 
 def _plain_mlp(x: Tensor, *args: Any) -> Tensor:
-    return run(x, _plain(*args), args[-1], args[7])
+    mlp = _plain(*args)
+    return run(x, mlp._replace(down=view_of(mlp.down)), args[-1], args[7])
 
 
 def _gated(
@@ -369,6 +373,7 @@ def _plain(
 
 def _sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     _check_sparse_linear(h, weight, bias)
+    weight = view_of(weight)
     hidden, neurons = weight.shape
     tokens = h.numel() // neurons if neurons else 0
     if backend == AUTO:

@@ -46,6 +46,11 @@ def kernels() -> Any:
     return library
 
 
+def is_forked() -> bool:
+    """Whether this process is a child that was forked with this package in it."""
+    return _forked
+
+
 def threads() -> int:
     """How many a call may use."""
     return 1 if _forked else torch.get_num_threads()

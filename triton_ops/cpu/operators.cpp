@@ -1,7 +1,7 @@
 // The operators of a compiled graph on the CPU, which torch's dispatcher calls without Python in between: their overload
 // "native". Between two products of a step nothing of Python is left in the caches, and a call through it takes longer
-// than a small product. What is not taken on here is left to the overload "inference", in Python, which computes by
-// other means or says what is wrong.
+// than a small product. What is not taken on here is left to the operator in Python, which computes by other means or
+// says what is wrong. That an activation and its threshold go together the fake has seen, when the graph was made.
 
 #include <pthread.h>
 
@@ -35,12 +35,14 @@ int (*run_attention)(const AttentionCall*);
 std::shared_mutex changing;
 // Addresses of the weights that Python has advice for (advice.py).
 thread_local std::vector<int64_t> advised;
+thread_local bool changes = false;  // whether this thread holds that for itself
 // The threads of OpenMP do not survive a fork.
 bool forked = false;
 
 const int at_fork = pthread_atfork(nullptr, nullptr, [] {
   forked = true;
   new (&changing) std::shared_mutex;  // another thread may have held it
+  changes = false;
 });
 
 int threads() { return forked ? 1 : at::get_num_threads(); }
@@ -295,9 +297,10 @@ TORCH_LIBRARY_IMPL(hf_sparse, CPU, library) {
 
 }  // namespace
 
-// Before the first call of an operator.
-extern "C" void hfs_connect(decltype(run_mlp) mlp, decltype(run_linear) linear, decltype(run_attention) attention) {
-  run_mlp = mlp, run_linear = linear, run_attention = attention;
+// Before the first call of an operator. `in_child`: the process is one that has been forked already.
+extern "C" void hfs_connect(decltype(run_mlp) mlp, decltype(run_linear) linear, decltype(run_attention) attention,
+                            bool in_child) {
+  run_mlp = mlp, run_linear = linear, run_attention = attention, forked |= in_child;
 }
 
 // From now on, in this thread, operators in Python are called for these weights; `addresses` are in ascending order.
@@ -308,8 +311,10 @@ extern "C" void hfs_advise(const int64_t* addresses, int64_t count) {
 // What is done between the two no operator sees half done.
 extern "C" void hfs_begin_change() {
   changing.lock();
+  changes = true;
 }
 
 extern "C" void hfs_end_change() {
-  changing.unlock();
+  if (changes) changing.unlock();
+  changes = false;
 }

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from triton_ops import advice, layout
-from triton_ops.cpu import build
+from triton_ops.cpu import build, calls
 from triton_ops.cpu.calls import kernels
 
 SOURCE = Path(__file__).with_name("operators.cpp")
@@ -38,14 +38,15 @@ def library() -> ctypes.CDLL | str:
         library = build.load(SOURCE, COMPILE, [LINK], torch.__version__)
     except build.BuildError as error:
         return str(error)
-    library.hfs_connect.argtypes = [ctypes.c_void_p] * len(KERNELS)
-    library.hfs_connect(*(ctypes.cast(getattr(kernels(), name), ctypes.c_void_p) for name in KERNELS))
+    library.hfs_connect.argtypes = [*[ctypes.c_void_p] * len(KERNELS), ctypes.c_bool]
+    addresses = (ctypes.cast(getattr(kernels(), name), ctypes.c_void_p) for name in KERNELS)
+    library.hfs_connect(*addresses, calls.is_forked())
     library.hfs_advise.argtypes = [ctypes.c_char_p, ctypes.c_int64]
 
     @contextmanager
     def unseen() -> Iterator[None]:
-        library.hfs_begin_change()
-        try:
+        try:  # a signal may be handled as soon as it is held
+            library.hfs_begin_change()
             yield
         finally:
             library.hfs_end_change()
