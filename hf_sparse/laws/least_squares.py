@@ -66,7 +66,8 @@ def least_squares(
         new_values, new_slopes = model(tried)
         new = _squares(new_values - target)
         better = (new <= squares) & ~done
-        small = better & (squares - new <= _SMALL * squares) & (damping < 1)
+        # With a large damping a step that changes nothing is no reason to try smaller ones again.
+        small = better & (squares - new <= _SMALL * squares) & ((damping < 1) | (new == squares))
         damping = torch.where(better, damping / 5, damping * 4).clamp(1e-15, 10 * _HOPELESS)
         at = torch.where(better[:, None], tried, at)
         values = torch.where(better[:, None], new_values, values)

@@ -90,8 +90,10 @@ def test_two_processes_raise_thresholds_as_one_does(command, in_process, tmp_pat
     in_process(command(tmp_path / "one", **fields))
     run(command(tmp_path / "two", processes=2, port=free_port(), **{**fields, "micro_batch": 2}))
     for one, two in zip(*(records(tmp_path / name, "train") for name in ("one", "two")), strict=True):
-        for name in ("loss", "target_threshold", "training_sparsity", "sparsity"):
+        for name in ("loss", "target_threshold", "training_sparsity"):
             assert two[name] == pytest.approx(one[name], rel=2e-4, abs=1e-6), (name, one["step"])
+        # Of the last batch alone: a thousandth is six pairs of token and neuron.
+        assert two["sparsity"] == pytest.approx(one["sparsity"], abs=1e-3), one["step"]
     assert one["sparsity"] == pytest.approx(0.9, abs=0.05)
 
 
