@@ -88,7 +88,7 @@ struct Matrix {
 
 // Of weights that are int8, one for each output; null where there is no such weight.
 struct Scales {
-  const Tensor *first, *up, *down;
+  const Tensor *first = nullptr, *up = nullptr, *down = nullptr;
 };
 
 bool is_advised(const void* address) {
@@ -115,16 +115,16 @@ Tensor empty(const Tensor& x, int64_t last) {
 // [..., D] of an MLP, of which `first` and `up` are null if all that there is to do is the down projection of x = h.
 std::optional<Tensor> mlp(const Tensor& x, const Tensor* first, const Tensor* up, const Tensor& down,
                           const Maybe& first_bias, const Maybe& up_bias, const Maybe& down_bias, const Maybe& thresholds,
-                          int kind, double threshold, const Scales* scales = nullptr) {
-  const auto dtype = x.scalar_type(), stored = scales ? at::kChar : dtype;
+                          int kind, double threshold, const Scales& scales = {}) {
+  const auto dtype = x.scalar_type(), stored = scales.down ? at::kChar : dtype;
   if (code_of(dtype) < 0 || kind < 0 || x.dim() < 1 || down.dim() != 2 || !x.numel() || !down.numel()) return {};
   const int64_t D = down.size(0), F = down.size(1), T = x.numel() / x.size(-1);
-  if (x.size(-1) != (first ? D : F) || down.scalar_type() != stored || (scales && T > kMaxTokens)) return {};
+  if (x.size(-1) != (first ? D : F) || down.scalar_type() != stored || (scales.down && T > kMaxTokens)) return {};
   for (const Tensor* w : {first, up})
     if (w && !fits(*w, stored, {F, D})) return {};
-  if (scales && ((first && !fits(*scales->first, at::kFloat, {F})) || (up && !fits(*scales->up, at::kFloat, {F})) ||
-                 !fits(*scales->down, at::kFloat, {D})))
-    return {};
+  for (const Tensor* one : {scales.first, scales.up})
+    if (one && !fits(*one, at::kFloat, {F})) return {};
+  if (scales.down && !fits(*scales.down, at::kFloat, {D})) return {};
   for (const Maybe* v : {&first_bias, &up_bias, &thresholds})
     if (!fits(*v, dtype, {F})) return {};
   if (!fits(down_bias, dtype, {D})) return {};
@@ -149,8 +149,7 @@ std::optional<Tensor> mlp(const Tensor& x, const Tensor* first, const Tensor* up
   call.down = last->address(stored), call.y = y.mutable_data_ptr();
   call.gate_bias = biases[0].address, call.up_bias = biases[1].address, call.down_bias = biases[2].address;
   call.thresholds = each.address, call.threshold = float(threshold);
-  const Scales none = {}, &all = scales ? *scales : none;
-  const Contiguous factors[] = {all.first, all.up, all.down};
+  const Contiguous factors[] = {scales.first, scales.up, scales.down};
   call.gate_scales = (const float*)factors[0].address, call.up_scales = (const float*)factors[1].address;
   call.down_scales = (const float*)factors[2].address;
   call.T = T, call.D = D, call.F = F;
@@ -264,7 +263,7 @@ Tensor int8_mlp(const Tensor& x, const Tensor& first, const Tensor& first_scale,
   if (bool(up) == bool(up_scale)) {
     const Scales scales = {&first_scale, up ? &*up_scale : nullptr, &down_scale};
     y = mlp(x, &first, up ? &*up : nullptr, down, first_bias, up_bias, down_bias, thresholds, code_of(activation),
-            threshold, &scales);
+            threshold, scales);
   }
   if (y) return *y;
   return in_python<decltype(int8_mlp)>("hf_sparse::int8_mlp", "")
@@ -273,8 +272,7 @@ Tensor int8_mlp(const Tensor& x, const Tensor& first, const Tensor& first_scale,
 }
 
 Tensor int8_sparse_linear(const Tensor& h, const Tensor& rows, const Tensor& scale, const Maybe& bias) {
-  const Scales scales = {nullptr, nullptr, &scale};
-  const auto y = mlp(h, nullptr, nullptr, rows, {}, {}, bias, {}, 0, 0.0, &scales);
+  const auto y = mlp(h, nullptr, nullptr, rows, {}, {}, bias, {}, 0, 0.0, {nullptr, nullptr, &scale});
   if (y) return *y;
   return in_python<decltype(int8_sparse_linear)>("hf_sparse::int8_sparse_linear", "").call(h, rows, scale, bias);
 }
