@@ -23,6 +23,7 @@ from hf_sparse.inputs import named_thresholded
 from hf_sparse.texts import evaluation_texts
 from support.composites import composite
 from support.models import tiny
+from support.padded import batches
 from support.skips import CountSkips
 
 
@@ -30,14 +31,6 @@ from support.skips import CountSkips
 def pretrained() -> tuple[Any, list[str]]:
     texts = [text for _, text in zip(range(40), python_corpus().held_out, strict=False)]
     return AutoModelForCausalLM.from_pretrained(TINY_MODEL), texts
-
-
-def batches(count: int = 3, vocabulary: int = 128) -> list[dict[str, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, vocabulary, (count, 2, 24), generator=generator)
-    mask = torch.ones(2, 24, dtype=torch.int64)
-    mask[0, :5] = 0
-    return [{"input_ids": one, "attention_mask": mask} for one in ids]
 
 
 @given(

@@ -18,15 +18,8 @@ from hf_sparse.cli import main
 from hf_sparse.inputs import named_thresholded
 from hf_sparse.texts import evaluation_texts
 from support.models import tiny
+from support.padded import batches
 from support.skips import CountSkips
-
-
-def batches(count: int = 6, vocabulary: int = 128) -> list[dict[str, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, vocabulary, (count, 2, 24), generator=generator)
-    mask = torch.ones(2, 24, dtype=torch.int64)
-    mask[0, :5] = 0
-    return [{"input_ids": one, "attention_mask": mask} for one in ids]
 
 
 def llama() -> Any:
@@ -119,7 +112,7 @@ def unread(model: Any, data: list[dict[str, torch.Tensor]]) -> float:
     ids=lambda one: getattr(one, "__name__", None),
 )
 def test_the_kept_method_has_the_least_perplexity_at_one_share_of_weights(make, target, suited) -> None:
-    data = batches()
+    data = batches(6)
     torch.manual_seed(0)
     model = make()
     report = hf_sparse.calibrate(model, data, method="best", target_sparsity=target)
@@ -185,7 +178,7 @@ def test_a_pretrained_llama_gets_the_share_that_was_asked_for(assets) -> None:
 
 
 def test_of_experts_those_count_that_a_token_is_routed_to() -> None:
-    model, data = tiny("mixtral", num_experts_per_tok=2, num_local_experts=4), batches()
+    model, data = tiny("mixtral", num_experts_per_tok=2, num_local_experts=4), batches(6)
     report = hf_sparse.calibrate(model, data, method="best", target_sparsity=0.3)
     assert report.method == "cats"
     attention = sum(one.weight.numel() for one in linears(model).values()) // 3
@@ -196,7 +189,7 @@ def test_of_experts_those_count_that_a_token_is_routed_to() -> None:
 
 
 def test_the_report_shows_what_was_tried() -> None:
-    report = hf_sparse.calibrate(llama(), batches(), method="best", target_sparsity=0.5)
+    report = hf_sparse.calibrate(llama(), batches(6), method="best", target_sparsity=0.5)
     lines = str(report).splitlines()
     assert lines[0].startswith(f"{report.method}: sparsity ")
     assert lines[2].split() == ["method", "sparsity", "unread", "perplexity"]
@@ -213,7 +206,7 @@ def test_the_report_shows_what_was_tried() -> None:
     assert [row["method"] for row in rows] == [one.method for one in report.tried]
     assert rows[0]["unread"] == report.tried[0].unread
     assert rows[0]["left_out"] is None
-    single = hf_sparse.calibrate(llama(), batches(), method="teal", target_sparsity=0.5)
+    single = hf_sparse.calibrate(llama(), batches(6), method="teal", target_sparsity=0.5)
     assert single.tried == ()
     assert "unread" not in str(single)
 
@@ -244,25 +237,25 @@ def test_a_failure_leaves_the_model_as_it_was(make) -> None:
     model = make()
     with torch.no_grad():
         model.model.layers[1].mlp.gate_proj.weight.fill_(float("inf"))
-    stays(model, batches(), ValueError, "has values that are infinite")
+    stays(model, batches(6), ValueError, "has values that are infinite")
 
 
 def test_what_no_method_can_is_refused_with_the_reasons() -> None:
     conv = tiny("gpt2")
-    stays(conv, batches(), ValueError, r"(?s)leaves that share.*\ncats: it would need .*\nteal: .*Conv1D")
+    stays(conv, batches(6), ValueError, r"(?s)leaves that share.*\ncats: it would need .*\nteal: .*Conv1D")
     none = tiny("gpt2", activation_function="quick_gelu")
     reasons = (
         r"(?s)^no method of calibration suits the model\.\ncats: .*\nfatrelu: .*\nscap: .*\nteal: .*\nwina: "
     )
-    stays(none, batches(), PatchError, reasons, target_sparsity=0.1)
-    stays(llama(), batches(), ValueError, "is none of method 'best'; use uniform", allocation="greedy")
+    stays(none, batches(6), PatchError, reasons, target_sparsity=0.1)
+    stays(llama(), batches(6), ValueError, "is none of method 'best'; use uniform", allocation="greedy")
 
 
 @pytest.mark.parametrize(("method", "make"), [("teal", llama), ("cats", llama), ("fatrelu", relu_llama)])
 def test_methods_are_not_compared_on_a_model_that_has_thresholds(method, make) -> None:
     model = make()
-    hf_sparse.calibrate(model, batches(), method=method, target_sparsity=0.6)
-    stays(model, batches(), PatchError, "that the model has already")
+    hf_sparse.calibrate(model, batches(6), method=method, target_sparsity=0.6)
+    stays(model, batches(6), PatchError, "that the model has already")
 
 
 def test_a_choice_on_few_tokens_is_told_once(recwarn) -> None:
@@ -271,7 +264,7 @@ def test_a_choice_on_few_tokens_is_told_once(recwarn) -> None:
 
 
 def test_a_sparsity_below_what_relu_has_is_told() -> None:
-    report = hf_sparse.calibrate(relu_llama(), batches(), method="best", target_sparsity=0.15)
+    report = hf_sparse.calibrate(relu_llama(), batches(6), method="best", target_sparsity=0.15)
     reasons = {one.method: one.left_out for one in report.tried}
     assert reasons["teal"] is None
     assert reasons["fatrelu"].startswith("it would need a sparsity of 30.7%, and has ")
@@ -282,7 +275,7 @@ def test_a_method_that_misses_the_target_by_far_is_left_out() -> None:
     hf_sparse.patch(model, "original", topk={"share": 0.1})  # after which 22 % of the weights are unread
     stays(
         model,
-        batches(),
+        batches(6),
         ValueError,
         r"(?s)cats: 2\d\.\d% of the weights is the nearest .*teal: it would need .* of 10.0%, and has 2",
         target_sparsity=0.1,
@@ -302,7 +295,7 @@ def test_a_method_that_is_one_file_takes_part(tmp_path, monkeypatch) -> None:
     methods = importlib.import_module("hf_sparse.calibration.methods")
     monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
     model = llama()
-    report = hf_sparse.calibrate(model, batches(), method="best", target_sparsity=0.3)
+    report = hf_sparse.calibrate(model, batches(6), method="best", target_sparsity=0.3)
     row = next(one for one in report.tried if one.method == "own_file")
     assert row.unread == pytest.approx(0.3, abs=0.02)
     assert row.sparsity == pytest.approx(own_sparsity(model, "scap", 0.3), abs=0.01)
