@@ -16,7 +16,8 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from torch import nn
 FORMAT_VERSION = 1
 _INCOMPLETE = ".incomplete-"
 _WEIGHTS = "model.safetensors"
+_UNWRITABLE = (OSError, RuntimeError, SafetensorError)
+"""What writing on a full disk raises."""
 
 
 class CheckpointError(RuntimeError):
@@ -125,7 +128,7 @@ class Checkpoints:
         problem = None
         try:
             part(aside, final, *rest)
-        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of these
+        except _UNWRITABLE as error:
             problem = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
         problems = [one for one in gather_object([problem]) if one]
         if not problems:
@@ -242,20 +245,33 @@ def verify(path: Path) -> None:
             raise CheckpointError(f"{path}: {entry['name']} is damaged (its SHA-256 differs).")
 
 
-def write_whole(folder: Path) -> tuple[Path, Path]:
-    """Two names for a folder that appears at once: write into the first, then ``publish`` both."""
-    return folder.with_name(f"{_INCOMPLETE}{folder.name}"), folder
+@contextmanager
+def written_whole(folder: Path) -> Iterator[tuple[Path, Path]]:
+    """Two names for a folder that appears at once: the first to write into, and the one that it gets then.
 
+    Raises:
+        CheckpointError: it could not be written, as on a full disk. What there was is as it was.
 
-def publish(aside: Path, folder: Path) -> None:
-    """Bring ``aside`` to disk and give it its name, replacing what was there."""
-    for file in aside.rglob("*"):
-        _sync(file)
-    _sync(aside)
-    if folder.exists():
-        _discard(folder)
-    os.rename(aside, folder)
-    _sync(folder.parent)
+    """
+    aside = folder.with_name(f"{_INCOMPLETE}{folder.name}")
+    try:
+        yield aside, folder
+        for file in aside.rglob("*"):
+            _sync(file)
+        _sync(aside)
+        if folder.exists():
+            _discard(folder)
+        os.rename(aside, folder)
+        _sync(folder.parent)
+    except Exception as error:
+        # Tokenizers tell of a full disk by an Exception of no kind.
+        if not isinstance(error, _UNWRITABLE) and type(error) is not Exception:
+            raise
+        shutil.rmtree(aside, ignore_errors=True)  # it may be what fills the disk
+        raise CheckpointError(
+            f"{folder} could not be saved: {type(error).__name__}: {error} Mend that. The checkpoint of the "
+            "last update has it all: the same command with --resume writes it."
+        ) from error
 
 
 def _bare_weights(models: list[nn.Module], weights: list[dict[str, Any]], folder: str) -> None:

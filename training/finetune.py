@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from arguments import parse_recipe
-from checkpoint import CheckpointError, Checkpoints, Progress, publish, read_state, write_whole
+from checkpoint import CheckpointError, Checkpoints, Progress, read_state, written_whole
 from data import DataExhaustedError, TrainingData, evaluation_data, open_documents
 from evaluation import LATEST, ORIGINAL, as_record, evaluate, keep, kept
 from final_card import write_final_card
@@ -284,21 +284,20 @@ def save_final(
         bare = bare.merge_and_unload()
     state = None if is_adapted else whole_state(accelerator, model)
     if accelerator.is_main_process:
-        aside, final = write_whole(output / "final")
-        # Saving takes tied weights out of the mapping that it gets.
-        bare.save_pretrained(aside, state_dict=None if state is None else dict(state))
-        tokenizer.save_pretrained(aside)
-        write_final_card(
-            aside,
-            final,
-            bare,
-            state or bare.state_dict(),
-            tokenizer,
-            recipe,
-            report=kept(output / LATEST),
-            before=kept(output / ORIGINAL),
-        )
-        publish(aside, final)
+        with written_whole(output / "final") as (aside, final):
+            # Saving takes tied weights out of the mapping that it gets.
+            bare.save_pretrained(aside, state_dict=None if state is None else dict(state))
+            tokenizer.save_pretrained(aside)
+            write_final_card(
+                aside,
+                final,
+                bare,
+                state or bare.state_dict(),
+                tokenizer,
+                recipe,
+                report=kept(output / LATEST),
+                before=kept(output / ORIGINAL),
+            )
     accelerator.wait_for_everyone()
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from checkpoint import CheckpointError, Checkpoints, Progress, publish, read_state, verify, write_whole
+from checkpoint import CheckpointError, Checkpoints, Progress, read_state, verify, written_whole
 from data import StreamState
 from torch import nn
 
@@ -150,12 +150,18 @@ def test_files_of_a_process_that_wrote_elsewhere_are_missed(setup):
     assert "step-00000040" not in names(folder)
 
 
-def test_publish_replaces_a_folder_as_a_whole(tmp_path):
+def test_a_folder_is_replaced_as_a_whole_or_stays(tmp_path):
+    def write(content, room):
+        with written_whole(tmp_path / "final") as (aside, _):
+            aside.mkdir()
+            (aside / "a").write_text(content[:room])
+            if len(content) > room:
+                raise OSError(28, "No space left on device")
+
     for content in ("old", "new"):
-        aside, final = write_whole(tmp_path / "final")
-        aside.mkdir()
-        (aside / "a").write_text(content)
-        publish(aside, final)
+        write(content, room=9)
+    with pytest.raises(CheckpointError, match=r"final could not be saved: OSError: .*--resume writes it"):
+        write("newest", room=3)
     assert names(tmp_path) == ["final"]
     assert (tmp_path / "final" / "a").read_text() == "new"
 

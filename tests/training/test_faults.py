@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import shutil
 import signal
 import subprocess
 import time
@@ -116,6 +117,30 @@ def test_a_full_disk_is_named_and_the_last_checkpoint_stays(command, in_process,
     in_process(line)
     in_process(command(whole, **more))
     assert weights(output) == weights(whole)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_when_the_model_is_saved_is_named(command, in_process, tmp_path):
+    output = tmp_path / "run"
+    fields = {"max_steps": 4, "save_every": 4, "eval_every": 0, "resume": True}
+    in_process(command(output, **fields))
+    whole = weights(output)
+    shutil.rmtree(output / "final")
+    room = len(whole) // 2
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+
+    line = command(output, **fields)  # it is done, and writes the model again
+    done = subprocess.run(
+        line, env=environment(), preexec_fn=limit, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert f"{output / 'final'} could not be saved" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(output.glob("*final"))
+    in_process(line)
+    assert weights(output) == whole
 
 
 def test_a_finished_run_goes_on_with_extra_steps(command, in_process, tmp_path):

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from run_log import read_log
 
+from support.many import free_port
 from support.resumed import same_result
-from support.runs import environment
+from support.runs import LIMIT, environment
 
 FIELDS = {
     "max_steps": 40,
@@ -97,6 +98,60 @@ def test_killed_while_saving(command, with_dropout, uninterrupted, in_process, t
     assert "step-00000008" in printed
     assert not list((output / "checkpoints").glob(".incomplete*"))
     same_result(output, uninterrupted)
+
+
+def two(line: list[str]) -> list[subprocess.Popen[bytes]]:
+    """Start ``line`` as the two processes of a group; a launcher would not be killed with those it starts."""
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [
+        subprocess.Popen(
+            line,
+            env={**environment(), **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for rank in (0, 1)
+    ]
+
+
+def ended(processes: list[subprocess.Popen[bytes]]) -> list[int]:
+    return [process.wait(timeout=LIMIT) for process in processes]
+
+
+def wait_for(moment: Callable[[], bool], processes: list[subprocess.Popen[bytes]]) -> None:
+    deadline = time.monotonic() + LIMIT
+    while not moment() and time.monotonic() < deadline:
+        assert all(process.poll() is None for process in processes), "the run ended before"
+        time.sleep(0.0005)
+
+
+@pytest.mark.slow
+def test_two_processes_killed_while_saving_and_stopped_end_with_the_same_bits(
+    command, with_dropout, tmp_path
+):
+    fields = {**FIELDS, "model": with_dropout, "resume": True}
+    whole = tmp_path / "whole"
+    assert ended(two(command(whole, **fields))) == [0, 0]
+    for attempt in range(5):
+        output = tmp_path / f"run{attempt}"
+        line = command(output, **fields)
+        half = output / "checkpoints/.incomplete-step-00000016/optimizer.bin"
+        processes = two(line)
+        wait_for(half.exists, processes)
+        for process in processes:
+            process.kill()
+        assert ended(processes) == [-signal.SIGKILL] * 2
+        if half.exists():
+            break
+    assert half.exists()
+    processes = two(line)
+    wait_for(lambda: last_step(output) >= 20, processes)
+    processes[1].send_signal(signal.SIGTERM)  # one is told, and all save
+    assert ended(processes) == [143, 143]
+    newest = max(path.name for path in (output / "checkpoints").iterdir())
+    assert "step-00000020" <= newest < "step-00000040"
+    assert ended(two(line)) == [0, 0]
+    same_result(output, whole)
 
 
 def test_a_finished_run_resumed_stays_as_it_is(command, with_dropout, uninterrupted, in_process, tmp_path):
