@@ -33,6 +33,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dReLU": ("drelu", {}),
     "stage 2": ("relu_stage2", {}),
     "top-k 0.2": ("topk", {"patch.topk.share": 0.2}),
+    "statistical top-k 0.8": ("statistical_topk", {}),
     "L1": ("l1", {"methods.l1.scale": "scale"}),
     "ProSparse": ("prosparse", {"methods.l1.scale": "scale"}),
     "target 80 %": ("target_sparsity", {"methods.target_sparsity.sparsity": 0.8}),
