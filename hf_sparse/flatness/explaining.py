@@ -66,7 +66,8 @@ def explain(
 
     Raises:
         PatchError: no MLP block of a known shape; one of experts; one whose activation is not elementwise or
-            does not get what the key matrix gives; one whose output the loss does not depend on.
+            does not get what the key matrix gives; one whose output the loss does not depend on; one with an
+            adapter on a layer with a threshold.
         ValueError: as :func:`hf_sparse.measure`; or the pre-activation of a stock block cannot be watched,
             which patching it with ``"original"`` mends.
 

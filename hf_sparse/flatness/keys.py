@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_sparse.adapters import Block
-from hf_sparse.adapters.roles import Site, input_pruning
+from hf_sparse.adapters.roles import Site
 from hf_sparse.errors import PatchError
+from hf_sparse.flatness.pruned_matrix import PrunedMatrix
 from hf_sparse.flatness.slope import slope
 from hf_sparse.flatness.sums import Sums, pieces, squared
 from hf_sparse.observing import CallObserver
@@ -23,7 +24,8 @@ class KeySums(Sums):
     """Of one block, over T tokens and their n neurons each.
 
     L is the summed loss of the sequence in nats, ``g = ∂L/∂a``, ``σ' = σ'(p)``, and x the input that the key
-    matrix is multiplied with. *Active* is what has ``σ' ≠ 0``.
+    matrix is multiplied with: where that has a threshold, what it leaves of the block's input. *Active* is
+    what has ``σ' ≠ 0``.
     """
 
     tokens: int = 0
@@ -80,7 +82,7 @@ class KeyFlatness(CallObserver):
 
     Raises:
         PatchError: experts; something stands between the projection and the activation, so that the gradient
-            in ``p`` is not that of K's output.
+            in ``p`` is not that of K's output; K has a threshold on its input and an adapter.
         ValueError: from ``with``: ``p`` of a stock block cannot be watched (patching it with ``"original"``
             mends that).
 
@@ -94,11 +96,7 @@ class KeyFlatness(CallObserver):
         self._gain = gain
         self._sums = KeySums()
         self._key = block.roles.names[0]
-        if input_pruning(block.module.get_submodule(self._key)):
-            raise PatchError(
-                f"{self._key} of {block.name} has a threshold on its input (inputs), so that it multiplies "
-                "another x than the block is given; explain the model without."
-            )
+        self._pruned = PrunedMatrix.of(block, self._key)
         self._made: tuple[int, int] | None = None
 
     def result(self) -> KeySums:
@@ -142,7 +140,8 @@ class KeyFlatness(CallObserver):
         active, positive = sigma != 0, p > 0
         gradient, slopes, effective = squared(a_grad), sigma.square(), squared(p_grad)
         jumping = gradient * (1 + p.float()).square()
-        uplifted = None if self._gain is None else squared(self._gain.uplifted(x)).sum(-1)
+        uplifted = None if self._gain is None else self._pruned.left(self._gain.uplifted(x))
+        x = self._pruned.left(x)
         columns = [  # [T] each
             squared(x).sum(-1),
             effective.sum(-1),
@@ -154,7 +153,7 @@ class KeyFlatness(CallObserver):
             positive.sum(-1),
             (effective * positive).sum(-1),
             (jumping * positive).sum(-1),
-            torch.full_like(x[:, 0], torch.nan) if uplifted is None else uplifted,
+            torch.full_like(x[:, 0], torch.nan) if uplifted is None else squared(uplifted).sum(-1),
         ]
         # On the CPU: not every device has float64. A count below 2 ** 24 is exact in float32.
         table = torch.stack([one.float() for one in columns]).cpu().double()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_sparse.adapters import Block
 from hf_sparse.adapters.roles import Site
+from hf_sparse.flatness.pruned_matrix import PrunedMatrix
 from hf_sparse.flatness.sums import Sums, pieces, squared
 from hf_sparse.observing import CallObserver
 
@@ -19,7 +20,8 @@ from hf_sparse.observing import CallObserver
 class ValueSums(Sums):
     """Of one block, over T tokens; L is the summed loss of the sequence in nats.
 
-    The value matrix V is the down projection, ``h [F]`` its input and ``z [D]`` its output. What follows is
+    The value matrix V is the down projection, ``h [F]`` its input, of which a threshold may leave a part, and
+    ``z [D]`` its output. What follows is
     about the size of h and not about its zeros: ``AF_V / Σ |∂L/∂z|²`` is a mean of ``|h|²``, weighted by the
     gradients, and no density (arXiv 2605.25612).
     """
@@ -27,7 +29,7 @@ class ValueSums(Sums):
     tokens: int = 0
     """T."""
     nonzeros: int = 0
-    """Values of h that are not exactly zero, as :func:`hf_sparse.measure` counts them."""
+    """Values of h that V has a use for, as :func:`hf_sparse.measure` counts them: that are not zero."""
     flatness: float = 0.0
     """``AF_V = Σ_t |∂L/∂z_t|² |h_t|²``. The smaller, the flatter."""
     gradients: float = 0.0
@@ -40,7 +42,7 @@ class ValueFlatness(CallObserver):
     """Sums up :class:`ValueSums` of one block, of whatever form.
 
     Raises:
-        PatchError: experts.
+        PatchError: experts; V has a threshold on its input and an adapter.
 
     """
 
@@ -50,6 +52,7 @@ class ValueFlatness(CallObserver):
     def __init__(self, block: Block) -> None:
         super().__init__(block)
         self._sums = ValueSums()
+        self._center = PrunedMatrix.of(block, block.roles.down).center
 
     def result(self) -> ValueSums:
         self.require_gradients()
@@ -57,7 +60,8 @@ class ValueFlatness(CallObserver):
 
     def update_call(self, values: Mapping[Site, Tensor], gradients: Mapping[Site, Tensor]) -> None:
         for h, z_grad in pieces(values["h"], gradients["y"]):
-            columns = squared(z_grad).sum(-1), squared(h).sum(-1), torch.count_nonzero(h, dim=-1).float()
+            whole = h.float() + self._center  # h is given as the distance from it
+            columns = squared(z_grad).sum(-1), squared(whole).sum(-1), torch.count_nonzero(h, dim=-1).float()
             grad2, h2, nonzeros = torch.stack(columns).cpu().double()
             self._sums += ValueSums(
                 tokens=len(h),

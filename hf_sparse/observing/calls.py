@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_sparse.adapters import Block
 from hf_sparse.adapters.experts import Experts
-from hf_sparse.adapters.roles import Site
+from hf_sparse.adapters.roles import Site, input_pruning, used, watch_child
 from hf_sparse.errors import PatchError
 from hf_sparse.observing.observer import BlockObserver
 
@@ -77,7 +77,21 @@ class CallObserver(BlockObserver):
 
     def _watch(self) -> Iterator[RemovableHandle]:
         for site in self._sites():
-            yield self.block.watch(site, partial(self._pass, site))
+            if site == "h" and site in self.gradients_at and input_pruning(down := self._down) is not None:
+                # What is used of h is computed for whoever looks: no gradient reaches that.
+                yield watch_child(down, self._pass_pruned, before=True)
+            else:
+                yield self.block.watch(site, partial(self._pass, site))
+
+    @property
+    def _down(self) -> nn.Module:
+        return self.block.module.get_submodule(self.block.roles.down)
+
+    def _pass_pruned(self, h: Tensor, tokens: Tensor | None) -> None:
+        self._pass("h", h, tokens)
+        if "h" in self.values_at:
+            kept = used(self._down, h.detach())
+            self._call.values["h"], self._call.versions["h"] = kept, kept._version
 
     def _sites(self) -> list[Site]:
         return [site for site in _ORDER if site in {*self.values_at, *self.gradients_at}]

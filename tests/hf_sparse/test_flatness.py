@@ -19,7 +19,7 @@ from hf_sparse.flatness import EffectiveGradient, KeyFlatness, ValueFlatness, sp
 from hf_sparse.norms import preceding_norms
 from hf_sparse.observing import blocks_of, observe
 from support.models import tiny, tiny_t5
-from support.own_copies import OwnCopies, weight_of
+from support.own_copies import OwnCopies, multiplied, weight_of
 
 
 class Case(NamedTuple):
@@ -38,6 +38,11 @@ def jsrelu(p: Tensor) -> Tensor:
     return torch.where(p > 0, 1 + p, 0)
 
 
+def _pruned(inputs: dict[str, Any]) -> SparsityConfig:
+    names = ("gate_proj", "up_proj", "down_proj")
+    return SparsityConfig(activation="relu", inputs={f"mlp.{name}": inputs for name in names})
+
+
 CASES = {
     "opt as it comes with relu": Case("opt", None, relu, {"activation_function": "relu"}),
     "gpt2 relu": Case("gpt2", "relu", relu, {}),
@@ -51,6 +56,14 @@ CASES = {
     "llama with zeroth biases": Case(
         "llama", SparsityConfig(activation="jsrelu", zeroth_bias={"positions": 16}), jsrelu, {}
     ),
+    "llama with teal": Case(
+        "llama",
+        SparsityConfig(activation="relu", inputs={"mlp.gate_proj": 0.4, "mlp.down_proj": 0.2}),
+        relu,
+        {},
+    ),
+    "llama with wina": Case("llama", _pruned({"threshold": 0.4, "weighted": True}), relu, {}),
+    "llama with scap": Case("llama", _pruned({"threshold": 0.4, "center": -0.25}), relu, {}),
     "gemma with topk": Case("gemma", SparsityConfig(activation="relu", topk={"k": 9}), relu, {}),
 }
 
@@ -112,7 +125,7 @@ def by_hand(model: nn.Module, batch: dict[str, Tensor], slope: Any, masks: Any =
         return hook
 
     def keep_input(index: int) -> Any:
-        return lambda _, args: inputs.__setitem__(index, args[0].detach())
+        return lambda key, args: inputs.__setitem__(index, multiplied(key, args[0].detach()))
 
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -302,7 +315,7 @@ def test_of_a_dense_model_every_derivative_counts_and_the_report_says_what_that_
     assert "dense" in jump.note
 
 
-@pytest.mark.parametrize("name", ["llama relu", "gpt_neox relu2", "gemma with topk"])
+@pytest.mark.parametrize("name", ["llama relu", "gpt_neox relu2", "gemma with topk", "llama with scap"])
 def test_factors_of_the_denominator_are_those_of_lifted_gains_and_of_the_other_slope(name) -> None:
     case = CASES[name]
     model = made(case)
@@ -332,6 +345,8 @@ def test_factors_of_the_denominator_are_those_of_lifted_gains_and_of_the_other_s
         bias = 0.0 if norm.bias is None else norm.bias.detach().double()
         x, p, g2 = at["x"].detach().double(), at["p"].detach().double(), at["a"].grad.double().square()
         lifted = (x - bias) / gain * torch.where(gain < 0, -1, 1) * gain.abs().clamp(min=1) + bias
+        key = block.module.get_submodule(block.roles.names[0])
+        x, lifted = multiplied(key, x), multiplied(key, lifted)
         terms = g2 * case.slope(p).square()
         now = (terms.sum(-1) * x.square().sum(-1)).sum()
         then = (terms.sum(-1) * lifted.square().sum(-1)).sum()
@@ -412,14 +427,17 @@ def test_what_stands_between_key_and_activation_is_refused() -> None:
         hf_sparse.explain(model, [padded("none")])
 
 
-def test_thresholds_on_inputs_are_refused() -> None:
+@pytest.mark.parametrize("name", ["gate_proj", "down_proj"])
+def test_a_threshold_under_an_adapter_is_refused(name) -> None:
+    from peft import LoraConfig, get_peft_model
+
     model = tiny("llama")
-    hf_sparse.patch(model, SparsityConfig(activation="original", inputs={"mlp.gate_proj": 0.1}))
-    with pytest.raises(PatchError, match="has a threshold on its input"):
-        hf_sparse.explain(model, [padded("none")])
-    hf_sparse.patch(model, SparsityConfig(activation="original", inputs={"mlp.down_proj": 0.001}))
-    with pytest.raises(PatchError, match="the gradient of the loss reached 0"):
-        hf_sparse.explain(model, [padded("none")])
+    hf_sparse.patch(model, SparsityConfig(activation="relu", inputs={f"mlp.{name}": 0.1}))
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=[name]))
+    with pytest.raises(PatchError, match=f"{name} of .* has a threshold on its input and an adapter"):
+        hf_sparse.explain(wrapped, [padded("none")])
+    merged = wrapped.merge_and_unload()
+    assert hf_sparse.explain(merged, [padded("none")]).deviation < 1e-6
 
 
 def test_an_activation_that_overwrites_its_input_is_refused() -> None:

@@ -13,6 +13,17 @@ def weight_of(linear: nn.Module) -> Tensor:
     return linear.weight if isinstance(linear, nn.Linear) else linear.weight.t()
 
 
+def multiplied(linear: nn.Module, x: Tensor) -> Tensor:
+    """What the matrix of ``linear`` is multiplied with: what its threshold leaves of ``x``, if it has one."""
+    pruning = vars(linear).get("pruning")
+    if pruning is None:
+        return x
+    score = (x - pruning.center).abs()
+    if pruning.weighted:
+        score = score * weight_of(linear).detach().norm(dim=0)
+    return torch.where(score > pruning.threshold, x, pruning.center)
+
+
 class OwnCopies:
     """While it is entered, ``linears`` compute as before, but with a matrix for every token, a leaf."""
 
@@ -37,7 +48,7 @@ class OwnCopies:
             weight = weight_of(linear).detach()
             copies = weight.expand(*args[0].shape[:-1], *weight.shape).clone().requires_grad_()
             self.copies[index] = copies
-            y = torch.einsum("...oi,...i->...o", copies, args[0])
+            y = torch.einsum("...oi,...i->...o", copies, multiplied(linear, args[0]))
             return y if linear.bias is None else y + linear.bias
 
         return hook
