@@ -133,7 +133,7 @@ def _linear_names(method: str, model: PreTrainedModel, blocks: Sequence[Block], 
     """The names, in its layer, of every linear layer, or of those of the MLP; the same in all layers.
 
     Raises:
-        PatchError: layers differ.
+        PatchError: layers differ, or have something else than linear layers, or blocks that stay their own.
 
     """
     first: list[str] | None = None
@@ -143,6 +143,11 @@ def _linear_names(method: str, model: PreTrainedModel, blocks: Sequence[Block], 
             raise PatchError(
                 f"method={method!r} is for linear layers, and {block.name} ({block.stock_class.__name__}) "
                 "has stacked experts; choose another method."
+            )
+        if block.stays:
+            raise PatchError(
+                f"method={method!r} is for MLP blocks that a patch replaces, and {block.name} stays a "
+                f"{block.stock_class.__name__}; choose another method."
             )
         layer = model.get_submodule(layer_of(block.name))
         within = f"{block.name}.".removeprefix(f"{layer_of(block.name)}.") if mlp_alone else ""

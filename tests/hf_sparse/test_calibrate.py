@@ -108,7 +108,8 @@ def test_the_greedy_allocation_prunes_most_what_the_output_depends_on_least() ->
 @pytest.mark.parametrize(
     ("kind", "method", "named"),
     [
-        ("opt", "teal", "stays a"),
+        ("opt", "teal", "method='teal' is for .*, and .* stays a OPTDecoderLayer; choose another method"),
+        ("bloom", "scap", "method='scap' is for .*, and .* stays a BloomMLP; choose another method"),
         ("llama", "fatrelu", "a threshold into ReLU"),
         ("mixtral", "scap", "for linear layers, and .* has stacked experts"),
         ("mixtral", "wina", "for linear layers, and .* has stacked experts"),
