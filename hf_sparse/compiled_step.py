@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch.utils.hooks import RemovableHandle
 from transformers import CompileConfig, GenerationMixin, PreTrainedModel
 
 from hf_sparse.adapters.walk import modules_of
@@ -33,8 +34,9 @@ from triton_ops import Certificate
 from triton_ops.advice import advised_by
 
 BACKEND = "inductor"
-OPTIONS = {"cpp.threads": 1}
-"""On a CPU. Between two products a step works on a few thousand numbers: to wake threads takes longer."""
+OPTIONS = {"cpp.threads": 1, "size_asserts": False}
+"""On a CPU. Between two products a step works on a few thousand numbers: to wake threads takes longer. Shapes
+and strides are guarded, and to check them again in the graph takes half a millisecond."""
 _FORMER = "_hf_sparse_former_generation"
 _FIELDS = ("cache_implementation", "compile_config")
 
@@ -50,9 +52,10 @@ class CompiledStep:
         self.model, self.certify, self.memory = model, certify, Memory()
         self._config = config
         self._call: Any = None
+        self._hookless: int | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if hooks_on_all_modules():
+        if hooks_on_all_modules() or self._is_hooked():
             return self.model(*args, **kwargs)
         greedy = greedy_decoding_of(self.model)
         if greedy is None:
@@ -64,19 +67,32 @@ class CompiledStep:
             call = MethodType(type(self.model).__call__, self.model)
             self._call = torch.compile(call, **self._config.to_dict())
         advice, graphs = _advice.get(), _graphs()
-        # Hooks that come later count as well: nobody who calls generate() sees that they have compiled.
-        with (
-            torch._dynamo.config.patch(skip_nnmodule_hook_guards=False),
-            nullcontext() if advice is None or advice.step is not self else advised_by(advice),
-        ):
+        with nullcontext() if advice is None or advice.step is not self else advised_by(advice):
             outputs = self._call(*args, **kwargs)
         if _graphs() != graphs:
             gc.collect()  # Dynamo leaves modules and weights in cycles, which hold them until then
         return outputs
 
+    def begin(self) -> None:
+        """Called by each ``generate()`` before its first step."""
+        self._hookless = None
+
+    def _is_hooked(self) -> bool:
+        """Whether a module has a hook, which a graph need not have, nor be able to have.
+
+        Nobody who calls ``generate()`` sees that it is compiled. To have torch look for hooks at every step
+        takes a millisecond; here it is done at the first one, and when a hook has been registered since.
+        """
+        last = RemovableHandle.next_id
+        if self._hookless != last:
+            if any(one._forward_hooks or one._forward_pre_hooks for one in modules_of(self.model)):
+                return True
+            self._hookless = last
+        return False
+
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which compile anew."""
-        return {**vars(self), "_call": None}
+        return {**vars(self), "_call": None, "_hookless": None}
 
 
 def _graphs() -> int:
@@ -121,6 +137,7 @@ def compiled_steps(model: GenerationMixin) -> Iterator[None]:
     if not isinstance(step, CompiledStep) or step.model is not here or here.device.type != "cpu":
         yield
         return
+    step.begin()
     advice = _Advice(step)
     token = _advice.set(advice)
     try:
@@ -154,7 +171,7 @@ def compile_step(model: PreTrainedModel, *, certify: bool) -> None:
     experts = any(isinstance(module, SparseExperts) for module in modules_of(model))
     config = CompileConfig(fullgraph=not experts, backend=BACKEND)
     if model.device.type == "cpu":
-        config.mode, config.options = None, OPTIONS  # type: ignore[assignment]
+        config.mode, config.options = None, _options()  # type: ignore[assignment]
         pack_attention(model)
     config._compile_all_devices = True  # type: ignore[assignment]  # else never on a CPU
     own.cache_implementation, own.compile_config = "static", config
@@ -162,6 +179,17 @@ def compile_step(model: PreTrainedModel, *, certify: bool) -> None:
     vars(model).update(
         _compiled_call=CompiledStep(model, config, certify=certify), _last_compile_config=config
     )
+
+
+def _options() -> dict[str, Any]:
+    """Of torch's compiler, on a CPU."""
+    from torch._inductor import config
+
+    from triton_ops.joined_linears import JoinedLinears
+
+    if config.post_grad_custom_pre_pass is not None:  # somebody's own
+        return OPTIONS
+    return {**OPTIONS, "post_grad_custom_pre_pass": JoinedLinears()}
 
 
 def stock_step(model: PreTrainedModel) -> None:

@@ -7,7 +7,7 @@ autocast, tensor subclasses), :func:`linear` calls it.
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from triton_ops.layout import view_of
 from triton_ops.memo import remembered
 from triton_ops.ops import (
     LIB,
+    TAGS,
     check_input,
     check_tensor,
     define,
@@ -147,3 +148,14 @@ define("linear", "Tensor x, Tensor weight, Tensor? bias, str backend", _linear, 
 torch.library.register_autograd("hf_sparse::linear", linear_backward, setup_context=save_linear, lib=LIB)
 for _overload in ("linear", "linear.inference", "linear.native"):
     torch.library.register_vmap(f"hf_sparse::{_overload}", _vmap, lib=LIB)
+
+
+def _fakes(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], backend: str
+) -> list[Tensor]:
+    return [_fake(x, weight, bias, backend) for weight, bias in zip(weights, biases, strict=True)]
+
+
+# Some products of the same x, for graphs on the CPU alone (joined_linears.py).
+LIB.define("linears.native(Tensor x, Tensor[] weights, Tensor?[] biases, str backend) -> Tensor[]", tags=TAGS)
+torch.library.register_fake("hf_sparse::linears.native", _fakes, lib=LIB)

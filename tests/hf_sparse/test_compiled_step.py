@@ -8,13 +8,15 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import GenerationConfig
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteriaList
 
 import hf_sparse
 from hf_sparse import PatchError, compiled_step
 from hf_sparse.modules import DecodingLinear
 from support.compiler import needs_compiler
 from support.every_type import model_types
+from triton_ops import joined_linears
 
 IDS = torch.tensor([[5, 9, 7]])
 SETTINGS = {"max_new_tokens": 6, "do_sample": False}
@@ -163,6 +165,44 @@ def test_hooks_that_come_later_are_called(tiny_model, graphs) -> None:
     with_all.remove()
     assert seen.count(layer) == SETTINGS["max_new_tokens"]
     assert torch.equal(model.generate(IDS, **SETTINGS), before)
+
+
+def test_hooks_that_come_and_go_meanwhile_are_called(tiny_model, graphs) -> None:
+    """Also one that no graph could have."""
+    model = prepared(tiny_model)
+    before = model.generate(IDS, **SETTINGS)
+    seen, handles = [], []
+
+    def criterion(ids: Tensor, scores: None, **_: object) -> Tensor:
+        if ids.shape[1] == IDS.shape[1] + 2:
+            hook = model.model.layers[1].register_forward_pre_hook(
+                lambda m, args: seen.append(args[0].tolist())
+            )
+            handles.append(hook)
+        if ids.shape[1] == IDS.shape[1] + 4:
+            handles.pop().remove()
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    some = StoppingCriteriaList([criterion])
+    after = model.generate(IDS, stopping_criteria=some, **SETTINGS)
+    assert len(seen) == 2
+    assert torch.equal(after, before)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_projections_of_the_same_tokens_are_one_call(tiny_model, monkeypatch) -> None:
+    """Also in a copy of the model, whose config, with the pass in it, is another object."""
+    torch._dynamo.reset()
+    joined = []
+    join = joined_linears._join
+    monkeypatch.setattr(joined_linears, "_join", lambda *args: joined.append(len(args[-1])) or join(*args))
+    model = prepared(tiny_model)
+    with hf_sparse.backend("cpp"), torch._inductor.config.patch(fx_graph_cache=False):
+        expected = eager(model)
+        for _ in range(2):
+            assert torch.equal(model.generate(IDS, **SETTINGS), expected)
+        assert joined == [3] * model.config.num_hidden_layers
 
 
 def test_fields_that_somebody_changes_are_theirs(tiny_model, graphs, tmp_path) -> None:

@@ -131,6 +131,31 @@ def test_products(lead, outputs, inputs, dtype, bias, layout, seed) -> None:
 
 @settings(deadline=None)
 @given(
+    lead=st.sampled_from([(), (1,), (2, 3), (9,)]),
+    outputs=st.lists(st.sampled_from([1, 7, 300]), min_size=1, max_size=5),
+    inputs=st.sampled_from([1, 16, 129]),
+    dtype=st.sampled_from(DTYPES),
+    biases=st.integers(0, 31),
+    columns=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_some_products_of_one_input(lead, outputs, inputs, dtype, biases, columns, seed) -> None:
+    """Each is what it is alone, be it that all are made at once or not."""
+    torch.manual_seed(seed)
+    x = torch.randn(*lead, inputs).to(dtype)
+    weights = [torch.randn(n, inputs).to(dtype) for n in outputs]
+    own = [torch.randn(n).to(dtype) if biases >> i & 1 else None for i, n in enumerate(outputs)]
+    if columns:
+        triton_ops.neuron_major_(weights[-1])
+    with torch.no_grad():
+        found, python = called(lambda: OPS.linears.native(x, weights, own, CPP))
+        assert python == (lead == (9,))  # more tokens than a kernel takes at once
+        for y, weight, bias in zip(found, weights, own, strict=True):
+            assert torch.equal(y, in_python(OPS.linear, x, weight, bias, CPP))
+
+
+@settings(deadline=None)
+@given(
     batch=st.integers(1, 3),
     keys=st.integers(1, 3),
     shared=st.sampled_from([1, 3, MOST]),
@@ -242,6 +267,10 @@ def test_what_it_does_not_know_python_computes(packet, args) -> None:
         (OPS.gated_mlp, gated(x=torch.ones(1, 8), **certificate())),
         (OPS.plain_mlp, [*gated()[:1], *gated()[2:4], *[None] * 6, "relu", 0.0, CPP]),
         (OPS.linear, linear()),
+        (
+            OPS.linears,
+            [torch.ones(2, 12), [torch.ones(8, 12), torch.ones(5, 12)], [None, torch.ones(5)], CPP],
+        ),
         (OPS.sparse_linear, linear(weight=triton_ops.neuron_major_(torch.ones(8, 12)))),
         (OPS.decode_attention, attention()),
         (OPS.int8_linear, [torch.ones(2, 12), *in_int8(torch.ones(8, 12)), None]),
@@ -262,6 +291,11 @@ def test_opcheck(packet, args) -> None:
         (OPS.gated_mlp, gated(x=torch.tensor(1.0)), "x has no dimension"),
         (OPS.linear, linear(weight=torch.ones(8, 12).half()), "weight is torch.float16"),
         (OPS.linear, linear(weight=torch.ones(8, 13)), "weight has shape"),
+        (
+            OPS.linears,
+            [torch.ones(2, 12), [torch.ones(8, 12), torch.ones(8, 13)], [None] * 2, CPP],
+            "has shape",
+        ),
         (OPS.sparse_linear, linear(bias=torch.ones(3)), "bias has shape"),
         (OPS.int8_linear, [torch.ones(2, 12), *in_int8(torch.ones(8, 13)), None], "weight.rows is"),
         (OPS.int8_linear, [torch.ones(2, 12), *in_int8(torch.ones(8, 12).half()), torch.ones(7)], "bias has"),
@@ -302,6 +336,8 @@ def test_who_has_advice_is_asked_for_his_weights_and_no_others() -> None:
             assert own.asked == 1
             with advice.advised_by(Adviser(weight)):
                 assert (OPS.linear.native(x, weight, None, CPP) == 7).all()
+                others = OPS.linears.native(x, [weight + 1, weight], [None] * 2, CPP)
+                assert [float(one[0, 0]) for one in others] == [24, 7]
                 OPS.gated_mlp.native(*args)
                 assert own.asked == 1
                 found: list[tuple[Tensor, bool]] = []

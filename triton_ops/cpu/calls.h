@@ -8,6 +8,7 @@
 
 constexpr int64_t kMaxTokens = 32;     // that a block works on at once
 constexpr int64_t kFewTokens = 8;      // that a dense product is made of at once: FEW of backend.py
+constexpr int64_t kLinears = 4;        // dense products of the same tokens in one call, at most
 constexpr int64_t kSharingHeads = 32;  // of queries with the same keys, at most: MOST of decode_attention.py
 static_assert(kSharingHeads <= kMaxTokens, "they are worked on as tokens are");
 
@@ -36,6 +37,13 @@ struct LinearCall {
   int32_t dtype, columns, threads, unused;
 };
 static_assert(sizeof(LinearCall) == 11 * 8 + 4 * 4, "backend.py packs it by hand");
+
+// Some of the same x and dtype, of weights in rows, without scales and without a certificate.
+struct LinearCalls {
+  const LinearCall* calls;
+  int64_t count;  // 1 to kLinears
+  int32_t dtype;
+};
 
 // The attention of one new token of each sequence.
 struct AttentionCall {

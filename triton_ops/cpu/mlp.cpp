@@ -226,19 +226,26 @@ int run(const Call& call) {
 }
 
 template <class W, class Rows>
-int run_rows(const LinearCall& call) {
+int run_rows(const LinearCall* calls, int64_t count) {
   typedef typename W::Type Type;
   DenseLinear<W, Rows> linear = {};
-  linear.x = (const Type*)call.x, linear.w = (const typename Rows::Type*)call.w, linear.bias = (const Type*)call.bias;
-  linear.scales = call.scales, linear.y = (Type*)call.y;
-  linear.T = call.T, linear.D = call.D, linear.F = call.F, linear.stride = call.stride;
-  return run_whole(linear, sensible(call.threads));
+  linear.x = (const Type*)calls->x, linear.T = calls->T, linear.F = calls->F, linear.count = count;
+  for (auto& of : linear) {
+    const LinearCall& call = calls[&of - linear.begin()];
+    of.w = (const typename Rows::Type*)call.w, of.bias = (const Type*)call.bias, of.scales = call.scales;
+    of.y = (Type*)call.y, of.D = call.D, of.stride = call.stride;
+  }
+  return run_whole(linear, sensible(calls->threads));
 }
 
 template <class W>
 int run(const LinearCall& call) {
   typedef typename W::Type Type;
-  if (call.scales) return by_inputs<W>(call, call.F, run_rows<W, Int8Fixed>, run_rows<W, Int8>);
+  if (call.scales) {
+    const auto fixed = [](const LinearCall& one) { return run_rows<W, Int8Fixed>(&one, 1); };
+    const auto floating = [](const LinearCall& one) { return run_rows<W, Int8>(&one, 1); };
+    return by_inputs<W>(call, call.F, fixed, floating);
+  }
   if (call.q && call.T <= GreedyLinear<W>::kTokens) {
     GreedyLinear<W> linear = {};
     linear.x = (const Type*)call.x, linear.w = (const Type*)call.w, linear.bias = (const Type*)call.bias;
@@ -253,7 +260,12 @@ int run(const LinearCall& call) {
     linear.T = call.T, linear.D = call.D, linear.F = call.F, linear.down_stride = call.stride;
     return run_whole(linear, sensible(call.threads));
   }
-  return run_rows<W, W>(call);
+  return run_rows<W, W>(&call, 1);
+}
+
+template <class W>
+int run(const LinearCalls& some) {
+  return run_rows<W, W>(some.calls, some.count);
 }
 
 template <class W>
@@ -318,9 +330,13 @@ extern "C" int hfs_mlp(const Call* call) {
   return by_dtype(*call);
 }
 
-// The same for at most kTokens of DenseLinear and GreedyLinear.
+// The same for at most kTokens of DenseLinear and GreedyLinear; for at most kLinears weights.
 extern "C" int hfs_linear(const LinearCall* call) {
   return by_dtype(*call);
+}
+
+extern "C" int hfs_linears(const LinearCalls* some) {
+  return by_dtype(*some);
 }
 
 extern "C" int hfs_attention(const AttentionCall* call) {

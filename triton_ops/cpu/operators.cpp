@@ -29,6 +29,7 @@ typedef std::optional<Tensor> Maybe;
 
 int (*run_mlp)(const Call*);
 int (*run_linear)(const LinearCall*);
+int (*run_linears)(const LinearCalls*);
 int (*run_attention)(const AttentionCall*);
 
 // A weight's layout is not changed while it is looked at, nor looked at while it is changed (layout.py).
@@ -158,27 +159,62 @@ std::optional<Tensor> mlp(const Tensor& x, const Tensor* first, const Tensor* up
   return run_mlp(&call) ? std::optional<Tensor>() : y;
 }
 
-std::optional<Tensor> product(const Tensor& x, const Tensor& weight, const Maybe& bias, const Tensor* scale = nullptr) {
-  const auto dtype = x.scalar_type(), stored = scale ? at::kChar : dtype;
-  if (code_of(dtype) < 0 || x.dim() < 1 || weight.dim() != 2 || !x.numel() || !weight.numel()) return {};
-  const int64_t D = weight.size(0), F = weight.size(1), T = x.numel() / x.size(-1);
-  if (x.size(-1) != F || T > kFewTokens || weight.scalar_type() != stored || !fits(bias, dtype, {D})) return {};
-  if (scale && !fits(*scale, at::kFloat, {D})) return {};
-  std::optional<Matrix> w;
-  {
-    std::shared_lock lock(changing);
-    w.emplace(weight);
-  }
-  const bool columns = w->column != 1 && F != 1;
-  if ((columns && (scale || (w->row != 1 && D != 1))) || is_advised(w->address(stored))) return {};
-  const Contiguous input(x), each(bias), factors(scale);
-  Tensor y = empty(x, D);
+// A dense product that can be made, with what it is made of.
+struct Product {
   LinearCall call = {};
-  call.x = input.address, call.w = w->address(stored), call.bias = each.address, call.y = y.mutable_data_ptr();
-  call.scales = (const float*)factors.address;
-  call.T = T, call.D = D, call.F = F, call.stride = columns ? w->column : w->row;
-  call.dtype = code_of(dtype), call.columns = columns, call.threads = threads();
-  return run_linear(&call) ? std::optional<Tensor>() : y;
+  Tensor y;
+
+  static std::optional<Product> of(const Tensor& x, const Tensor& weight, const Maybe& bias,
+                                   const Tensor* scale = nullptr) {
+    const auto dtype = x.scalar_type(), stored = scale ? at::kChar : dtype;
+    if (code_of(dtype) < 0 || x.dim() < 1 || weight.dim() != 2 || !x.numel() || !weight.numel()) return {};
+    const int64_t D = weight.size(0), F = weight.size(1), T = x.numel() / x.size(-1);
+    if (x.size(-1) != F || T > kFewTokens || weight.scalar_type() != stored || !fits(bias, dtype, {D})) return {};
+    if (scale && !fits(*scale, at::kFloat, {D})) return {};
+    std::optional<Matrix> w;
+    {
+      std::shared_lock lock(changing);
+      w.emplace(weight);
+    }
+    const bool columns = w->column != 1 && F != 1;
+    if ((columns && (scale || (w->row != 1 && D != 1))) || is_advised(w->address(stored))) return {};
+    Product made{*w, x, bias, scale};
+    made.y = empty(x, D);
+    LinearCall& call = made.call;
+    call.x = made.input.address, call.w = w->address(stored), call.bias = made.bias.address;
+    call.y = made.y.mutable_data_ptr(), call.scales = (const float*)made.scales.address;
+    call.T = T, call.D = D, call.F = F, call.stride = columns ? w->column : w->row;
+    call.dtype = code_of(dtype), call.columns = columns, call.threads = threads();
+    return made;
+  }
+
+ private:
+  Matrix weight;
+  Contiguous input, bias, scales;
+
+  Product(const Matrix& w, const Tensor& x, const Maybe& b, const Tensor* scale)
+      : weight(w), input(&x), bias(b), scales(scale) {}
+};
+
+std::optional<Tensor> product(const Tensor& x, const Tensor& weight, const Maybe& bias, const Tensor* scale = nullptr) {
+  const auto made = Product::of(x, weight, bias, scale);
+  return made && !run_linear(&made->call) ? std::optional<Tensor>(made->y) : std::nullopt;
+}
+
+// Those of one input; empty if not all of them can be made at once.
+std::vector<Tensor> products(const Tensor& x, at::TensorList weights, const c10::List<Maybe>& biases) {
+  const Tensor input = x.contiguous();
+  std::vector<Product> made;
+  std::vector<LinearCall> calls;
+  std::vector<Tensor> y;
+  if (weights.empty() || int64_t(weights.size()) > kLinears || biases.size() != weights.size()) return {};
+  for (size_t i = 0; i < weights.size(); ++i) {
+    auto one = Product::of(input, weights[i], biases.get(i));
+    if (!one || one->call.columns) return {};
+    calls.push_back(one->call), y.push_back(one->y), made.push_back(std::move(*one));
+  }
+  const LinearCalls some = {calls.data(), int64_t(calls.size()), calls[0].dtype};
+  return run_linears(&some) ? std::vector<Tensor>() : y;
 }
 
 std::optional<Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& mask, double scale) {
@@ -251,6 +287,14 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Maybe& bias, std::str
   return y ? *y : in_python<decltype(linear)>("hf_sparse::linear").call(x, weight, bias, backend);
 }
 
+std::vector<Tensor> linears(const Tensor& x, at::TensorList weights, const c10::List<Maybe>& biases,
+                            std::string_view backend) {
+  std::vector<Tensor> y;
+  if (backend == kOwn) y = products(x, weights, biases);
+  for (size_t i = y.size(); i < weights.size(); ++i) y.push_back(linear(x, weights[i], biases.get(i), backend));
+  return y;
+}
+
 Tensor decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& mask, double scale) {
   const auto y = attention(q, k, v, mask, scale);
   return y ? *y : in_python<decltype(decode_attention)>("hf_sparse::decode_attention", "").call(q, k, v, mask, scale);
@@ -287,6 +331,7 @@ TORCH_LIBRARY_IMPL(hf_sparse, CPU, library) {
   library.impl("plain_mlp.native", plain_mlp);
   library.impl("sparse_linear.native", sparse_linear);
   library.impl("linear.native", linear);
+  library.impl("linears.native", linears);
   library.impl("decode_attention.native", decode_attention);
   library.impl("int8_mlp.native", int8_mlp);
   library.impl("int8_sparse_linear.native", int8_sparse_linear);
@@ -296,9 +341,9 @@ TORCH_LIBRARY_IMPL(hf_sparse, CPU, library) {
 }  // namespace
 
 // Before the first call of an operator. `in_child`: the process is one that has been forked already.
-extern "C" void hfs_connect(decltype(run_mlp) mlp, decltype(run_linear) linear, decltype(run_attention) attention,
-                            bool in_child) {
-  run_mlp = mlp, run_linear = linear, run_attention = attention, forked |= in_child;
+extern "C" void hfs_connect(decltype(run_mlp) mlp, decltype(run_linear) linear, decltype(run_linears) linears,
+                            decltype(run_attention) attention, bool in_child) {
+  run_mlp = mlp, run_linear = linear, run_linears = linears, run_attention = attention, forked |= in_child;
 }
 
 // From now on, in this thread, operators in Python are called for these weights; `addresses` are in ascending order.

@@ -25,7 +25,7 @@ COMPILE = ("-O2", "-std=c++20", "-fPIC", "-w", f"-I{_TORCH / 'include'}", _ABI, 
 LINK = ("-shared", f"-L{_TORCH / 'lib'}", "-ltorch_cpu", "-lc10")
 
 
-KERNELS = "hfs_mlp", "hfs_linear", "hfs_attention"
+KERNELS = "hfs_mlp", "hfs_linear", "hfs_linears", "hfs_attention"
 """Those of ``mlp.cpp`` that they call."""
 
 
