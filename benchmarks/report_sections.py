@@ -427,24 +427,24 @@ def peers(*results: Result) -> str:
     ours = [name for name in large if name.startswith("prepared") and "int8" not in name]
     best = max(small[name] for name in small if name.startswith("prepared, compiled"))
     reading = f"""
-        **Where we lose.** At the shape of 1B, skipping in bfloat16 ({times(max(large[name] for name in ours))} of llama.cpp in
-        the same dtype) is behind llama.cpp's Q8_0 ({times(large["llama.cpp, Q8_0"])}), which reads half of the bytes of every
-        weight; skipping in int8 is at {times(ratio)} of that, and in a compiled step at {times(fast)}, which is
-        {times(large["prepared, int8, compiled"] / large["prepared, compiled"])} of what bfloat16 gives there. A step of a
-        model as small as SmolLM2-135M is for the most part [what lies around the kernels](#a-step):
-        {times(small["prepared"])}, and {times(best)} compiled.
+        At the shape of 1B the compiled step in bfloat16 is at {times(max(large[name] for name in ours))} of llama.cpp in the
+        same dtype with AVX2 alone, {times(large_512["prepared, compiled, all certified"])} and
+        {times(large_amx["prepared, compiled, all certified"])} on the machines with AVX-512. llama.cpp's Q8_0, which reads half
+        of the bytes of every weight, is at {times(large["llama.cpp, Q8_0"])} on the first: who may quantise should. Skipping in
+        int8 is at {times(ratio)} of that, and in a compiled step at {times(fast)}, which is
+        {times(large["prepared, int8, compiled"] / large["prepared, compiled"])} of what bfloat16 gives there.
 
-        On the machines with AVX-512, which have bfloat16 arithmetic, the compiled step with all certificates is at
-        {times(large_512["prepared, compiled, all certified"])} and
-        {times(large_amx["prepared, compiled, all certified"])} of llama.cpp at 1B. In int8 at 1B the faster way is at
-        {times(large_512["prepared, int8"] / large_512["llama.cpp, Q8_0"])} and
-        {times(large_amx["prepared, int8, compiled"] / large_amx["llama.cpp, Q8_0"])} of Q8_0: on the one with AMX we lose.
-        "Of a read" can be more than all: rows that certificates leave out are counted, and memory that others use as well
-        is not as fast in every turn.
+        **Where we lose.** In int8 on the machine with AMX, the faster way is at
+        {times(large_amx["prepared, int8, compiled"] / large_amx["llama.cpp, Q8_0"])} of Q8_0
+        (AVX-512 without it: {times(large_512["prepared, int8"] / large_512["llama.cpp, Q8_0"])}). A step of a model as small as
+        SmolLM2-135M is for the most part [what lies around the kernels](#a-step): {times(small["prepared"])}, compiled
+        {times(best)} and {times(small_amx["prepared, compiled, all certified"])}, and in int8
+        {times(small["prepared, int8, compiled"] / small["llama.cpp, Q8_0"])} of Q8_0; certificates take longer there than what
+        they spare. On the machine with AMX llama.cpp is a good deal slower in bfloat16 than in Q8_0, more than the bytes explain.
 
-        Graphs call operators in C++ since the first two machines were measured, which counts most in a small model: the
-        compiled step of SmolLM2 is at {times(small_amx["prepared, compiled, all certified"])} of llama.cpp on the last. There
-        llama.cpp is a good deal slower in bfloat16 than in Q8_0, more than the bytes explain."""
+        The machine with AVX-512 alone was measured before graphs called operators in C++, and the one with AMX before
+        products of the same tokens were one call. "Of a read" can be more than all: rows that certificates leave out are
+        counted, and memory that others use as well is not as fast in every turn."""
     head = [
         "CPU",
         "weights",

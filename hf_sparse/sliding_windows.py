@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import chain
 from typing import Any
 
 import torch
@@ -25,12 +24,13 @@ def sliding_windows(
 ) -> Iterator[dict[str, Tensor]]:
     """Batches for :func:`hf_sparse.measure` whose windows begin ``stride`` tokens after one another.
 
-    This is the recipe that transformers documents for the perplexity of models with a fixed context: texts
-    are one sequence (here joined by end-of-text tokens), a window has ``sequence_length`` tokens of it, and
-    the loss is over those that no window before it had. With a stride below ``sequence_length``, each of them
-    has at least ``sequence_length - stride`` tokens before it, but for those of the first window, whose first
-    token alone is not predicted. With the two equal nothing overlaps, and the first token of each window is
-    not predicted. The last window ends with the text and may be shorter.
+    This is the recipe that transformers documents for the perplexity of models with a fixed context:
+    texts are one sequence (here with an end-of-text token between two), a window has ``sequence_length``
+    tokens of it, and the loss is over those that no window before it had. With a stride below
+    ``sequence_length``, each of them has at least ``sequence_length - stride`` tokens before it, but for
+    those of the first window, whose first token alone is not predicted. With the two equal nothing
+    overlaps, and the first token of each window is not predicted. The last window ends with the text and
+    may be shorter.
 
     The mean is over tokens. The documented recipe takes each window's mean times its number of new tokens
     less one, so that its last digits differ. Activation sparsity is over all tokens of the batches: those
@@ -68,7 +68,7 @@ def _batches(
     max_tokens: int | None,
 ) -> Iterator[dict[str, Tensor]]:
     full: list[tuple[list[int], int]] = []
-    tokens = chain.from_iterable(limited(texts, tokenise, max_tokens))
+    tokens = _joined(limited(texts, tokenise, max_tokens), tokenise.end)
     for window, new in _windows(tokens, length, stride):
         if len(window) == length:
             full.append((window, new))
@@ -79,6 +79,18 @@ def _batches(
             yield _batch([(window, new)])
     if full:
         yield _batch(full)
+
+
+def _joined(texts: Iterable[list[int]], end: int) -> Iterator[int]:
+    """All tokens, but for an end-of-text token after which there is nothing."""
+    ended = False
+    for tokens in texts:
+        if not tokens:
+            continue
+        if ended:
+            yield end
+        ended = tokens[-1] == end
+        yield from tokens[:-1] if ended else tokens
 
 
 def _windows(stream: Iterator[int], length: int, stride: int) -> Iterator[tuple[list[int], int]]:

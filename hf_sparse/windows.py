@@ -27,7 +27,7 @@ class Tokeniser:
                 f"the tokenizer {tokenizer.name_or_path!r} has no eos_token to put between texts; set one in "
                 "its tokenizer_config.json, or tokenizer.eos_token."
             )
-        self._tokenizer, self._end = tokenizer, tokenizer.eos_token_id
+        self._tokenizer, self.end = tokenizer, int(tokenizer.eos_token_id)
 
     def __call__(self, texts: list[str]) -> list[list[int]]:
         if not (full := [text for text in texts if text]):
@@ -36,9 +36,9 @@ class Tokeniser:
         return [self._ended(next(encoded)) if text else [] for text in texts]
 
     def _ended(self, ids: list[int]) -> list[int]:
-        if ids[-1:] == [self._end]:
+        if ids[-1:] == [self.end]:
             ids = ids[:-1]
-        return [*ids, self._end] if ids else []
+        return [*ids, self.end] if ids else []
 
 
 def tokenised(

@@ -42,12 +42,35 @@ def recipe(model, ids: torch.Tensor, length: int, stride: int, lost: int) -> flo
     return math.exp(total / count)
 
 
+def joined(texts: list[str], tokenizer, most: int | None = None) -> list[int]:
+    """The tokens of all, with an end between two."""
+    ids = [one for text in Tokeniser(tokenizer)(texts) for one in text][:most]
+    return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
+
+
+@pytest.mark.parametrize("name", ["one", "some", "with empty ones"])
+def test_whole_texts_end_where_they_end(known, name) -> None:
+    model, tokenizer, _ = known
+    texts = {
+        "one": ["A text of few words."],
+        "some": ["A text.", "And another one."],
+        "with empty ones": ["", "A text.", "", "And another.", "", ""],
+    }[name]
+    text = tokenizer.eos_token.join(one for one in texts if one)
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    assert ids[0].tolist() == joined(texts, tokenizer)
+    data = hf_sparse.sliding_windows(texts, tokenizer, sequence_length=64, stride=32)
+    report = hf_sparse.measure(model, data)
+    assert report.predicted_tokens == ids.shape[1] - 1
+    assert report.perplexity == pytest.approx(recipe(model, ids, 64, 32, lost=1), rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("length", "stride", "tokens"), [(48, 24, 300), (48, 47, 301), (48, 7, 130), (48, 16, 48)]
 )
 def test_perplexity_is_that_of_the_recipe(known, length, stride, tokens) -> None:
     model, tokenizer, texts = known
-    ids = torch.tensor([[one for text in Tokeniser(tokenizer)(texts) for one in text][:tokens]])
+    ids = torch.tensor([joined(texts, tokenizer, tokens)])
     data = hf_sparse.sliding_windows(
         texts, tokenizer, sequence_length=length, stride=stride, batch_size=3, max_tokens=tokens
     )
@@ -73,7 +96,7 @@ def test_without_overlap_it_is_measure(known) -> None:
 def test_each_token_is_new_once(known, tokens, length, stride, batch_size) -> None:
     _, tokenizer, texts = known
     stride = min(stride, length)
-    ids = [one for text in Tokeniser(tokenizer)(texts) for one in text][: max(tokens, 1)]
+    ids = joined(texts, tokenizer, max(tokens, 1))
     sizes = {"sequence_length": length, "stride": stride, "batch_size": batch_size}
     batches = list(hf_sparse.sliding_windows(texts, tokenizer, **sizes, max_tokens=max(tokens, 1)))
     new = [int(label) for one in batches for label in one["labels"].flatten() if label != -100]
