@@ -134,10 +134,13 @@ _advice: ContextVar[_Advice | None] = ContextVar("hf_sparse_advice", default=Non
 def compiled_steps(model: GenerationMixin) -> Iterator[None]:
     """In here ``model`` generates, by its compiled step if it has one."""
     step, here = vars(model).get("_compiled_call"), cast(PreTrainedModel, model)
-    if not isinstance(step, CompiledStep) or step.model is not here or here.device.type != "cpu":
+    if not isinstance(step, CompiledStep) or step.model is not here:
         yield
         return
     step.begin()
+    if here.device.type != "cpu":
+        yield
+        return
     advice = _Advice(step)
     token = _advice.set(advice)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from hf_sparse.adapters import Block
@@ -41,10 +42,9 @@ class PrunedMatrix:
         weighted = pruning is not None and pruning.weighted
         return cls(pruning, readable_norms(linear) if weighted else None)
 
-    @property
-    def center(self) -> float:
-        """What is taken for the rest of the input."""
-        return 0.0 if self.pruning is None else self.pruning.center
+    def center_in(self, dtype: torch.dtype) -> float:
+        """What is taken for the rest of an input of this dtype."""
+        return 0.0 if self.pruning is None else self.pruning.center_in(dtype)
 
     def left(self, x: Tensor) -> Tensor:
         """What it multiplies of ``x [..., in]``."""

@@ -21,9 +21,8 @@ class ValueSums(Sums):
     """Of one block, over T tokens; L is the summed loss of the sequence in nats.
 
     The value matrix V is the down projection, ``h [F]`` its input, of which a threshold may leave a part, and
-    ``z [D]`` its output. What follows is
-    about the size of h and not about its zeros: ``AF_V / Σ |∂L/∂z|²`` is a mean of ``|h|²``, weighted by the
-    gradients, and no density (arXiv 2605.25612).
+    ``z [D]`` its output. What follows is about the size of h and not about its zeros: ``AF_V / Σ |∂L/∂z|²``
+    is a mean of ``|h|²``, weighted by the gradients, and no density (arXiv 2605.25612).
     """
 
     tokens: int = 0
@@ -52,15 +51,16 @@ class ValueFlatness(CallObserver):
     def __init__(self, block: Block) -> None:
         super().__init__(block)
         self._sums = ValueSums()
-        self._center = PrunedMatrix.of(block, block.roles.down).center
+        self._pruned = PrunedMatrix.of(block, block.roles.down)
 
     def result(self) -> ValueSums:
         self.require_gradients()
         return self._sums
 
     def update_call(self, values: Mapping[Site, Tensor], gradients: Mapping[Site, Tensor]) -> None:
+        center = self._pruned.center_in(values["h"].dtype)
         for h, z_grad in pieces(values["h"], gradients["y"]):
-            whole = h.float() + self._center  # h is given as the distance from it
+            whole = h.float() + center  # h is given as the distance from it
             columns = squared(z_grad).sum(-1), squared(whole).sum(-1), torch.count_nonzero(h, dim=-1).float()
             grad2, h2, nonzeros = torch.stack(columns).cpu().double()
             self._sums += ValueSums(

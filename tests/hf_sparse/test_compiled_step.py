@@ -192,7 +192,7 @@ def test_hooks_that_come_and_go_meanwhile_are_called(tiny_model, graphs) -> None
 @needs_compiler
 @pytest.mark.slow
 def test_projections_of_the_same_tokens_are_one_call(tiny_model, monkeypatch) -> None:
-    """Also in a copy of the model, whose config, with the pass in it, is another object."""
+    """They are compiled once, though each ``generate()`` copies the config with the pass in it."""
     torch._dynamo.reset()
     joined = []
     join = joined_linears._join

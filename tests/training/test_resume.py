@@ -49,15 +49,20 @@ def uninterrupted(command, with_dropout, in_process, tmp_path_factory) -> Path:
     return output
 
 
+def wait_for(moment: Callable[[], bool], processes: list[subprocess.Popen[bytes]], limit: int) -> None:
+    """Until ``moment``, or for ``limit`` seconds; all processes have to be running then."""
+    deadline = time.monotonic() + limit
+    while not moment() and all(one.poll() is None for one in processes) and time.monotonic() < deadline:
+        time.sleep(0.0005)
+    assert all(one.poll() is None for one in processes), "the run ended before"
+
+
 def kill_when(line: list[str], environment: dict[str, str], moment: Callable[[], bool]) -> None:
     """Start, wait for ``moment``, and kill without warning."""
     process = subprocess.Popen(
         line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
-    deadline = time.monotonic() + 120
-    while not moment() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.0005)
-    assert process.poll() is None, "the run ended before it could be killed"
+    wait_for(moment, [process], limit=120)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
@@ -118,13 +123,6 @@ def ended(processes: list[subprocess.Popen[bytes]]) -> list[int]:
     return [process.wait(timeout=LIMIT) for process in processes]
 
 
-def wait_for(moment: Callable[[], bool], processes: list[subprocess.Popen[bytes]]) -> None:
-    deadline = time.monotonic() + LIMIT
-    while not moment() and time.monotonic() < deadline:
-        assert all(process.poll() is None for process in processes), "the run ended before"
-        time.sleep(0.0005)
-
-
 @pytest.mark.slow
 def test_two_processes_killed_while_saving_and_stopped_end_with_the_same_bits(
     command, with_dropout, tmp_path
@@ -137,7 +135,7 @@ def test_two_processes_killed_while_saving_and_stopped_end_with_the_same_bits(
         line = command(output, **fields)
         half = output / "checkpoints/.incomplete-step-00000016/optimizer.bin"
         processes = two(line)
-        wait_for(half.exists, processes)
+        wait_for(half.exists, processes, LIMIT)
         for process in processes:
             process.kill()
         assert ended(processes) == [-signal.SIGKILL] * 2
@@ -145,7 +143,7 @@ def test_two_processes_killed_while_saving_and_stopped_end_with_the_same_bits(
             break
     assert half.exists()
     processes = two(line)
-    wait_for(lambda: last_step(output) >= 20, processes)
+    wait_for(lambda: last_step(output) >= 20, processes, LIMIT)
     processes[1].send_signal(signal.SIGTERM)  # one is told, and all save
     assert ended(processes) == [143, 143]
     newest = max(path.name for path in (output / "checkpoints").iterdir())
